@@ -1,0 +1,190 @@
+// Package config reads virt-trustd.toml(5). It is strict: an unknown key, a
+// wrong type or a value out of range is an error that names its line. Defaults
+// are compiled in; a missing file is the defaults.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/BurntSushi/toml"
+)
+
+// Path is where virt-trustd's configuration lies.
+const Path = "/etc/virt-trust/virt-trustd.toml"
+
+// Duration is a time.Duration spelt as in Go ("30s").
+type Duration time.Duration
+
+// UnmarshalText reads a duration.
+func (d *Duration) UnmarshalText(b []byte) error {
+	v, err := time.ParseDuration(string(b))
+	if err != nil {
+		return err
+	}
+	*d = Duration(v)
+	return nil
+}
+
+// Config is virt-trustd.toml.
+type Config struct {
+	// Mode: "enforce" refuses, "audit" only logs what it would have refused.
+	Mode    string  `toml:"mode"`
+	TPM     TPM     `toml:"tpm"`
+	Policy  Policy  `toml:"policy"`
+	Swtpm   Swtpm   `toml:"swtpm"`
+	Libvirt Libvirt `toml:"libvirt"`
+	Grant   Grant   `toml:"grant"`
+}
+
+// TPM is the host's TPM.
+type TPM struct {
+	Device  string   `toml:"device"`  // a device node, or a unix socket of swtpm's data channel
+	Bank    string   `toml:"bank"`    // PCR bank: sha256, sha384
+	PCRs    []uint   `toml:"pcrs"`    // what keys and list are bound to
+	Timeout Duration `toml:"timeout"` // for one request, waiting included
+}
+
+// Policy is what the host asks of its VMs.
+type Policy struct {
+	RequireVTPM   bool   `toml:"require_vtpm"`   // refuse VMs that have no emulated TPM
+	Adopt         bool   `toml:"adopt"`          // take existing plain vTPMs into the list at their next start
+	CrashRecovery string `toml:"crash_recovery"` // authenticated, strict
+}
+
+// Swtpm is how libvirt runs swtpm.
+type Swtpm struct {
+	User      string `toml:"user"`       // swtpm_user of qemu.conf
+	StateRoot string `toml:"state_root"` // libvirt's folder of vTPM states
+}
+
+// Libvirt is how libvirt is reached for its events.
+type Libvirt struct {
+	Socket string `toml:"socket"` // "" tries virtqemud's, then libvirtd's
+}
+
+// Grant is the launch grant.
+type Grant struct {
+	Lifetime Duration `toml:"lifetime"` // from prepare to the last redemption
+}
+
+// Default gives the compiled-in configuration.
+func Default() Config {
+	return Config{
+		Mode:   "enforce",
+		TPM:    TPM{Device: "/dev/tpmrm0", Bank: "sha256", PCRs: []uint{0, 2, 4, 7, 9, 11, 12, 14}, Timeout: Duration(30 * time.Second)},
+		Policy: Policy{Adopt: true, CrashRecovery: "authenticated"},
+		Swtpm:  Swtpm{User: "tss", StateRoot: "/var/lib/libvirt/swtpm"},
+		Grant:  Grant{Lifetime: Duration(time.Minute)},
+	}
+}
+
+// Load reads the file at path over the defaults.
+func Load(path string) (Config, error) {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Default(), nil
+	}
+	if err != nil {
+		return Config{}, err
+	}
+	c, err := Parse(b)
+	if err != nil {
+		return Config{}, fmt.Errorf("%s: %w", path, err)
+	}
+	return c, nil
+}
+
+// Parse reads a configuration over the defaults and checks it.
+func Parse(b []byte) (Config, error) {
+	c := Default()
+	md, err := toml.Decode(string(b), &c)
+	if err != nil {
+		var pe toml.ParseError
+		if errors.As(err, &pe) {
+			return Config{}, fmt.Errorf("line %d: %s", pe.Position.Line, pe.Message)
+		}
+		return Config{}, err
+	}
+	if u := md.Undecoded(); len(u) > 0 {
+		return Config{}, fmt.Errorf("line %d: unknown key %q", lineOf(string(b), u[0]), u[0].String())
+	}
+	return c, c.check()
+}
+
+// lineOf finds the line of a key that toml decoded to nothing.
+func lineOf(text string, key toml.Key) int {
+	last, section := key[len(key)-1], strings.Join(key[:len(key)-1], ".")
+	at := ""
+	for i, line := range strings.Split(text, "\n") {
+		l := strings.TrimSpace(line)
+		if name, ok := strings.CutPrefix(l, "["); ok {
+			at, _, _ = strings.Cut(name, "]")
+			if at == key.String() {
+				return i + 1
+			}
+			continue
+		}
+		name, _, ok := strings.Cut(l, "=")
+		if ok && at == section && strings.Trim(strings.TrimSpace(name), `"'`) == last {
+			return i + 1
+		}
+	}
+	return 1
+}
+
+func (c Config) check() error {
+	oneOf := func(key, v string, of ...string) error {
+		if !slices.Contains(of, v) {
+			return fmt.Errorf("%s: %q is none of %s", key, v, strings.Join(of, ", "))
+		}
+		return nil
+	}
+	abs := func(key, v string) error {
+		if !filepath.IsAbs(v) || filepath.Clean(v) != v {
+			return fmt.Errorf("%s: %q is not an absolute, clean path", key, v)
+		}
+		return nil
+	}
+	errs := []error{
+		oneOf("mode", c.Mode, "enforce", "audit"),
+		oneOf("tpm.bank", c.TPM.Bank, "sha256", "sha384"),
+		oneOf("policy.crash_recovery", c.Policy.CrashRecovery, "authenticated", "strict"),
+		abs("tpm.device", c.TPM.Device), abs("swtpm.state_root", c.Swtpm.StateRoot),
+	}
+	if c.Libvirt.Socket != "" {
+		errs = append(errs, abs("libvirt.socket", c.Libvirt.Socket))
+	}
+	if c.Swtpm.User == "" {
+		errs = append(errs, errors.New("swtpm.user: empty"))
+	}
+	if len(c.TPM.PCRs) == 0 {
+		errs = append(errs, errors.New("tpm.pcrs: empty: nothing would be bound to the host's state"))
+	}
+	seen := map[uint]bool{}
+	for _, p := range c.TPM.PCRs {
+		switch {
+		case p > 23:
+			errs = append(errs, fmt.Errorf("tpm.pcrs: there is no PCR %d", p))
+		case p == 10 || p == 15:
+			errs = append(errs, fmt.Errorf("tpm.pcrs: PCR %d changes while the host runs", p))
+		case p == 16 || p == 23:
+			errs = append(errs, fmt.Errorf("tpm.pcrs: PCR %d can be reset by anyone", p))
+		case seen[p]:
+			errs = append(errs, fmt.Errorf("tpm.pcrs: PCR %d is named twice", p))
+		}
+		seen[p] = true
+	}
+	for key, d := range map[string]Duration{"tpm.timeout": c.TPM.Timeout, "grant.lifetime": c.Grant.Lifetime} {
+		if d < Duration(time.Second) || d > Duration(10*time.Minute) {
+			errs = append(errs, fmt.Errorf("%s: %s is not between 1s and 10m", key, time.Duration(d)))
+		}
+	}
+	return errors.Join(errs...)
+}
