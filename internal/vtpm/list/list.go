@@ -1,0 +1,324 @@
+// Package list is the vTPM list: the records that tie each VM to its vTPM and
+// its label, and the sealed form in which they lie on disk. It is pure: keys,
+// nonces and times come from the caller.
+//
+// The file is a 40-byte header (magic, version, key id, generation, nonce),
+// which is authenticated, then AES-256-GCM over the records in CBOR, core
+// deterministic encoding (RFC 8949, 4.2.1).
+package list
+
+import (
+	"bytes"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/hkdf"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/fxamacker/cbor/v2"
+)
+
+// Bounds of a list. MaxFile leaves 4 KiB for each record.
+const (
+	MaxRecords = 1 << 16
+	MaxFile    = MaxRecords * 4096
+	MaxHistory = 8
+
+	KeySize   = 32
+	NonceSize = 12
+)
+
+// State is where a VM's vTPM stands in its life, after the nine of the paper.
+type State string
+
+// The states.
+const (
+	Created      State = "created"   // keys and label are made, nothing has run
+	Stored       State = "stored"    // at rest
+	Deploying    State = "deploying" // a launch grant is open
+	Running      State = "running"
+	Suspended    State = "suspended" // at rest, with the VM saved to a file
+	HandingOver  State = "handing-over"
+	Incoming     State = "incoming"
+	Snapshotting State = "snapshotting"
+	Deleted      State = "deleted"
+)
+
+// KeyOwner says who holds the key of the vTPM's state.
+type KeyOwner string
+
+// Ours is the default; Libvirts is a VM with an <encryption> secret of its own.
+const (
+	Ours     KeyOwner = "virt-trust"
+	Libvirts KeyOwner = "libvirt"
+)
+
+// Digest is a SHA-256 digest. The zero Digest stands for none.
+type Digest [sha256.Size]byte
+
+// IsZero reports whether there is no digest.
+func (d Digest) IsZero() bool { return d == Digest{} }
+
+// String is the digest in hexadecimal, "" for none.
+func (d Digest) String() string {
+	if d.IsZero() {
+		return ""
+	}
+	return hex.EncodeToString(d[:])
+}
+
+// Past is a baseline that once was right.
+type Past struct {
+	Digest Digest `cbor:"1,keyasint"`
+	Time   int64  `cbor:"2,keyasint"` // seconds since 1970
+}
+
+// Record is what is known of one VM's vTPM.
+type Record struct {
+	UUID     string `cbor:"1,keyasint"`
+	Name     string `cbor:"2,keyasint"`
+	Instance string `cbor:"3,keyasint"` // the state folder's path
+	State    State  `cbor:"4,keyasint"`
+	// Open is set, durably, before swtpm may write, and cleared when it is gone
+	// and measured: a record found open with nothing running is a crash.
+	Open     bool     `cbor:"5,keyasint,omitempty"`
+	KeyOwner KeyOwner `cbor:"6,keyasint"`
+	// WrappedKeys is the OAEP ciphertext of state key ‖ transfer key.
+	WrappedKeys []byte `cbor:"7,keyasint,omitempty"`
+
+	LabelID      [16]byte `cbor:"8,keyasint"`
+	LabelPath    string   `cbor:"9,keyasint,omitempty"`  // the image that carries the label
+	LabelDigest  Digest   `cbor:"10,keyasint"`           // of the payload in the image
+	PendingLabel []byte   `cbor:"11,keyasint,omitempty"` // a payload that waits for the image to be free
+
+	Baseline  Digest `cbor:"12,keyasint"` // of the state folder at rest
+	AdoptFrom Digest `cbor:"13,keyasint"` // of the plain state, while it is being replaced by Baseline
+	History   []Past `cbor:"14,keyasint,omitempty"`
+
+	Generation uint64 `cbor:"15,keyasint"` // raised each time the record is opened
+	BootID     string `cbor:"16,keyasint,omitempty"`
+	Created    int64  `cbor:"17,keyasint"` // seconds since 1970
+	Changed    int64  `cbor:"18,keyasint"`
+
+	LastVerdict string `cbor:"19,keyasint,omitempty"`
+	LastReason  string `cbor:"20,keyasint,omitempty"`
+	LastWhat    string `cbor:"21,keyasint,omitempty"`
+}
+
+// Clone copies the record deeply.
+func (r *Record) Clone() *Record {
+	c := *r
+	c.WrappedKeys = bytes.Clone(r.WrappedKeys)
+	c.PendingLabel = bytes.Clone(r.PendingLabel)
+	c.History = slices.Clone(r.History)
+	return &c
+}
+
+// SetBaseline makes d the baseline and remembers the one before it.
+func (r *Record) SetBaseline(d Digest, now int64) {
+	if d == r.Baseline {
+		return
+	}
+	if !r.Baseline.IsZero() {
+		r.Remember(r.Baseline, now)
+	}
+	r.History = slices.DeleteFunc(r.History, func(p Past) bool { return p.Digest == d })
+	r.Baseline = d
+}
+
+// Remember notes a digest that was right once, dropping the oldest.
+func (r *Record) Remember(d Digest, now int64) {
+	r.History = slices.DeleteFunc(r.History, func(p Past) bool { return p.Digest == d })
+	r.History = append(r.History, Past{d, now})
+	if n := len(r.History) - MaxHistory; n > 0 {
+		r.History = slices.Clone(r.History[n:])
+	}
+}
+
+// Past finds a digest in the record's history.
+func (r *Record) Past(d Digest) (Past, bool) {
+	for _, p := range r.History {
+		if p.Digest == d {
+			return p, true
+		}
+	}
+	return Past{}, false
+}
+
+// List is the vTPM list in memory.
+type List struct {
+	Generation uint64
+	Records    map[string]*Record // by UUID
+}
+
+// New makes an empty list.
+func New() *List { return &List{Records: map[string]*Record{}} }
+
+// Find gives the record with this UUID or, failing that, this name; nil when
+// there is none. A name is looked up only because admins use it.
+func (l *List) Find(vm string) *Record {
+	if r := l.Records[strings.ToLower(vm)]; r != nil {
+		return r
+	}
+	for _, r := range l.Records {
+		if r.Name == vm {
+			return r
+		}
+	}
+	return nil
+}
+
+// Header is what can be read of a list file without its key.
+type Header struct {
+	Version    uint16
+	KeyID      [8]byte
+	Generation uint64
+}
+
+const (
+	magic      = "VTRLIST\n"
+	version    = 1
+	headerSize = 8 + 2 + 2 + 8 + 8 + NonceSize
+)
+
+// Errors of Decode.
+var (
+	ErrFormat  = errors.New("not a vTPM list")
+	ErrVersion = errors.New("a vTPM list of a newer version")
+	ErrKey     = errors.New("not written under this list key, or altered")
+)
+
+var encMode, decMode = modes()
+
+func modes() (cbor.EncMode, cbor.DecMode) {
+	e, err := cbor.CoreDetEncOptions().EncMode()
+	if err != nil {
+		panic(err)
+	}
+	d, err := cbor.DecOptions{
+		DupMapKey: cbor.DupMapKeyEnforcedAPF, IndefLength: cbor.IndefLengthForbidden, TagsMd: cbor.TagsForbidden,
+		MaxArrayElements: MaxRecords, MaxMapPairs: 64, MaxNestedLevels: 8, ExtraReturnErrors: cbor.ExtraDecErrorUnknownField,
+	}.DecMode()
+	if err != nil {
+		panic(err)
+	}
+	return e, d
+}
+
+// subkey derives the key of one use from the list key.
+func subkey(listKey []byte, use string) (cipher.AEAD, error) {
+	if len(listKey) != KeySize {
+		return nil, fmt.Errorf("a list key is %d bytes, not %d", KeySize, len(listKey))
+	}
+	k, err := hkdf.Key(sha256.New, listKey, nil, use, 32)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(k)
+	b, err := aes.NewCipher(k)
+	if err != nil {
+		return nil, err
+	}
+	return cipher.NewGCM(b)
+}
+
+func keyID(listKey []byte) (id [8]byte) {
+	k, err := hkdf.Key(sha256.New, listKey, nil, "virt-trust/list/key-id/v1", len(id))
+	if err == nil {
+		copy(id[:], k)
+	}
+	return id
+}
+
+// Encode seals the list under its key with a nonce of NonceSize fresh bytes.
+func (l *List) Encode(listKey, nonce []byte) ([]byte, error) {
+	if len(nonce) != NonceSize {
+		return nil, fmt.Errorf("a nonce is %d bytes, not %d", NonceSize, len(nonce))
+	}
+	if len(l.Records) > MaxRecords {
+		return nil, fmt.Errorf("%d records are more than a list holds", len(l.Records))
+	}
+	aead, err := subkey(listKey, "virt-trust/list/v1")
+	if err != nil {
+		return nil, err
+	}
+	records := make([]*Record, 0, len(l.Records))
+	for _, id := range slices.Sorted(maps.Keys(l.Records)) {
+		records = append(records, l.Records[id])
+	}
+	body, err := encMode.Marshal(records)
+	if err != nil {
+		return nil, err
+	}
+	id := keyID(listKey)
+	h := make([]byte, 0, headerSize+len(body)+aead.Overhead())
+	h = append(h, magic...)
+	h = binary.BigEndian.AppendUint16(h, version)
+	h = binary.BigEndian.AppendUint16(h, headerSize)
+	h = append(h, id[:]...)
+	h = binary.BigEndian.AppendUint64(h, l.Generation)
+	h = append(h, nonce...)
+	return aead.Seal(h, nonce, body, h[:headerSize]), nil
+}
+
+// UntrustedHeader reads the header of a list file, which only Decode checks.
+func UntrustedHeader(b []byte) (Header, error) {
+	var h Header
+	if len(b) < headerSize || string(b[:8]) != magic {
+		return h, ErrFormat
+	}
+	h.Version = binary.BigEndian.Uint16(b[8:])
+	copy(h.KeyID[:], b[12:])
+	h.Generation = binary.BigEndian.Uint64(b[20:])
+	if h.Version != version {
+		return h, fmt.Errorf("%w (%d)", ErrVersion, h.Version)
+	}
+	if binary.BigEndian.Uint16(b[10:]) != headerSize {
+		return h, ErrFormat
+	}
+	return h, nil
+}
+
+// Decode opens a sealed list. Errors: ErrFormat, ErrVersion, ErrKey.
+func Decode(b, listKey []byte) (*List, error) {
+	h, err := UntrustedHeader(b)
+	if err != nil {
+		return nil, err
+	}
+	if len(b) > MaxFile {
+		return nil, fmt.Errorf("%w: %d bytes long", ErrFormat, len(b))
+	}
+	aead, err := subkey(listKey, "virt-trust/list/v1")
+	if err != nil {
+		return nil, err
+	}
+	if h.KeyID != keyID(listKey) {
+		return nil, fmt.Errorf("%w: its key is another one", ErrKey)
+	}
+	body, err := aead.Open(nil, b[headerSize-NonceSize:headerSize], b[headerSize:], b[:headerSize])
+	if err != nil {
+		return nil, ErrKey
+	}
+	var records []*Record
+	if err := decMode.Unmarshal(body, &records); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrFormat, err)
+	}
+	l := New()
+	l.Generation = h.Generation
+	for _, r := range records {
+		if r == nil || r.UUID == "" || len(r.History) > MaxHistory {
+			return nil, fmt.Errorf("%w: a record that is none", ErrFormat)
+		}
+		if _, twice := l.Records[r.UUID]; twice {
+			return nil, fmt.Errorf("%w: two records of one VM", ErrFormat)
+		}
+		l.Records[r.UUID] = r
+	}
+	return l, nil
+}
