@@ -322,3 +322,6 @@ func Decode(b, listKey []byte) (*List, error) {
 	}
 	return l, nil
 }
+
+// DigestOf is the SHA-256 digest of b.
+func DigestOf(b []byte) Digest { return sha256.Sum256(b) }
