@@ -1,0 +1,109 @@
+package statedir
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// unixStat is what os.FileInfo.Sys holds on Linux.
+type unixStat = syscall.Stat_t
+
+// Watcher tells of state files that swtpm has renamed into their place.
+type Watcher struct {
+	f  *os.File
+	fd int // of f, whose Fd would make it block
+	mu sync.Mutex
+	wd map[int32]string
+}
+
+// NewWatcher starts a watcher. settled is called, from one goroutine, with a
+// folder after one or more of its state files were written; overflow when the
+// kernel lost count, after which any folder may have been written.
+func NewWatcher(settled func(dir string), overflow func()) (*Watcher, error) {
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("inotify: %w", err)
+	}
+	w := &Watcher{f: os.NewFile(uintptr(fd), "inotify"), fd: fd, wd: map[int32]string{}}
+	go w.run(settled, overflow)
+	return w, nil
+}
+
+// Add watches a folder. To add it twice does nothing.
+func (w *Watcher) Add(dir string) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	wd, err := unix.InotifyAddWatch(w.fd, dir, unix.IN_MOVED_TO|unix.IN_ONLYDIR|unix.IN_DONT_FOLLOW)
+	if err != nil {
+		return fmt.Errorf("watching %s: %w", dir, err)
+	}
+	w.wd[int32(wd)] = dir
+	return nil
+}
+
+// Remove stops watching a folder.
+func (w *Watcher) Remove(dir string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for wd, d := range w.wd {
+		if d == dir {
+			// An error means that the folder is gone, and the watch with it.
+			_, _ = unix.InotifyRmWatch(w.fd, uint32(wd))
+			delete(w.wd, wd)
+		}
+	}
+}
+
+// Close ends the watcher.
+func (w *Watcher) Close() error { return w.f.Close() }
+
+func (w *Watcher) run(settled func(string), overflow func()) {
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := w.f.Read(buf)
+		if err != nil {
+			return
+		}
+		dirs, lost := map[string]bool{}, false
+		for b := buf[:n]; len(b) >= unix.SizeofInotifyEvent; {
+			wd := int32(binary.NativeEndian.Uint32(b))
+			mask := binary.NativeEndian.Uint32(b[4:])
+			size := unix.SizeofInotifyEvent + int(binary.NativeEndian.Uint32(b[12:]))
+			if size > len(b) {
+				break
+			}
+			name := string(trimNUL(b[unix.SizeofInotifyEvent:size]))
+			b = b[size:]
+			lost = lost || mask&unix.IN_Q_OVERFLOW != 0
+			w.mu.Lock()
+			dir, ok := w.wd[wd]
+			if mask&unix.IN_IGNORED != 0 {
+				delete(w.wd, wd)
+			}
+			w.mu.Unlock()
+			if ok && name == StateFile(dir) {
+				dirs[dir] = true
+			}
+		}
+		for dir := range dirs {
+			settled(dir)
+		}
+		if lost {
+			overflow()
+		}
+	}
+}
+
+func trimNUL(b []byte) []byte {
+	for i, c := range b {
+		if c == 0 {
+			return b[:i]
+		}
+	}
+	return b
+}
