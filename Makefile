@@ -1,0 +1,117 @@
+# make build    programs and completion, to bin/
+# make install  to DESTDIR (default: none) under prefix (/usr)
+# make deb      dist/virt-trust_VERSION_amd64.deb
+# make lint-deb what lintian says of it
+# make test     everything, test hosts included; as root
+# make check    the fast part of it, as anyone
+# make demo     a guarded VM on a private test host, and an attack on it
+# make bench    guarded against plain libvirt, as ratios
+# make soak     starts, stops and crashes for a long time
+# make fuzz     every fuzzer for FUZZTIME (10m)
+# make clean
+
+VERSION := $(shell sed -n '1s/.*(\(.*\)).*/\1/p' packaging/changelog)
+# Dates in packages are the changelog's, so that a build can be repeated.
+export SOURCE_DATE_EPOCH := $(shell date -u +%s -d "$$(sed -n 's/^ -- .*>  //p' packaging/changelog | head -n1)")
+export CGO_ENABLED := 0
+
+DESTDIR ?=
+prefix ?= /usr
+bindir = $(prefix)/bin
+libexecdir = $(prefix)/libexec/virt-trust
+datadir = $(prefix)/share
+unitdir = $(prefix)/lib/systemd/system
+sysconfdir = /etc
+FUZZTIME ?= 10m
+
+GO ?= go
+GOFLAGS_BUILD = -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
+
+# program:its main package; virt-trust makes its own completion
+MAINS = virt-trust:helper/virt-trust virt-trustd:helper/virt-trustd virt-trust-hook:hooks/qemu virt-trust-wrapper:wrapper
+LIBEXEC = virt-trustd virt-trust-hook virt-trust-wrapper
+MAN = $(wildcard packaging/man/*.[1-8])
+
+.PHONY: build install deb lint-deb test check demo bench soak fuzz clean help
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+build:
+	@mkdir -p bin
+	@set -e; for m in $(MAINS); do \
+		ls $${m#*:}/*.go >/dev/null 2>&1 || { echo "no main in $${m#*:}: left out" >&2; continue; }; \
+		echo "go build $${m%%:*}"; $(GO) build $(GOFLAGS_BUILD) -o bin/$${m%%:*} ./$${m#*:}; \
+	done
+	@[ ! -x bin/virt-trust ] || bin/virt-trust completion bash > bin/virt-trust.bash
+
+INSTALL = install -D -p -m 644
+INSTALL_PROGRAM = install -D -p -m 755
+
+install: build
+	@set -e; [ ! -e bin/virt-trust ] || $(INSTALL_PROGRAM) bin/virt-trust $(DESTDIR)$(bindir)/virt-trust; \
+	for p in $(LIBEXEC); do \
+		[ ! -e bin/$$p ] || $(INSTALL_PROGRAM) bin/$$p $(DESTDIR)$(libexecdir)/$$p; \
+	done
+	install -d $(DESTDIR)$(libexecdir)/bin
+	ln -sf ../virt-trust-wrapper $(DESTDIR)$(libexecdir)/bin/swtpm
+	ln -sf ../virt-trust-wrapper $(DESTDIR)$(libexecdir)/bin/swtpm_setup
+	$(INSTALL_PROGRAM) hooks/qemu.d/50-virt-trust $(DESTDIR)$(sysconfdir)/libvirt/hooks/qemu.d/50-virt-trust
+	$(INSTALL) packaging/virt-trustd.toml $(DESTDIR)$(sysconfdir)/virt-trust/virt-trustd.toml
+	$(INSTALL) packaging/apparmor/virt-trust $(DESTDIR)$(sysconfdir)/apparmor.d/virt-trust
+	$(INSTALL) packaging/apparmor/virt-trust-libvirtd $(DESTDIR)$(sysconfdir)/apparmor.d/abstractions/virt-trust-libvirtd
+	$(INSTALL) packaging/apparmor/virt-trust-libvirt-qemu $(DESTDIR)$(sysconfdir)/apparmor.d/abstractions/virt-trust-libvirt-qemu
+	$(INSTALL) systemd/virt-trustd.service $(DESTDIR)$(unitdir)/virt-trustd.service
+	$(INSTALL) systemd/50-virt-trust.conf $(DESTDIR)$(unitdir)/libvirtd.service.d/50-virt-trust.conf
+	$(INSTALL) systemd/50-virt-trust.conf $(DESTDIR)$(unitdir)/virtqemud.service.d/50-virt-trust.conf
+	$(INSTALL) packaging/virt-trust.sysusers $(DESTDIR)$(prefix)/lib/sysusers.d/virt-trust.conf
+	$(INSTALL) packaging/virt-trust.tmpfiles $(DESTDIR)$(prefix)/lib/tmpfiles.d/virt-trust.conf
+	$(INSTALL) dbus/org.virttrust1.conf $(DESTDIR)$(datadir)/dbus-1/system.d/org.virttrust1.conf
+	$(INSTALL) dbus/org.virttrust1.service $(DESTDIR)$(datadir)/dbus-1/system-services/org.virttrust1.service
+	$(INSTALL) dbus/org.virttrust1.xml $(DESTDIR)$(datadir)/dbus-1/interfaces/org.virttrust1.xml
+	$(INSTALL) packaging/org.virttrust1.policy $(DESTDIR)$(datadir)/polkit-1/actions/org.virttrust1.policy
+	@[ ! -e bin/virt-trust.bash ] || $(INSTALL) bin/virt-trust.bash $(DESTDIR)$(datadir)/bash-completion/completions/virt-trust
+	@set -e; for m in $(MAN); do $(INSTALL) $$m $(DESTDIR)$(datadir)/man/man$${m##*.}/$${m##*/}; done
+	@[ $(libexecdir) = /usr/libexec/virt-trust ] || sed -i 's|/usr/libexec/virt-trust|$(libexecdir)|g' \
+		$(addprefix $(DESTDIR)$(unitdir)/,virt-trustd.service libvirtd.service.d/50-virt-trust.conf virtqemud.service.d/50-virt-trust.conf) \
+		$(addprefix $(DESTDIR)$(sysconfdir)/,libvirt/hooks/qemu.d/50-virt-trust apparmor.d/virt-trust \
+			apparmor.d/abstractions/virt-trust-libvirtd apparmor.d/abstractions/virt-trust-libvirt-qemu)
+
+deb: build
+	packaging/debian/build
+
+lint-deb: deb
+	lintian --fail-on error dist/virt-trust_$(VERSION)_amd64.deb
+
+check:
+	@unformatted=$$(gofmt -l helper hooks internal wrapper); [ -z "$$unformatted" ] || { echo "gofmt wants: $$unformatted" >&2; exit 1; }
+	$(GO) vet ./...
+	$(GO) test $$($(GO) list ./... | grep -v /internal/lab)
+
+test:
+	@[ "$$(id -u)" = 0 ] || { echo "make test boots test hosts, so it needs root; make check does not" >&2; exit 1; }
+	@[ ! -x internal/lab/install-packages.sh ] || internal/lab/install-packages.sh
+	$(MAKE) check
+	$(MAKE) lint-deb
+	VIRT_TRUST_LAB=1 $(GO) test -count=1 -timeout 50m ./internal/lab/...
+
+demo: deb
+	internal/lab/demo
+
+bench:
+	VIRT_TRUST_LAB=1 $(GO) test -count=1 -timeout 60m -run '^$$' -bench . ./internal/lab/...
+
+soak:
+	VIRT_TRUST_LAB=1 VIRT_TRUST_SOAK=1 $(GO) test -count=1 -timeout 24h -run Soak -v ./internal/lab/...
+
+# go test takes one fuzzer of one package at a time
+fuzz:
+	@set -e; grep -rl --include='*_test.go' '^func Fuzz' internal | sort | while read -r f; do \
+		for name in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$f); do \
+			echo "$$name in $${f%/*}"; \
+			$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) ./$${f%/*} </dev/null; \
+		done; \
+	done
+
+clean:
+	rm -rf bin dist
