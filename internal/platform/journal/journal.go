@@ -1,0 +1,120 @@
+// Package journal takes log entries to journald, in its native protocol, so
+// that an entry's fields are the journal's fields: vm_uuid becomes
+// VIRT_TRUST_VM_UUID. What an operator would be woken for has a MESSAGE_ID,
+// explained in packaging/virt-trust.catalog (journalctl -x).
+package journal
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/coreos/go-systemd/v22/journal"
+	"github.com/sirupsen/logrus"
+)
+
+// Names of fields that several programs log.
+const (
+	VM        = "vm_uuid"
+	VMName    = "vm_name"
+	Operation = "operation"
+	Reason    = "reason" // a reason.Code
+	// ID marks an entry as one of the events below.
+	ID = "message_id"
+)
+
+// Event is a MESSAGE_ID (sd-id128(3)), never changed and never used again.
+type Event string
+
+// The events, each with its entry in the catalog.
+const (
+	Refused         Event = "171bd3d1921c41d1900557a6c3f5ba00" // an operation was refused
+	WouldRefuse     Event = "ecbdd6dc31bf446f8161e9436aa3d7a6" // and would have been, were the mode not audit
+	VMCreated       Event = "06dc59e349f648b5b9739b8300c7ec56" // a new VM was taken into the list
+	VMAdopted       Event = "0c8120fcd7d14492970d3047c13d72c0" // a VM with a vTPM of its own was
+	VMReleased      Event = "24d05b410ac0433788b29f2cdb7828ac" // a VM was given back to plain libvirt
+	VMDeleted       Event = "156e330f27f042c793a1cf76f6c4deeb" // record and keys of a VM are gone
+	StateRecovered  Event = "b0597119a95e49b5ad41b458c84dc16f" // vTPM state after a crash was accepted
+	TPMAway         Event = "77851029c0fd435ca4cbe55ad2a9bfac" // the host's TPM does not answer
+	TPMBack         Event = "c0526ed056244322bfd5a503ee977ad4" // it does again
+	HostNotApproved Event = "f77a3ff4dc2d49b6a2c412df755ee114" // the list key is not released in this state
+	ListDamaged     Event = "60ec7388451b42aaae3639875c287b57" // the vTPM list is missing, damaged or old
+	Provisioned     Event = "335de8f2f328446b995cf8020814730b" // keys were made in the host's TPM
+	KeysGranted     Event = "0cd3f62e16c544fbb99610e01504132f" // vTPM keys were handed to swtpm
+)
+
+// New makes the logger of a daemon or a command: to the journal when stderr
+// already leads there (sd_journal_stream_fd(3)), else as text to stderr.
+func New(identifier string) *logrus.Logger {
+	l := logrus.New()
+	if ok, err := journal.StderrIsJournalStream(); ok && err == nil {
+		native(l, identifier)
+	}
+	return l
+}
+
+// Quiet makes the logger of a program whose stderr is somebody's answer, as
+// the hook's and the wrapper's are: to the journal if there is one, else nowhere.
+func Quiet(identifier string) *logrus.Logger {
+	l := logrus.New()
+	native(l, identifier)
+	return l
+}
+
+func native(l *logrus.Logger, identifier string) {
+	l.Out = io.Discard
+	l.Formatter = nothing{}
+	l.AddHook(sender(identifier))
+}
+
+// nothing spares the work of formatting what is discarded.
+type nothing struct{}
+
+func (nothing) Format(*logrus.Entry) ([]byte, error) { return nil, nil }
+
+// sender is the logrus hook; its value is SYSLOG_IDENTIFIER.
+type sender string
+
+func (sender) Levels() []logrus.Level { return logrus.AllLevels }
+
+// Fire drops what journald does not take: logging never fails its program.
+func (s sender) Fire(e *logrus.Entry) error {
+	vars := map[string]string{"SYSLOG_IDENTIFIER": string(s), "SYSLOG_PID": fmt.Sprint(os.Getpid())}
+	for k, v := range e.Data {
+		vars[fieldName(k)] = fmt.Sprint(v)
+	}
+	_ = journal.Send(e.Message, priority(e.Level), vars)
+	return nil
+}
+
+// fieldName keeps to systemd.journal-fields(7): A-Z, 0-9 and _, 64 bytes.
+func fieldName(key string) string {
+	if key == ID {
+		return "MESSAGE_ID"
+	}
+	name := "VIRT_TRUST_" + strings.Map(func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z':
+			return r - 'a' + 'A'
+		case r >= 'A' && r <= 'Z', r >= '0' && r <= '9':
+			return r
+		}
+		return '_'
+	}, key)
+	return name[:min(len(name), 64)]
+}
+
+func priority(l logrus.Level) journal.Priority {
+	switch l {
+	case logrus.PanicLevel, logrus.FatalLevel:
+		return journal.PriCrit
+	case logrus.ErrorLevel:
+		return journal.PriErr
+	case logrus.WarnLevel:
+		return journal.PriWarning
+	case logrus.InfoLevel:
+		return journal.PriInfo
+	}
+	return journal.PriDebug
+}
