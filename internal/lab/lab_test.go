@@ -1,0 +1,68 @@
+package lab
+
+import (
+	"strings"
+	"testing"
+)
+
+// TestPlainLibvirt shows that a host does what scenarios rest on: real
+// libvirt, a guest that keeps a secret in its vTPM, and a search of the disk
+// that finds what plain libvirt leaves there in the clear.
+func TestPlainLibvirt(t *testing.T) {
+	Require(t)
+	h := NewHost(t, HostOptions{Name: "plain"})
+
+	t.Run("the host's TPM", func(t *testing.T) {
+		h := h.In(t)
+		read := func() string {
+			return h.Must("tpm2_pcrread", "-T", "swtpm:path="+TPMSocket, "sha256:7")
+		}
+		before := read()
+		h.ExtendPCR(7)
+		if read() == before {
+			t.Errorf("PCR 7 is as before: %s", before)
+		}
+		h.RestartTPM()
+		if after := read(); after != before {
+			t.Errorf("PCR 7 after a restart: %s, not %s", after, before)
+		}
+	})
+
+	t.Run("a guest's secret", func(t *testing.T) {
+		h := h.In(t)
+		g := h.NewVM(VM{Name: "sealer", TPM: true, Disk: "qcow2"})
+		g.Start()
+		const secret = "the guest's own secret"
+		if got := g.Ask("seal " + secret); got != "sealed "+secret {
+			t.Fatalf("seal: %s", got)
+		}
+		ek := g.Ask("ek")
+		g.Shutdown()
+		g.Start()
+		if got := g.Ask("unseal"); got != "unsealed "+secret {
+			t.Errorf("unseal after a restart: %s", got)
+		}
+		if got := g.Ask("ek"); got != ek {
+			t.Errorf("EK after a restart: %s, not %s", got, ek)
+		}
+		if got := g.Ask("extend 12"); got != "extended 12" {
+			t.Errorf("extend: %s", got)
+		}
+		if got := g.Ask("unseal"); !strings.HasPrefix(got, "unseal failed") {
+			t.Errorf("unseal with other PCRs: %s", got)
+		}
+		g.Say("reboot")
+		g.Expect("VT: ready")
+		if got := g.Ask("unseal"); got != "unsealed "+secret {
+			t.Errorf("unseal after a reboot: %s", got)
+		}
+		g.Destroy()
+		found := h.SearchDisk(Mask(secret))
+		if len(found) < 2 || found[0] != g.StateDir()+"/tpm2-00.permall" {
+			t.Errorf("plain libvirt leaves the vTPM in the clear; found only at %q", found)
+		}
+		if found := h.SearchDisk([]byte(randomHex(16))); len(found) > 0 {
+			t.Errorf("found what is nowhere: %q", found)
+		}
+	})
+}

@@ -1,0 +1,44 @@
+package lab
+
+import "fmt"
+
+// ExtendPCR extends a PCR (bank sha256) of the host's TPM, as a boot into
+// another state would.
+func (h *Host) ExtendPCR(pcr int) {
+	h.t.Helper()
+	h.Must("tpm2_pcrextend", "-T", "swtpm:path="+TPMSocket, fmt.Sprintf("%d:sha256=%s", pcr, randomHex(32)))
+}
+
+// RestartTPM does to the TPM what a reboot of the host does: the PCRs start
+// anew, connections break.
+func (h *Host) RestartTPM() {
+	h.t.Helper()
+	h.Must("systemctl", "restart", "hosttpm.service", "hosttpm-mux.service")
+}
+
+// StopTPM takes the TPM away; StartTPM brings it back, with new PCRs.
+func (h *Host) StopTPM() {
+	h.t.Helper()
+	h.Must("systemctl", "stop", "hosttpm-mux.service", "hosttpm.service")
+}
+
+// StartTPM is the end of StopTPM.
+func (h *Host) StartTPM() {
+	h.t.Helper()
+	h.Must("systemctl", "start", "hosttpm.service", "hosttpm-mux.service")
+}
+
+// ClearTPM clears the TPM by its platform hierarchy, as firmware does: all
+// that belongs to the owner is gone.
+func (h *Host) ClearTPM() {
+	h.t.Helper()
+	h.Must("tpm2_clear", "-T", "swtpm:path="+TPMSocket, "-c", "p")
+}
+
+// ReplaceTPM puts another, new TPM into the host.
+func (h *Host) ReplaceTPM() {
+	h.t.Helper()
+	h.StopTPM()
+	h.Shell("rm -rf " + tpmState + "/*")
+	h.StartTPM()
+}

@@ -1,0 +1,96 @@
+// Command tpmmux lets many clients use a swtpm, which serves one at a time:
+// it accepts on one unix socket and forwards whole commands over its single
+// connection to the other. It does not keep clients' objects apart, as
+// /dev/tpmrm0 does: a client that leaves handles behind fills the TPM, and a
+// test shall notice.
+package main
+
+import (
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"time"
+)
+
+func main() {
+	if err := run(os.Args[1], os.Args[2]); err != nil {
+		fmt.Fprintln(os.Stderr, "tpmmux:", err)
+		os.Exit(1)
+	}
+}
+
+func run(listen, swtpm string) error {
+	var tpm net.Conn
+	var err error
+	for range 250 {
+		if tpm, err = net.Dial("unix", swtpm); err == nil {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	if err != nil {
+		return err
+	}
+	os.Remove(listen)
+	l, err := net.Listen("unix", listen)
+	if err != nil {
+		return err
+	}
+	// Like /dev/tpmrm0 in Debian: root and nobody else.
+	if err := os.Chmod(listen, 0o600); err != nil {
+		return err
+	}
+	if conn, err := net.Dial("unixgram", os.Getenv("NOTIFY_SOCKET")); err == nil {
+		conn.Write([]byte("READY=1"))
+		conn.Close()
+	}
+	var mu sync.Mutex
+	for {
+		client, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer client.Close()
+			for {
+				command, err := message(client)
+				if err != nil {
+					return
+				}
+				mu.Lock()
+				_, err = tpm.Write(command)
+				var response []byte
+				if err == nil {
+					response, err = message(tpm)
+				}
+				mu.Unlock()
+				if err != nil {
+					fmt.Fprintln(os.Stderr, "tpmmux: swtpm:", err)
+					os.Exit(1)
+				}
+				if _, err := client.Write(response); err != nil {
+					return
+				}
+			}
+		}()
+	}
+}
+
+// message reads one command or response: tag (2 bytes), size (4 bytes), rest.
+// TPM 2.0 Library, Part 1, 18.
+func message(r io.Reader) ([]byte, error) {
+	header := make([]byte, 10)
+	if _, err := io.ReadFull(r, header); err != nil {
+		return nil, err
+	}
+	size := binary.BigEndian.Uint32(header[2:])
+	if size < 10 || size > 1<<16 {
+		return nil, fmt.Errorf("message of %d bytes", size)
+	}
+	b := append(header, make([]byte, size-10)...)
+	_, err := io.ReadFull(r, b[10:])
+	return b, err
+}
