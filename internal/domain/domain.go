@@ -15,6 +15,7 @@ import (
 	"io"
 	"path"
 	"slices"
+	"unicode/utf8"
 
 	"libvirt.org/go/libvirtxml"
 )
@@ -70,6 +71,9 @@ func HasEmulatorTPM(xml []byte) bool { return bytes.Contains(xml, []byte("<tpm")
 func Parse(doc []byte) (*Facts, error) {
 	if len(doc) > MaxXML {
 		return nil, fmt.Errorf("domain XML has more than %d bytes", MaxXML)
+	}
+	if !utf8.Valid(doc) || bytes.IndexByte(doc, 0) >= 0 {
+		return nil, errors.New("domain XML is not UTF-8 text")
 	}
 	dec := xml.NewTokenDecoder(&shallow{tokens: xml.NewDecoder(bytes.NewReader(doc))})
 	f := &Facts{}

@@ -1,0 +1,19 @@
+// Command virt-trust-wrapper runs under the names swtpm and swtpm_setup.
+package main
+
+import (
+	"os"
+
+	"virt-trust/internal/platform/journal"
+	"virt-trust/internal/wrap"
+)
+
+func main() {
+	w := wrap.Wrapper{
+		Args: os.Args, Env: os.Environ(), Path: os.Getenv("PATH"), Self: "/proc/self/exe",
+		Stderr: os.Stderr,
+		Log:    journal.Quiet("virt-trust-wrapper"),
+		Redeem: wrap.Redeem,
+	}
+	os.Exit(w.Run())
+}
