@@ -45,7 +45,7 @@ func cgroupDirs(name string) []string {
 		}
 		controller, _, _ := strings.Cut(part[1], ",")
 		if mount, ok := mounts[controller]; ok {
-			dirs = append(dirs, filepath.Join(mount, part[2], "virt-trust-lab", name))
+			dirs = append(dirs, filepath.Join(mount, part[2], "virt-trust-lab-"+name))
 		}
 	}
 	return dirs
@@ -76,6 +76,5 @@ func removeCgroups(name string) {
 		for i := len(all) - 1; i >= 0; i-- {
 			os.Remove(all[i])
 		}
-		os.Remove(filepath.Dir(dir)) // only when it was the last host
 	}
 }

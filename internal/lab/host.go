@@ -117,10 +117,11 @@ func (m *machine) create() error {
 	return nil
 }
 
-// bootScript runs in a new mount namespace. Arguments: the host's folder, a
+// bootScript runs in new namespaces of mounts and processes. Arguments: the host's folder, a
 // number of cgroup folders, that many folders, systemd-nspawn's command line.
 const bootScript = `set -e
 cd "$1"; n=$2; shift 2
+mount -t proc proc /proc
 while [ $n -gt 0 ]; do echo $$ >"$1/cgroup.procs" || :; shift; n=$((n-1)); done
 mkdir -p disk root
 mount -o loop,noinit_itable disk.img disk
@@ -150,8 +151,11 @@ func (m *machine) boot() error {
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Setsid:       true,
-		Unshareflags: syscall.CLONE_NEWNS, // Go makes it private
-		Pdeathsig:    syscall.SIGKILL,     // and nspawn's own takes the host along
+		Unshareflags: syscall.CLONE_NEWNS, // which Go makes private
+		// nspawn's death alone leaves its host running; that of the first
+		// process of a namespace takes all others along.
+		Cloneflags: syscall.CLONE_NEWPID,
+		Pdeathsig:  syscall.SIGKILL,
 	}
 	stderr := new(bytes.Buffer)
 	cmd.Stderr = stderr
@@ -232,7 +236,7 @@ func childInit(nspawn int) int {
 		status, _ := os.ReadFile("/proc/" + child + "/status")
 		for _, line := range strings.Split(string(status), "\n") {
 			pids := strings.Fields(strings.TrimPrefix(line, "NSpid:"))
-			if strings.HasPrefix(line, "NSpid:") && len(pids) == 2 && pids[1] == "1" {
+			if strings.HasPrefix(line, "NSpid:") && len(pids) == 3 && pids[2] == "1" {
 				pid, _ := strconv.Atoi(child)
 				return pid
 			}
