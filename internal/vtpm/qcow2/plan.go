@@ -44,7 +44,7 @@ func (h *Header) SetLabel(payload []byte) (Plan, error) {
 	if err := h.mayWrite(); err != nil {
 		return nil, err
 	}
-	if h.sizeForQEMU(len(payload)) > h.ClusterSize {
+	if !h.hasRoom(len(payload)) {
 		return nil, h.noRoom(len(payload))
 	}
 	return h.rewrite(payload)
@@ -94,28 +94,39 @@ func (h *Header) mayWrite() error {
 	return nil
 }
 
-// sizeForQEMU is what the header will take with a label of n bytes when QEMU
-// next rewrites it, which it must be able to do: it fails where the first
-// cluster does not hold everything. QEMU writes a header of 112 bytes (also when
-// it makes a version 3 image of a version 2 one), a feature name table of its
-// own if clusters are above 4 KiB, and may add persistent bitmaps.
-func (h *Header) sizeForQEMU(n int) int {
+// hasRoom says whether a label of n bytes fits: with all that QEMU will want to
+// put into the first cluster, and so that a label of its size can replace it.
+func (h *Header) hasRoom(n int) bool {
+	// QEMU writes a header of 112 bytes (also when it makes a version 3 image of
+	// a version 2 one), a feature name table of its own if clusters are above
+	// 4 KiB, and may add persistent bitmaps. Where the first cluster does not
+	// hold everything, it fails.
 	const (
 		headerLength = 112
 		featureTable = wordSize + 12*48 // QEMU 10 has 8 entries
 		bitmaps      = wordSize + 24
 	)
-	size := max(h.Length, headerLength) + wordSize + align(n) + bitmaps + wordSize + len(h.BackingName)
+	others := max(h.Length, headerLength)
 	if h.ClusterSize > 4096 {
-		size += featureTable
+		others += featureTable
 	}
+	hasBitmaps := false
 	for _, e := range h.Extensions {
-		replaced := e.Type == bitmapsType || e.Type == featureTableType && h.ClusterSize > 4096
-		if !ours(e) && !replaced {
-			size += e.size()
+		if !ours(e) && !(e.Type == featureTableType && h.ClusterSize > 4096) {
+			others += e.size()
 		}
+		hasBitmaps = hasBitmaps || e.Type == bitmapsType
 	}
-	return size
+	name, tail := len(h.BackingName), wordSize+align(n)+wordSize
+
+	forQEMU := others + tail + name
+	if !hasBitmaps {
+		forQEMU += bitmaps
+	}
+	// To replace it there must be room for a second tail and, beyond that and
+	// beyond the name's present place, for the name.
+	forUs := align(others+tail+max(tail, name)) + name
+	return forQEMU <= h.ClusterSize && forUs <= len(h.first)
 }
 
 func (h *Header) noRoom(n int) error {
@@ -126,10 +137,26 @@ func (h *Header) noRoom(n int) error {
 // rewrite replaces the tail of the chain of extensions: all from our first
 // extension on, or else the end marker alone. The new tail holds what others
 // have there, the label if there is to be one, and an end marker.
+//
+// After a power cut it also finds our extension to be skipped, where it has put
+// it or, behind the label, where QEMU has.
 func (h *Header) rewrite(payload []byte) (Plan, error) {
-	at := h.end
+	if last := len(h.Extensions) - 1; last >= 0 && h.Extensions[last].Type == skipType {
+		cut := Plan{{{h.Extensions[last].Offset, word(0, 0)}}}
+		shorter, err := Parse(cut.Apply(h.first))
+		if err != nil {
+			return nil, err
+		}
+		plan, err := shorter.rewrite(payload)
+		return append(cut, plan...), err
+	}
+
+	at, skipped := h.end, 0
 	if i := slices.IndexFunc(h.Extensions, ours); i >= 0 {
 		at = h.Extensions[i].Offset
+		if h.Extensions[i].Type == skipType {
+			skipped = h.Extensions[i].size()
+		}
 	}
 	var tail []byte
 	for _, e := range h.Extensions {
@@ -149,10 +176,10 @@ func (h *Header) rewrite(payload []byte) (Plan, error) {
 		return h.wiped(nil, now, h.backingOffset), nil
 	}
 
-	// Room: the new tail, and where it replaces something that is more than an
-	// end marker, a second copy of it beyond the old one.
+	// Room: the new tail, and where it replaces something that counts, a second
+	// copy of it beyond the old one.
 	second := at
-	if at != h.end && len(tail) > wordSize {
+	if at != h.end && len(tail) > max(wordSize, skipped) {
 		second = max(now, at+len(tail))
 	}
 	plan, nameAt := Plan(nil), h.backingOffset
