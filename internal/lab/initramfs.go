@@ -9,17 +9,23 @@ import (
 	"sync"
 )
 
+// unpacked is where install-packages.sh puts a kernel for guests when the
+// machine has none installed.
+const unpacked = "/var/cache/virt-trust-lab"
+
 // guestKernel finds Debian's cloud kernel: a small one with the TPM drivers
 // built in. It gives the kernel and the folder of its modules.
 func guestKernel() (vmlinuz, modules string, err error) {
-	kernels, _ := filepath.Glob("/boot/vmlinuz-*-cloud-*")
-	for i := len(kernels) - 1; i >= 0; i-- {
-		modules := "/lib/modules/" + strings.TrimPrefix(filepath.Base(kernels[i]), "vmlinuz-")
-		if _, err := os.Stat(modules); err == nil {
-			return kernels[i], modules, nil
+	for _, root := range []string{"/", unpacked} {
+		kernels, _ := filepath.Glob(filepath.Join(root, "boot/vmlinuz-*-cloud-*"))
+		for i := len(kernels) - 1; i >= 0; i-- {
+			modules := filepath.Join(root, "lib/modules", strings.TrimPrefix(filepath.Base(kernels[i]), "vmlinuz-"))
+			if _, err := os.Stat(modules); err == nil {
+				return kernels[i], modules, nil
+			}
 		}
 	}
-	return "", "", fmt.Errorf("no /boot/vmlinuz-*-cloud-*: run internal/lab/install-packages.sh")
+	return "", "", fmt.Errorf("no cloud kernel in /boot or %s/boot: run internal/lab/install-packages.sh", unpacked)
 }
 
 // helpers builds what guests and hosts run, once per process.
