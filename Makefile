@@ -66,6 +66,7 @@ install: build
 	$(INSTALL) systemd/50-virt-trust.conf $(DESTDIR)$(unitdir)/virtqemud.service.d/50-virt-trust.conf
 	$(INSTALL) packaging/virt-trust.sysusers $(DESTDIR)$(prefix)/lib/sysusers.d/virt-trust.conf
 	$(INSTALL) packaging/virt-trust.tmpfiles $(DESTDIR)$(prefix)/lib/tmpfiles.d/virt-trust.conf
+	$(INSTALL) packaging/virt-trust.catalog $(DESTDIR)$(prefix)/lib/systemd/catalog/virt-trust.catalog
 	$(INSTALL) dbus/org.virttrust1.conf $(DESTDIR)$(datadir)/dbus-1/system.d/org.virttrust1.conf
 	$(INSTALL) dbus/org.virttrust1.service $(DESTDIR)$(datadir)/dbus-1/system-services/org.virttrust1.service
 	$(INSTALL) dbus/org.virttrust1.xml $(DESTDIR)$(datadir)/dbus-1/interfaces/org.virttrust1.xml

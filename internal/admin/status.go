@@ -1,0 +1,79 @@
+package admin
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+)
+
+// Status is the answer of virt-trust status.
+type Status struct {
+	Manager
+	Host Host `json:"host"`
+}
+
+func (c *Command) statusCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "status",
+		Short: "Show how virt-trustd, the host's TPM and libvirt stand",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var s Status
+			err := withGuard(cmd.Context(), readTimeout, func(ctx context.Context, g *guard) (err error) {
+				if s.Manager, err = g.manager(ctx); err != nil {
+					return err
+				}
+				s.Host, err = g.host(ctx)
+				return err
+			})
+			if err != nil {
+				return notAppraised(err)
+			}
+			if err := c.print(s, s.write); err != nil {
+				return err
+			}
+			return s.verdict()
+		},
+	}
+}
+
+// verdict: whether a VM that belongs here would start, and would be guarded.
+func (s Status) verdict() error {
+	switch {
+	case s.Host.State == "not-approved" || !s.listKnown():
+		return &exit{code: ExitRefused}
+	case s.Host.State != "ready":
+		return &exit{code: ExitNotAppraised}
+	case s.Libvirt == "restart-needed":
+		return &exit{code: ExitRefused}
+	}
+	return nil
+}
+
+func (s Status) write(w io.Writer) {
+	libvirt := s.Libvirt
+	if libvirt == "restart-needed" {
+		libvirt = "does not use the hook or the wrapper yet: systemctl restart libvirtd (running VMs go on)"
+	}
+	list := s.ListState
+	if s.listKnown() {
+		list = fmt.Sprintf("%s, %s, generation %d", s.ListState, plural(s.VMs, "VM", "VMs"), s.Generation)
+	}
+	tpm := s.Host.Device
+	if s.Host.Manufacturer != "" {
+		tpm += " (" + s.Host.Manufacturer + ")"
+	}
+	fields(w,
+		"virt-trustd", s.Version+", "+s.Mode,
+		"libvirt", libvirt,
+		"Host", s.Host.State,
+		"Problem", s.Host.Problem,
+		"PCRs", s.Host.Bank+" "+numbers(s.Host.PCRs),
+		"PCRs that differ", numbers(s.Host.DifferingPCRs),
+		"TPM", tpm,
+		"vTPM list", list,
+		"List's problem", s.ListProblem,
+	)
+}
