@@ -77,10 +77,11 @@ func change(path string, plan func(*qcow2.Header) (qcow2.Plan, error)) error {
 	if err != nil {
 		return err
 	}
-	defer f.Close() // gives the locks back
+	defer f.Close()
 	if err := lock(f); err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
+	defer unlock(f)
 	header, err := parse(f)
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,6 +19,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"virt-trust/internal/vtpm/label"
+	"virt-trust/internal/vtpm/qcow2"
 )
 
 // need skips on a machine without a tool, and fails in CI.
@@ -104,7 +106,6 @@ func matrix() []image {
 		{name: "backing,long,4k", backing: longName, create: []string{"-o", "cluster_size=4k"}},
 		{name: "backing,1k", backing: "base.qcow2", create: []string{"-o", "cluster_size=1k"}, refused: "no room"},
 		{name: "v2,backing,long", backing: longName, create: []string{"-o", "compat=0.10"}},
-		{name: "v2,luks", secret: "luks", create: []string{"-o", "compat=0.10"}},
 		{name: "v2,aes", secret: "aes", create: []string{"-o", "compat=0.10"}},
 		{name: "everything", backing: longName, create: []string{"-o", "lazy_refcounts=on,extended_l2=on,compression_type=zstd,refcount_bits=64"}},
 	}
@@ -116,6 +117,9 @@ func matrix() []image {
 	}
 	for size := 512; size <= 2<<20; size *= 2 {
 		for _, v := range []string{"0.10", "1.1"} {
+			if v == "0.10" && size > 4096 && size != 64<<10 && size != 2<<20 {
+				continue
+			}
 			i := image{name: fmt.Sprintf("compat=%s,cluster_size=%d", v, size), create: []string{"-o", fmt.Sprintf("compat=%s,cluster_size=%d", v, size)}}
 			if size < 1024 {
 				i.refused = "no room"
@@ -202,7 +206,10 @@ func (i image) info(t *testing.T, path string) map[string]any {
 
 func TestMatrix(t *testing.T) {
 	need(t, "qemu-img", "qemu-io")
-	for _, i := range matrix() {
+	for n, i := range matrix() {
+		if testing.Short() && n%5 != 0 {
+			continue
+		}
 		t.Run(i.name, func(t *testing.T) {
 			t.Parallel()
 			dir := tempDir(t)
@@ -297,11 +304,26 @@ func (i image) rewrites(t *testing.T, dir, path string, check func(after string)
 		i.img(t, path, "amend", []string{"-q", "-o", "lazy_refcounts=on"})
 		check("amend lazy_refcounts=on")
 		i.crash(t, path)
+		if h := header(t, path); h.Incompatible&qcow2.Dirty == 0 && i.name != "data_file_raw" {
+			t.Error("the image is not dirty, as it was to be")
+		}
 		if err := WriteLabel(path, payload(t, 2)); err != nil {
 			t.Fatal(err)
 		}
 		i.img(t, path, "check", []string{"-q", "-r", "all"})
 		check("check -r all of a dirty image")
+		if slices.Contains([]string{"default", "luks", "backing"}, i.name) {
+			i.img(t, path, "amend", []string{"-q", "-o", "compat=0.10,lazy_refcounts=off"})
+			check("amend compat=0.10")
+			if err := WriteLabel(path, payload(t, 3)); err != nil {
+				t.Fatal(err)
+			}
+			if err := WriteLabel(path, payload(t, 2)); err != nil {
+				t.Fatal(err)
+			}
+			i.img(t, path, "amend", []string{"-q", "-o", "compat=1.1"})
+			check("amend compat=1.1")
+		}
 	} else {
 		i.img(t, path, "amend", []string{"-q", "-o", "compat=1.1"})
 		check("amend compat=1.1")
@@ -337,6 +359,20 @@ func (i image) crash(t *testing.T, path string) {
 	if err := c.Run(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGABRT {
 		t.Fatalf("%s: %v", c, err)
 	}
+}
+
+func header(t *testing.T, path string) *qcow2.Header {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	h, err := parse(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h
 }
 
 // tempDir is a folder without a comma in its name, which qemu-img's options
