@@ -23,7 +23,7 @@ import (
 // HostOptions say how a host differs from the usual one.
 type HostOptions struct {
 	Name  string // host name; "host" if empty
-	Deb   string // package to install once it is up
+	Deb   string // package to install once it is up; libvirtd is then restarted
 	NoTPM bool   // no software TPM
 	Share string // a folder of the machine, seen as /share by the host
 	// Setup runs before the first boot; path gives where a file of the host
@@ -74,6 +74,7 @@ func NewHost(t T, opts HostOptions) *Host {
 	t.Logf("host %s is up after %.1f s", opts.Name, m.BootTime.Seconds())
 	if opts.Deb != "" {
 		h.InstallDeb(opts.Deb)
+		h.Must("systemctl", "restart", "libvirtd")
 	}
 	return h
 }
@@ -401,9 +402,14 @@ func (h *Host) ReadFile(path string) []byte {
 	return b
 }
 
-// InstallDeb installs, upgrades or reinstalls a package of the machine.
+// InstallDeb installs, upgrades or reinstalls virt-trust from a file of the
+// machine, with this host's TPM in its configuration.
 func (h *Host) InstallDeb(path string) {
 	h.t.Helper()
+	const config = "/etc/virt-trust/virt-trustd.toml"
+	if _, err := os.Stat(h.Path(config)); errors.Is(err, os.ErrNotExist) {
+		h.WriteFile(config, []byte("[tpm]\ndevice = \""+TPMSocket+"\"\n"), 0o644)
+	}
 	deb, err := os.ReadFile(path)
 	if err != nil {
 		h.t.Fatalf("lab: %v", err)
