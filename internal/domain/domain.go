@@ -62,9 +62,9 @@ type Disk struct {
 	BootOrder uint // of `<boot order=>`, 0 if it has none
 }
 
-// HasEmulatorTPM is a cheap look for `<tpm>`: false only when there surely is
-// no emulated TPM. libvirt writes UTF-8 and the element without a prefix.
-func HasEmulatorTPM(xml []byte) bool { return bytes.Contains(xml, []byte("<tpm")) }
+// HasEmulatorTPM is a cheap look before Parse: false only when there surely is
+// no emulated TPM, since an element's name cannot be spelt in another way.
+func HasEmulatorTPM(xml []byte) bool { return bytes.Contains(xml, []byte("tpm")) }
 
 // Parse reads a domain XML as `virsh dumpxml` and the hook's stdin give it.
 // An error says that it could not be understood.

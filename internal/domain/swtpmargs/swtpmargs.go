@@ -37,6 +37,7 @@ type arg struct {
 	words  []string // as they were
 	joined bool     // --name=value
 	end    bool     // "--": the rest are no options
+	open   bool     // the last word, an option that lacks its value or may lack one
 }
 
 // kind says what becomes of an option.
@@ -117,7 +118,9 @@ func (c *Call) next(words []string) arg {
 	w := words[0]
 	one := arg{words: words[:1]}
 	two := func(a arg) arg {
-		if len(words) > 1 {
+		if len(words) == 1 {
+			a.open = true
+		} else {
 			a.value, a.words = words[1], words[:2]
 		}
 		return a
@@ -129,6 +132,7 @@ func (c *Call) next(words []string) arg {
 		name, v, joined := strings.Cut(w[2:], "=")
 		k, full := c.lookup(name)
 		if full == "" {
+			one.open = !joined && len(words) == 1
 			return one
 		}
 		one.name, one.value, one.joined = full, v, joined
@@ -254,10 +258,10 @@ func (c Call) WithKeys(stateFD, transferFD int) []string {
 	out := slices.Clone(c.argv[:min(1, len(c.argv))])
 	for _, a := range c.args {
 		switch {
-		case a.end:
+		case long[c.Program][a.name] == keyFlag:
+		case a.end || a.open:
 			out = append(append(out, keys...), a.words...)
 			keys = nil
-		case long[c.Program][a.name] == keyFlag:
 		case a.name == "log" && c.Program == Swtpm:
 			out = append(out, withoutLevel(a)...)
 		default:
