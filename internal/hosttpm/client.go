@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
@@ -20,10 +21,9 @@ import (
 )
 
 const (
-	nonceSize      = 16
-	maxPause       = 250 * time.Millisecond // between tries of a command that the TPM put off
-	maxLeftovers   = 64
-	handleTypeMask = 0xFF000000
+	nonceSize    = 16
+	maxPause     = 250 * time.Millisecond // between tries of a command that the TPM put off
+	maxLeftovers = 64
 )
 
 // client is the TPM as its goroutine sees it: at most one connection, and what
@@ -35,6 +35,7 @@ type client struct {
 
 	encrypted tpm2.Session // salted, encrypts responses; lives as long as link
 	response  []byte       // the last one; it may hold what is secret
+	abandoned atomic.Int32 // commands that no one waits for any more
 
 	// These outlive the connection: a ticket is good until the TPM is cleared.
 	approved *policy.Approved // the policy that worked last
@@ -47,6 +48,9 @@ var _ transport.TPM = (*client)(nil)
 func (c *client) connect() error {
 	if c.link != nil {
 		return nil
+	}
+	if n := c.abandoned.Load(); n >= maxAbandoned {
+		return fmt.Errorf("%w: it has not answered %d commands", ErrBusy, n)
 	}
 	l, err := dial(c.ctx, c.host.cfg.Device)
 	if err != nil {
@@ -78,7 +82,7 @@ func (c *client) connect() error {
 // drop gives the connection up with all that hangs on it.
 func (c *client) drop() {
 	if c.link != nil {
-		c.link.close()
+		c.link.conn.Close()
 	}
 	c.link, c.encrypted = nil, nil
 }
@@ -114,7 +118,7 @@ func (c *client) Send(command []byte) ([]byte, error) {
 			return nil, err
 		}
 		c.forgetResponse()
-		r, err := c.link.exchange(c.ctx, command)
+		r, err := c.link.exchange(c.ctx, command, &c.abandoned)
 		if err != nil {
 			c.drop()
 			return nil, err
@@ -450,9 +454,13 @@ func (c *client) readEpoch(k *keySet) (uint64, error) {
 	return binary.BigEndian.Uint64(r.Data.Buffer), nil
 }
 
+// errRestored is diagnose's word that the TPM can be used again.
+var errRestored = errors.New("the storage root key was put back")
+
 // diagnose finds out whether err comes from a TPM that was cleared or
 // exchanged: it has another SRK or epoch counter than the one that the keys
-// were made under. It gives ErrCleared then, and nil otherwise.
+// were made under. It gives ErrCleared then, and nil if all is as it should be.
+// An SRK that was evicted but still comes out of the TPM's seed is put back.
 func (c *client) diagnose(err error) error {
 	k := c.host.keys.Load()
 	for _, known := range []error{ErrPolicy, ErrBusy, ErrAbsent, ErrCiphertext, errLink} {
@@ -463,9 +471,11 @@ func (c *client) diagnose(err error) error {
 	if c.connect() != nil {
 		return nil
 	}
-	defer c.drop()
 	srk, err := tpm2.ReadPublic{ObjectHandle: k.srk.handle}.Execute(c)
 	if isRC(err, tpm2.TPMRCHandle) {
+		if k.srk.handle == srkHandle && c.makeSRK(k.srk.name) == nil {
+			return errRestored
+		}
 		return fmt.Errorf("%w: the storage root key at %#x is gone", ErrCleared, uint32(k.srk.handle))
 	}
 	if err == nil && !bytes.Equal(srk.Name.Buffer, k.srk.name) {

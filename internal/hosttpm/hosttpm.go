@@ -30,7 +30,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -66,6 +65,18 @@ type Host struct {
 	stopped sync.WaitGroup
 	timings timings
 	keys    atomic.Pointer[keySet] // nil: not provisioned
+	damaged error                  // why the key files cannot be used; set by Open
+}
+
+// set gives the host's keys.
+func (h *Host) set() (*keySet, error) {
+	if h.damaged != nil {
+		return nil, h.damaged
+	}
+	if k := h.keys.Load(); k != nil {
+		return k, nil
+	}
+	return nil, ErrNotProvisioned
 }
 
 // request is one operation in the queue.
@@ -75,16 +86,19 @@ type request struct {
 }
 
 // Open reads the host's keys, if it has any, and starts the goroutine that
-// owns the TPM. The TPM need not be there yet. Key files that are damaged are
-// an error.
+// owns the TPM. The TPM need not be there yet. Key files that are damaged leave
+// a Host whose every use is ErrFailed; a Config that makes no sense is an error.
 func Open(cfg Config) (*Host, error) {
+	if cfg.Device == "" || cfg.Dir == "" || len(cfg.PCRs) == 0 || cfg.Bank != "sha256" && cfg.Bank != "sha384" {
+		return nil, fmt.Errorf("incomplete configuration of the TPM: device %q, folder %q, bank %q, %d PCRs", cfg.Device, cfg.Dir, cfg.Bank, len(cfg.PCRs))
+	}
 	if cfg.Timeout <= 0 {
 		cfg.Timeout = 30 * time.Second
 	}
 	h := &Host{cfg: cfg, store: store{dir: cfg.Dir}, queue: make(chan request, queueLength), quit: make(chan struct{})}
 	keys, err := h.store.load()
 	if err != nil && !errors.Is(err, ErrNotProvisioned) {
-		return nil, err
+		h.damaged = err
 	}
 	h.keys.Store(keys)
 	h.stopped.Go(h.serve)
@@ -172,7 +186,7 @@ func doWithin[T any](ctx context.Context, h *Host, timeout time.Duration, op fun
 // been reset under it, and finds out what an error means.
 func attempt[T any](c *client, op func(*client) (T, error)) (v T, err error) {
 	var none T
-	fresh := false
+	fresh, restored := false, false
 	for try := 0; ; try++ {
 		if err = c.connect(); err == nil {
 			v, err = guard(c, op)
@@ -192,12 +206,17 @@ func attempt[T any](c *client, op func(*client) (T, error)) (v T, err error) {
 			fresh = true
 			continue
 		}
-		break
+		found, _ := guard(c, func(c *client) (error, error) { return c.diagnose(err), nil })
+		c.drop()
+		switch {
+		case found == errRestored && !restored:
+			restored = true
+			continue
+		case found != nil:
+			err = found
+		}
+		return none, sentinel(err)
 	}
-	if cleared := c.diagnose(err); cleared != nil {
-		return none, cleared
-	}
-	return none, sentinel(err)
 }
 
 // guard turns a panic into an error: go-tpm takes a response apart by
@@ -205,7 +224,7 @@ func attempt[T any](c *client, op func(*client) (T, error)) (v T, err error) {
 func guard[T any](c *client, op func(*client) (T, error)) (v T, err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			err = fmt.Errorf("%w: %v\n%s", ErrFailed, p, debug.Stack())
+			err = fmt.Errorf("%w: its response cannot be read: %v", ErrFailed, p)
 		}
 	}()
 	return op(c)
@@ -213,9 +232,9 @@ func guard[T any](c *client, op func(*client) (T, error)) (v T, err error) {
 
 // UnsealListKey gives the 32 bytes of the list key. The caller wipes them.
 func (h *Host) UnsealListKey(ctx context.Context) ([]byte, error) {
-	k := h.keys.Load()
-	if k == nil {
-		return nil, ErrNotProvisioned
+	k, err := h.set()
+	if err != nil {
+		return nil, err
 	}
 	return do(ctx, h, func(c *client) ([]byte, error) { return c.unseal(k, k.listKey) })
 }
@@ -223,9 +242,9 @@ func (h *Host) UnsealListKey(ctx context.Context) ([]byte, error) {
 // WrapKeys encrypts secret, at most 190 bytes, to the bind key. It needs no
 // TPM.
 func (h *Host) WrapKeys(secret []byte) ([]byte, error) {
-	k := h.keys.Load()
-	if k == nil {
-		return nil, ErrNotProvisioned
+	k, err := h.set()
+	if err != nil {
+		return nil, err
 	}
 	return rsa.EncryptOAEP(sha256.New(), rand.Reader, k.bindPublic, secret, []byte(oaepLabel))
 }
@@ -234,9 +253,9 @@ func (h *Host) WrapKeys(secret []byte) ([]byte, error) {
 // is in an approved state. The caller wipes the result. A ciphertext that was
 // made for another key or changed is ErrCiphertext.
 func (h *Host) UnwrapKeys(ctx context.Context, ciphertext []byte) ([]byte, error) {
-	k := h.keys.Load()
-	if k == nil {
-		return nil, ErrNotProvisioned
+	k, err := h.set()
+	if err != nil {
+		return nil, err
 	}
 	if len(ciphertext) != k.bindPublic.Size() {
 		return nil, fmt.Errorf("%w: %d bytes, want %d", ErrCiphertext, len(ciphertext), k.bindPublic.Size())
@@ -246,9 +265,9 @@ func (h *Host) UnwrapKeys(ctx context.Context, ciphertext []byte) ([]byte, error
 
 // Sign signs a SHA-256 digest with the certifier: ECDSA, ASN.1.
 func (h *Host) Sign(ctx context.Context, digest [sha256.Size]byte) ([]byte, error) {
-	k := h.keys.Load()
-	if k == nil {
-		return nil, ErrNotProvisioned
+	k, err := h.set()
+	if err != nil {
+		return nil, err
 	}
 	return do(ctx, h, func(c *client) ([]byte, error) { return c.sign(k, digest) })
 }

@@ -28,6 +28,9 @@ const listKeySize = 32
 // ErrCleared if not; keys are never made anew while there are some, since vTPMs
 // hang on them.
 func (h *Host) Provision(ctx context.Context) error {
+	if h.damaged != nil {
+		return h.damaged
+	}
 	if k := h.keys.Load(); k != nil {
 		_, err := do(ctx, h, func(c *client) (struct{}, error) {
 			if _, err := c.readEpoch(k); err != nil {
@@ -139,12 +142,52 @@ func approve(key *ecdsa.PrivateKey, s policy.State, epoch uint64, epochName []by
 	}, nil
 }
 
+// PCRs reads the PCRs that Config names, as they are now.
+func (h *Host) PCRs(ctx context.Context) (policy.State, error) {
+	return do(ctx, h, func(c *client) (policy.State, error) { return c.readPCRs(h.cfg.Bank, h.cfg.PCRs) })
+}
+
+// Approve adds s to the approved states. The policy key is itself bound to
+// them: the host must be in one that is approved already.
+func (h *Host) Approve(ctx context.Context, s policy.State, note string) error {
+	if _, err := h.set(); err != nil {
+		return err
+	}
+	_, err := do(ctx, h, func(c *client) (struct{}, error) {
+		k := *h.keys.Load()
+		scalar, err := c.unseal(&k, k.policyKey)
+		if err != nil {
+			return struct{}{}, err
+		}
+		defer secret.Wipe(scalar)
+		key, err := ecdsa.ParseRawPrivateKey(elliptic.P256(), scalar)
+		if err != nil || !key.PublicKey.Equal(k.policyPublic) {
+			return struct{}{}, fmt.Errorf("%w: the policy key is not the one of the policy", ErrFailed)
+		}
+		epoch, err := c.readEpoch(&k)
+		if err != nil {
+			return struct{}{}, err
+		}
+		a, err := approve(key, s, epoch, k.epochName, time.Now(), note)
+		if err != nil {
+			return struct{}{}, err
+		}
+		if err := h.store.addPolicy(a); err != nil {
+			return struct{}{}, fmt.Errorf("%w: saving an approved policy: %w", ErrFailed, err)
+		}
+		k.policies = append([]*policy.Approved{a}, k.policies...)
+		h.keys.Store(&k)
+		return struct{}{}, nil
+	})
+	return err
+}
+
 // takeSRK takes the storage root key at its standard handle, and makes it
 // where there is none.
 func (c *client) takeSRK(k *keySet) error {
 	r, err := tpm2.ReadPublic{ObjectHandle: srkHandle}.Execute(c)
 	if isRC(err, tpm2.TPMRCHandle) {
-		if err = c.makeSRK(); err == nil {
+		if err = c.makeSRK(nil); err == nil {
 			r, err = tpm2.ReadPublic{ObjectHandle: srkHandle}.Execute(c)
 		}
 	}
@@ -167,13 +210,18 @@ func (c *client) takeSRK(k *keySet) error {
 	return nil
 }
 
-func (c *client) makeSRK() error {
+// makeSRK makes the storage root key persistent, if it gets the Name want or
+// want is nil.
+func (c *client) makeSRK(want []byte) error {
 	owner := tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)}
 	r, err := tpm2.CreatePrimary{PrimaryHandle: owner, InPublic: tpm2.New2B(tpm2.ECCSRKTemplate)}.Execute(c)
 	if err != nil {
 		return ownerError(err)
 	}
 	defer c.flush(r.ObjectHandle)
+	if want != nil && !bytes.Equal(r.Name.Buffer, want) {
+		return ErrCleared
+	}
 	_, err = tpm2.EvictControl{
 		Auth: owner, ObjectHandle: &tpm2.NamedHandle{Handle: r.ObjectHandle, Name: r.Name}, PersistentHandle: srkHandle,
 	}.Execute(c)
@@ -302,9 +350,9 @@ func (h *Host) Status(ctx context.Context) (Status, error) {
 		if p, err := r.CapabilityData.Data.TPMProperties(); err == nil && len(p.TPMProperty) == 1 {
 			a.maker = fourLetters(p.TPMProperty[0].Value)
 		}
-		k := h.keys.Load()
-		if k == nil {
-			a.err = ErrNotProvisioned
+		k, err := h.set()
+		if err != nil {
+			a.err = err
 			return a, nil
 		}
 		// What a start needs, short of using a key.

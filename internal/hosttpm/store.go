@@ -241,6 +241,9 @@ func (s store) save(k *keySet, now time.Time) error {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return err
 	}
+	if _, err := os.Lstat(filepath.Join(s.dir, keysDir)); !errors.Is(err, fs.ErrNotExist) {
+		return errors.Join(fmt.Errorf("%s is there already", filepath.Join(s.dir, keysDir)), err)
+	}
 	// Left by an attempt that did not end: nothing was ever bound to it.
 	for _, dir := range []string{staging, policies} {
 		if err := s.step(dir, os.RemoveAll(dir)); err != nil {
