@@ -3,9 +3,11 @@ package imagefile
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -184,11 +186,19 @@ func TestInUse(t *testing.T) {
 	if err := nbd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	greeting := make([]byte, 8) // once it greets it has the image open
 	for range 500 {
-		if _, err := os.Stat(socket); err == nil {
+		if conn, err := net.Dial("unix", socket); err == nil {
+			if _, err := io.ReadFull(conn, greeting); err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
 			break
 		}
 		time.Sleep(10 * time.Millisecond)
+	}
+	if string(greeting) != "NBDMAGIC" {
+		t.Fatalf("qemu-nbd does not answer: %q", greeting)
 	}
 	if err := WriteLabel(path, []byte("label")); !errors.Is(err, ErrInUse) {
 		t.Errorf("qemu-nbd: %v", err)
@@ -230,6 +240,27 @@ func TestLockKeepsOthersOut(t *testing.T) {
 	unlock(f)
 	if err := WriteLabel(path, []byte("label")); err != nil {
 		t.Errorf("free again: %v", err)
+	}
+}
+
+// A child that this process has forked and that has not yet become its program
+// holds the image too, and would hold the locks.
+func TestLockEndsAtOnce(t *testing.T) {
+	need(t, "qemu-img", "qemu-io")
+	path := image{}.make(t, tempDir(t))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	for range 2 {
+		go func() {
+			for ctx.Err() == nil {
+				exec.CommandContext(ctx, "true").Run()
+			}
+		}()
+	}
+	for i := range 60 {
+		if err := WriteLabel(path, payload(t, uint64(i))); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

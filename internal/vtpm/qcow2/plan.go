@@ -94,39 +94,30 @@ func (h *Header) mayWrite() error {
 	return nil
 }
 
-// hasRoom says whether a label of n bytes fits: with all that QEMU will want to
-// put into the first cluster, and so that a label of its size can replace it.
+// hasRoom says whether a label of n bytes fits, so that one of its size can
+// replace it and QEMU can go on rewriting the header.
 func (h *Header) hasRoom(n int) bool {
-	// QEMU writes a header of 112 bytes (also when it makes a version 3 image of
-	// a version 2 one), a feature name table of its own if clusters are above
-	// 4 KiB, and may add persistent bitmaps. Where the first cluster does not
-	// hold everything, it fails.
+	// Where the first cluster does not hold everything, QEMU fails. It writes a
+	// header of 112 bytes (also when it makes a version 3 image of a version 2
+	// one) and, if clusters are above 4 KiB, a feature name table of its own.
 	const (
 		headerLength = 112
 		featureTable = wordSize + 12*48 // QEMU 10 has 8 entries
-		bitmaps      = wordSize + 24
 	)
 	others := max(h.Length, headerLength)
 	if h.ClusterSize > 4096 {
 		others += featureTable
 	}
-	hasBitmaps := false
 	for _, e := range h.Extensions {
 		if !ours(e) && !(e.Type == featureTableType && h.ClusterSize > 4096) {
 			others += e.size()
 		}
-		hasBitmaps = hasBitmaps || e.Type == bitmapsType
 	}
+	// To replace the label takes a second tail of the chain and, beyond that and
+	// beyond the name's present place, the name. At other times this is room for
+	// QEMU: persistent bitmaps take 32 bytes of it.
 	name, tail := len(h.BackingName), wordSize+align(n)+wordSize
-
-	forQEMU := others + tail + name
-	if !hasBitmaps {
-		forQEMU += bitmaps
-	}
-	// To replace it there must be room for a second tail and, beyond that and
-	// beyond the name's present place, for the name.
-	forUs := align(others+tail+max(tail, name)) + name
-	return forQEMU <= h.ClusterSize && forUs <= len(h.first)
+	return align(others+tail+max(tail, name))+name <= len(h.first)
 }
 
 func (h *Header) noRoom(n int) error {

@@ -26,7 +26,6 @@ const (
 	// label was while it is being replaced (plan.go).
 	skipType         = 0x56545230
 	featureTableType = 0x6803f857
-	bitmapsType      = 0x23852875
 
 	v2Length       = 72
 	minV3Length    = 104

@@ -98,6 +98,13 @@ func TestRefused(t *testing.T) {
 			t.Errorf("%s: %v", c.name, err)
 		}
 	}
+	// Extensions that only the name ends, too far behind for an end marker to
+	// come with the switch to a new place of the name.
+	s := sketch{version: 3, bits: 16, name: "base", noEnd: true, extensions: []Extension{{Type: featureTableType, Data: make([]byte, 392)}}}
+	var u *UnsupportedError
+	if _, err := mustParse(t, s.bytes()).SetLabel([]byte("label")); !errors.As(err, &u) || !strings.Contains(u.Reason, "no end marker") {
+		t.Errorf("no end marker: %v", err)
+	}
 	for _, bits := range []uint64{Dirty, ExternalData, Compression, ExtendedL2} {
 		h := mustParse(t, put64(incompatibleAt, bits)(sketch{version: 3, bits: 16}.bytes()))
 		if _, err := h.SetLabel([]byte("label")); err != nil {
