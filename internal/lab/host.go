@@ -42,7 +42,7 @@ type machine struct {
 	opts   HostOptions
 	dir    string // of the machine, everything of this host
 	lock   *os.File
-	nspawn int // process id; its mount namespace holds the disk
+	shell  int // process id; its mount namespace holds the disk
 	leader int // process id of the host's PID 1
 	gone   chan struct{}
 	// BootTime is how long the last boot took until systemd called it running.
@@ -123,6 +123,7 @@ func (m *machine) create() error {
 const bootScript = `set -e
 cd "$1"; n=$2; shift 2
 mount -t proc proc /proc
+mount -t tmpfs run /run
 while [ $n -gt 0 ]; do echo $$ >"$1/cgroup.procs" || :; shift; n=$((n-1)); done
 mkdir -p disk root
 mount -o loop,noinit_itable disk.img disk
@@ -130,7 +131,11 @@ mkdir -p disk/upper disk/work
 echo mounted
 read go
 mount -t overlay lab -o lowerdir=/,upperdir=disk/upper,workdir=disk/work root
-exec "$@" </dev/null >console.log 2>&1
+set +e
+while :; do
+	"$@" </dev/null >console.log 2>&1
+	[ $? = 133 ] || exit # systemd-nspawn's word for a reboot
+done
 `
 
 // boot starts the host and waits until its systemd says that it is running.
@@ -153,8 +158,8 @@ func (m *machine) boot() error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Setsid:       true,
 		Unshareflags: syscall.CLONE_NEWNS, // which Go makes private
-		// nspawn's death alone leaves its host running; that of the first
-		// process of a namespace takes all others along.
+		// The death of a namespace's first process, here the shell, takes all
+		// others along; that of systemd-nspawn would not.
 		Cloneflags: syscall.CLONE_NEWPID,
 		Pdeathsig:  syscall.SIGKILL,
 	}
@@ -183,7 +188,7 @@ func (m *machine) boot() error {
 	if err := <-started; err != nil {
 		return err
 	}
-	m.nspawn = cmd.Process.Pid
+	m.shell = cmd.Process.Pid
 	if line, _ := bufio.NewReader(stdout).ReadString('\n'); line != "mounted\n" {
 		<-m.gone
 		return fmt.Errorf("cannot mount: %s", stderr)
@@ -215,7 +220,7 @@ func (m *machine) waitRunning(old int) error {
 			return errors.New("the host died")
 		case <-time.After(50 * time.Millisecond):
 		}
-		if m.leader = childInit(m.nspawn); m.leader == 0 || m.leader == old {
+		if m.leader = childInit(m.shell); m.leader == 0 || m.leader == old {
 			continue
 		}
 		r := m.run(context.Background(), nil, "systemctl", "is-system-running", "--wait")
@@ -230,20 +235,36 @@ func (m *machine) waitRunning(old int) error {
 	return fmt.Errorf("not up after 90 s: %s", last)
 }
 
-// childInit finds the child of nspawn that is PID 1 of its namespace.
-func childInit(nspawn int) int {
-	children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", nspawn, nspawn))
-	for _, child := range strings.Fields(string(children)) {
-		status, _ := os.ReadFile("/proc/" + child + "/status")
-		for _, line := range strings.Split(string(status), "\n") {
-			pids := strings.Fields(strings.TrimPrefix(line, "NSpid:"))
-			if strings.HasPrefix(line, "NSpid:") && len(pids) == 3 && pids[2] == "1" {
-				pid, _ := strconv.Atoi(child)
-				return pid
+// childInit finds the host's PID 1: the child of the shell's systemd-nspawn
+// that is also PID 1 of a namespace of its own.
+func childInit(shell int) int {
+	for _, nspawn := range children(shell) {
+		for _, child := range children(nspawn) {
+			status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", child))
+			for line := range strings.Lines(string(status)) {
+				pids, ok := strings.CutPrefix(line, "NSpid:")
+				if f := strings.Fields(pids); ok && len(f) == 3 && f[2] == "1" {
+					return child
+				}
 			}
 		}
 	}
 	return 0
+}
+
+// children gives the processes that a process and its threads have started.
+func children(pid int) []int {
+	var pids []int
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, task := range tasks {
+		b, _ := os.ReadFile(task)
+		for _, f := range strings.Fields(string(b)) {
+			if child, err := strconv.Atoi(f); err == nil {
+				pids = append(pids, child)
+			}
+		}
+	}
+	return pids
 }
 
 // bootLog is the end of what the host's console said.
@@ -257,15 +278,15 @@ func (m *machine) bootLog() string {
 
 // upper is the host's writable layer, as the machine sees it.
 func (m *machine) upper() string {
-	return fmt.Sprintf("/proc/%d/root%s/disk/upper", m.nspawn, m.dir)
+	return fmt.Sprintf("/proc/%d/root%s/disk/upper", m.shell, m.dir)
 }
 
 // kill ends the host at once, as a power switch does.
 func (m *machine) kill() {
-	if m.nspawn != 0 {
-		syscall.Kill(m.nspawn, syscall.SIGKILL)
+	if m.shell != 0 {
+		syscall.Kill(m.shell, syscall.SIGKILL)
 		<-m.gone
-		m.nspawn = 0
+		m.shell = 0
 	}
 }
 
@@ -276,7 +297,7 @@ func (m *machine) close() {
 	}
 	if os.Getenv("VIRT_TRUST_LAB_KEEP") == "" {
 		// The mount namespace, and with it the loop device, ends with the
-		// last of the host's processes, a moment after nspawn.
+		// last of the host's processes, a moment after the shell.
 		for range 50 {
 			removeCgroups(filepath.Base(m.dir))
 			if err := os.RemoveAll(m.dir); err == nil && !anyExists(cgroupDirs(filepath.Base(m.dir))) {
@@ -451,14 +472,8 @@ func (h *Host) PowerCut() {
 // freezeTree stops a process and all that descend from it.
 func freezeTree(pid int) {
 	syscall.Kill(pid, syscall.SIGSTOP)
-	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
-	for _, task := range tasks {
-		children, _ := os.ReadFile(task)
-		for _, child := range strings.Fields(string(children)) {
-			if c, err := strconv.Atoi(child); err == nil {
-				freezeTree(c)
-			}
-		}
+	for _, child := range children(pid) {
+		freezeTree(child)
 	}
 }
 

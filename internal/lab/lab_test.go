@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"os"
 	"strings"
 	"testing"
 )
@@ -63,6 +64,66 @@ func TestPlainLibvirt(t *testing.T) {
 		}
 		if found := h.SearchDisk([]byte(randomHex(16))); len(found) > 0 {
 			t.Errorf("found what is nowhere: %q", found)
+		}
+	})
+}
+
+// TestHosts shows what several hosts, their reboots and power cuts are worth.
+func TestHosts(t *testing.T) {
+	Require(t)
+	share := t.TempDir()
+	if err := os.Chmod(share, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	a := NewHost(t, HostOptions{Name: "a", Share: share})
+	b := NewHost(t, HostOptions{Name: "b", Share: share})
+
+	t.Run("migration", func(t *testing.T) {
+		a, b := a.In(t), b.In(t)
+		Link(a, b)
+		a.OpenTCP()
+		b.OpenTCP()
+		g := a.NewVM(VM{Name: "traveller", TPM: true, Disk: "qcow2", Shared: true})
+		g.Start()
+		g.Ask("seal the traveller's")
+		if r := g.Migrate(b); r.Code != 0 {
+			t.Fatalf("migrate: %s", r.Stderr)
+		}
+		if state := g.State(); state != "" {
+			t.Errorf("still %s at its source", state)
+		}
+		there := g.In(b)
+		if got := there.Ask("unseal"); got != "unsealed the traveller's" {
+			t.Errorf("at the destination: %s", got)
+		}
+		there.Destroy()
+	})
+
+	t.Run("reboot", func(t *testing.T) {
+		a := a.In(t)
+		id := a.Must("cat", "/etc/machine-id", "/proc/sys/kernel/hostname")
+		a.Shell("echo kept >/root/kept; echo lost >/run/lost")
+		a.ExtendPCR(4)
+		pcr := a.Must("tpm2_pcrread", "-T", "swtpm:path="+TPMSocket, "sha256:4")
+		a.Reboot()
+		t.Logf("reboot in %.1f s", a.BootTime.Seconds())
+		if now := a.Must("cat", "/etc/machine-id", "/proc/sys/kernel/hostname"); now != id {
+			t.Errorf("another host: %s, not %s", now, id)
+		}
+		a.Shell("test -e /root/kept; test ! -e /run/lost")
+		if now := a.Must("tpm2_pcrread", "-T", "swtpm:path="+TPMSocket, "sha256:4"); now == pcr {
+			t.Errorf("PCR 4 survived: %s", now)
+		}
+	})
+
+	t.Run("power cut", func(t *testing.T) {
+		a := a.In(t)
+		a.Shell("echo kept >/root/synced; sync; echo lost >/root/unsynced")
+		a.PowerCut()
+		t.Logf("up again in %.1f s", a.BootTime.Seconds())
+		a.Must("grep", "-q", "kept", "/root/synced")
+		if r := a.Run("grep", "-q", "lost", "/root/unsynced"); r.Code == 0 {
+			t.Errorf("what was not synced is there")
 		}
 	})
 }

@@ -25,7 +25,7 @@ type VM struct {
 	Firmware  string // "seabios" if empty, "ovmf"
 	Disk      string // "" for none, "qcow2", "raw", "volume" (qcow2 in the pool "default")
 	DiskPath  string // an existing image instead of a new one
-	Shared    bool   // disk and console must be reachable from two hosts: see HostOptions.Share
+	Shared    bool   // the disk lies in /share (HostOptions.Share), for two hosts to reach
 	Transient bool   // made by virsh create at each Start
 	Do        string // commands for the guest at each boot, "seal:TEXT,unseal"
 	Devices   string // more XML for <devices>
