@@ -28,7 +28,8 @@ var (
 )
 
 // ReadLabel gives the payload of an image's label. It takes no lock, so it also
-// works while a VM runs. Errors: ErrNoLabel, ErrLabelDamaged,
+// works while a VM runs; only at the moment in which QEMU rewrites the header
+// may it find neither the old nor the new one whole. Errors: ErrNoLabel, ErrLabelDamaged,
 // *UnsupportedError, others when the file cannot be read.
 func ReadLabel(path string) ([]byte, error) {
 	f, err := open(path, unix.O_RDONLY)

@@ -85,6 +85,7 @@ const (
 	StartFresh      Plan = "start-fresh"     // known, but has never had any state: libvirt makes it
 	StartNewLabel   Plan = "start-new-label" // all is right, and the image can take the label that waits
 	StartFirstLabel Plan = "start-label"     // the VM has an image that can carry a label only now
+	Pass            Plan = "pass"            // released: none of ours
 	Refuse          Plan = "refuse"          // see Refusal
 )
 
@@ -116,6 +117,9 @@ func shellName(s string) string {
 // Prepare decides whether a VM may start. r is nil for a VM that the list does
 // not know.
 func Prepare(r *list.Record, s Seen, p Policy) Decision {
+	if r != nil && r.State == list.Released {
+		return Decision{Plan: Pass}
+	}
 	if len(s.State.Strange) > 0 {
 		return refuse(reason.VTPMChanged, "move them away from "+s.Instance,
 			"the state folder holds files that a vTPM at rest does not have: %s", strings.Join(s.State.Strange, ", "))
@@ -133,7 +137,7 @@ func Prepare(r *list.Record, s Seen, p Policy) Decision {
 	if d.Plan == Refuse {
 		return d
 	}
-	d = stateRight(r, s, p)
+	d = State(r, s, p)
 	if d.Plan == Start && relabel != "" {
 		d.Plan = relabel
 	}
@@ -228,8 +232,8 @@ func labelRight(r *list.Record, s Seen) (Plan, Decision) {
 	return "", refuse(reason.LabelDamaged, repair+adopt, "the label in %s is not the one that was written last", l.Path)
 }
 
-// stateRight holds the state against the record.
-func stateRight(r *list.Record, s Seen, p Policy) Decision {
+// State decides about the state alone.
+func State(r *list.Record, s Seen, p Policy) Decision {
 	st := s.State
 	keep := ""
 	if !s.Kept.IsZero() {

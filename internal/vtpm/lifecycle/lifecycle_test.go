@@ -106,8 +106,13 @@ func TestPrepare(t *testing.T) {
 		{"secret added", same, func(s *Seen) { s.KeyOwner = list.Libvirts }, adopt, Refuse, reason.PolicyForbids},
 		{"secret removed", foreign, func(s *Seen) {}, adopt, Refuse, reason.PolicyForbids},
 		{"libvirt's secret, warm", foreign, func(s *Seen) { s.KeyOwner, s.Label.Present = list.Libvirts, false }, adopt, Start, ""},
-		{"libvirt's secret, changed", foreign, func(s *Seen) { s.KeyOwner, s.Label.Present, s.State.Digest, s.State.Auth = list.Libvirts, false, newer, NoKey }, adopt, Refuse, reason.VTPMChanged},
-		{"libvirt's secret, crash", func(r *list.Record) *list.Record { return open(foreign(r)) }, func(s *Seen) { s.KeyOwner, s.Label.Present, s.State.Digest, s.State.Auth = list.Libvirts, false, newer, NoKey }, adopt, StartRecovered, ""},
+		{"libvirt's secret, changed", foreign, func(s *Seen) {
+			s.KeyOwner, s.Label.Present, s.State.Digest, s.State.Auth = list.Libvirts, false, newer, NoKey
+		}, adopt, Refuse, reason.VTPMChanged},
+		{"libvirt's secret, crash", func(r *list.Record) *list.Record { return open(foreign(r)) }, func(s *Seen) {
+			s.KeyOwner, s.Label.Present, s.State.Digest, s.State.Auth = list.Libvirts, false, newer, NoKey
+		}, adopt, StartRecovered, ""},
+		{"released", func(r *list.Record) *list.Record { r.State = list.Released; return r }, func(s *Seen) { s.State.Kind, s.Label.Present = statefile.Plain, false }, Policy{}, Pass, ""},
 		{"on its way", func(r *list.Record) *list.Record { r.State = list.HandingOver; return r }, func(s *Seen) {}, adopt, Refuse, reason.VMElsewhere},
 	}
 	for _, tt := range tests {

@@ -48,6 +48,7 @@ const (
 	Incoming     State = "incoming"
 	Snapshotting State = "snapshotting"
 	Deleted      State = "deleted"
+	Released     State = "released" // given back to plain libvirt: started as it is
 )
 
 // KeyOwner says who holds the key of the vTPM's state.

@@ -1,0 +1,685 @@
+package daemon
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"virt-trust/internal/domain"
+	"virt-trust/internal/domain/libvirt"
+	"virt-trust/internal/platform/journal"
+	"virt-trust/internal/platform/secret"
+	"virt-trust/internal/vtpm/imagefile"
+	"virt-trust/internal/vtpm/label"
+	"virt-trust/internal/vtpm/lifecycle"
+	"virt-trust/internal/vtpm/list"
+	"virt-trust/internal/vtpm/liststore"
+	"virt-trust/internal/vtpm/reason"
+	"virt-trust/internal/vtpm/statedir"
+	"virt-trust/internal/vtpm/statefile"
+)
+
+// What an admin asks for by name. Each of these first has libvirt say what the
+// VM is, and touches only VMs that are off.
+
+// off refuses what a running VM would be hurt by.
+func (g *Guard) off(d libvirt.Domain, f *domain.Facts) error {
+	if d.Active {
+		return reason.Refuse(reason.PolicyForbids, "shut it down first", "the VM runs")
+	}
+	used, err := waitUnused(f.StateDir(g.cfg.Swtpm.StateRoot))
+	if err != nil {
+		return err
+	}
+	if used {
+		return reason.Refuse(reason.PolicyForbids, "end that swtpm first", "a swtpm is running on this vTPM")
+	}
+	return nil
+}
+
+// Check says whether the VM would start now: nil, a *reason.Refusal, or an
+// error when it cannot be told. note says what a start would do besides.
+func (g *Guard) Check(ctx context.Context, f *domain.Facts) (note string, err error) {
+	if f.TPM == nil {
+		if g.cfg.Policy.RequireVTPM {
+			return "", reason.Refuse(reason.PolicyForbids, "give it an emulated TPM", "the VM has no vTPM, and policy.require_vtpm is on")
+		}
+		return "the VM has no emulated TPM: it starts untouched", nil
+	}
+	defer g.lock(f.UUID)()
+	g.mu.Lock()
+	s := g.sessions[f.UUID]
+	g.mu.Unlock()
+	if s != nil {
+		return "the VM runs", nil
+	}
+	st, err := g.decide(ctx, f, g.policy(), true)
+	if err != nil {
+		return "", err
+	}
+	defer st.keys.Wipe()
+	switch st.d.Plan {
+	case lifecycle.Refuse:
+		return "", st.d.Refusal
+	case lifecycle.Pass:
+		return "the VM was released: it starts as under plain libvirt", nil
+	case lifecycle.Create:
+		note = "the VM gets its vTPM and label at its first start"
+	case lifecycle.AdoptPlain:
+		note = "the VM's plain vTPM state is encrypted and taken into the list at its next start"
+	case lifecycle.StartFirstLabel, lifecycle.StartNewLabel:
+		note = "the image gets its label at the next start"
+	case lifecycle.CreateForeign:
+		note = "the VM's vTPM is taken into the list; its key stays libvirt's"
+	}
+	if len(st.notes) > 0 {
+		note = st.notes[0].text
+	}
+	if st.r == nil || st.r.KeyOwner == list.Libvirts {
+		return note, g.approved(ctx)
+	}
+	keys, err := g.unwrap(ctx, st.r.WrappedKeys)
+	if err != nil {
+		return "", err
+	}
+	keys.Wipe()
+	return note, nil
+}
+
+// Adopt takes a VM that is off into the list as it is. fresh gives it a new,
+// empty vTPM where its own is lost.
+func (g *Guard) Adopt(ctx context.Context, d libvirt.Domain, f *domain.Facts, fresh bool) (what string, err error) {
+	if f.TPM == nil {
+		return "", errors.New("the VM has no emulated TPM")
+	}
+	if err := g.off(d, f); err != nil {
+		return "", err
+	}
+	defer g.lock(f.UUID)()
+	store, err := g.List(ctx)
+	if err != nil {
+		return "", err
+	}
+	st := &start{f: f, store: store, r: store.Get(f.UUID)}
+	if st.dir, st.seen, err = g.see(f, st.r, store); err != nil {
+		return "", err
+	}
+	if n := st.seen.State.Strange; len(n) > 0 {
+		return "", lifecycle.Prepare(st.r, st.seen, g.policy()).Refusal
+	}
+	if st.r != nil && st.r.State == list.Released {
+		if err := store.Commit(liststore.Change{Delete: f.UUID}); err != nil {
+			return "", err
+		}
+		st.r = nil
+	}
+	switch {
+	case st.r == nil && st.seen.KeyOwner == list.Libvirts:
+		what, err = "its key stays libvirt's", g.createForeign(ctx, st)
+	case st.r == nil:
+		what, err = g.adoptUnknown(ctx, st, fresh)
+	default:
+		what, err = g.adoptKnown(ctx, st, fresh)
+	}
+	if err != nil {
+		return "", err
+	}
+	g.report(f.UUID, f.Name, "adopt", allow, "", what, journal.VMAdopted)
+	g.changed(f.UUID)
+	return what, nil
+}
+
+func (g *Guard) adoptUnknown(ctx context.Context, st *start, fresh bool) (string, error) {
+	l := st.seen.Label
+	switch st.seen.State.Kind {
+	case statefile.Plain:
+		return "the plain vTPM state was encrypted and taken into the list", g.create(ctx, st, st.dir.Data)
+	case statefile.Damaged:
+		return "", reason.Refuse(reason.VTPMUnknown, "bring it back from a backup, or remove the folder", "the state in %s is damaged", st.seen.Instance)
+	case statefile.Encrypted:
+		return g.recoverRecord(ctx, st)
+	}
+	if l.Present && l.Damaged == "" && l.VM == st.f.UUID && !fresh {
+		return "", reason.Refuse(reason.VTPMMissing, "bring it back from a backup, or give the VM a new, empty vTPM with 'virt-trust adopt --new'",
+			"the label names a vTPM of this VM, but neither the list nor the disk has it")
+	}
+	return "the VM has a new vTPM", g.create(ctx, st, nil)
+}
+
+// recoverRecord makes the record of an encrypted state again from a label that
+// has its keys: the image's, or the one kept.
+func (g *Guard) recoverRecord(ctx context.Context, st *start) (string, error) {
+	var why error = errors.New("there is no label for it")
+	for _, payload := range g.labelsFor(st.f.UUID, st.seen.Label.Path) {
+		r, keys, err := g.recordFrom(ctx, payload, st.f.UUID, st.f.Name, st.seen.Instance, st.dir)
+		if err != nil {
+			why = err
+			continue
+		}
+		defer keys.Wipe()
+		return "the record of the encrypted vTPM state was made again from its label", g.relabel(st.store, r, keys, st.seen.Label)
+	}
+	return "", reason.Refuse(reason.KeyNotReleased, "adopt it on the host that it comes from, or move the state away",
+		"the encrypted state in %s cannot be taken in: %s", st.seen.Instance, why)
+}
+
+// labelsFor gives the payloads that may hold a VM's keys.
+func (g *Guard) labelsFor(uuid, image string) (payloads [][]byte) {
+	if image != "" {
+		if b, err := imagefile.ReadLabel(image); err == nil {
+			payloads = append(payloads, b)
+		}
+	}
+	if b, err := g.kept(uuid, keptLabel); err == nil && len(b) <= label.MaxPayload {
+		payloads = append(payloads, b)
+	}
+	return payloads
+}
+
+// recordFrom makes a record from a label and the state that it belongs to. The
+// keys are the caller's to wipe.
+func (g *Guard) recordFrom(ctx context.Context, payload []byte, uuid, name, instance string, dir *statedir.Seen) (*list.Record, *secret.Buffer, error) {
+	l, err := label.UntrustedParse(payload)
+	if err != nil {
+		return nil, nil, err
+	}
+	if l.VM != uuid {
+		return nil, nil, fmt.Errorf("the label belongs to VM %s", l.VM)
+	}
+	wrapped, ok := l.Recipient(g.tpm.BindKeyName())
+	if !ok {
+		return nil, nil, errors.New("the label was made for another host")
+	}
+	keys, err := g.unwrap(ctx, wrapped)
+	if err != nil {
+		return nil, nil, err
+	}
+	if l, err = label.Verify(payload, stateKey(keys)); err == nil && dir.Exists() && authenticate(dir, keys) != lifecycle.Authentic {
+		err = errors.New("the state was not written under the label's key")
+	}
+	if err != nil {
+		keys.Wipe()
+		return nil, nil, err
+	}
+	now := g.unix()
+	return &list.Record{
+		UUID: uuid, Name: name, Instance: instance, State: list.Stored, KeyOwner: list.Ours, WrappedKeys: wrapped,
+		LabelID: l.ID, Baseline: dir.Digest, Created: now, Changed: now, BootID: g.bootID,
+	}, keys, nil
+}
+
+// relabel gives a record a new label, in the image if that can carry one.
+func (g *Guard) relabel(store *liststore.Store, r *list.Record, keys *secret.Buffer, l lifecycle.LabelSeen) error {
+	r = r.Clone()
+	payload, err := g.sealLabel(r, keys)
+	if err != nil {
+		return err
+	}
+	if err := g.keep(r.UUID, keptLabel, payload); err != nil {
+		return err
+	}
+	// While it waits, what the image carries now is the predecessor.
+	r.PendingLabel, r.LabelPath, r.LabelDigest = nil, "", list.Digest{}
+	if l.Path != "" {
+		r.PendingLabel, r.LabelPath = payload, l.Path
+		if l.Present && l.Damaged == "" && l.VM == r.UUID {
+			r.LabelDigest = l.Digest
+		}
+	}
+	if err := store.Commit(liststore.Change{Put: r}); err != nil {
+		return err
+	}
+	n, why, err := g.writePending(r, r.LabelPath)
+	if err != nil {
+		return err
+	}
+	if why != "" {
+		g.log.WithField(journal.VM, r.UUID).Info("label: " + why)
+	}
+	return store.Commit(liststore.Change{Put: n})
+}
+
+func (g *Guard) adoptKnown(ctx context.Context, st *start, fresh bool) (string, error) {
+	s := st.seen
+	if st.r.KeyOwner != s.KeyOwner {
+		return "", lifecycle.Prepare(st.r, s, g.policy()).Refusal
+	}
+	if !s.State.Exists && !st.r.Baseline.IsZero() {
+		if !fresh {
+			return "", reason.Refuse(reason.VTPMMissing, "'virt-trust repair' puts the kept state back, 'virt-trust adopt --new' gives the VM a new, empty vTPM",
+				"%s has no vTPM state", s.Instance)
+		}
+		if err := g.delete(ctx, st.store, st.r, "a new vTPM was asked for"); err != nil {
+			return "", err
+		}
+		st.r = nil
+		if s.KeyOwner == list.Libvirts {
+			return "the VM has a new vTPM", g.createForeign(ctx, st)
+		}
+		return "the VM has a new vTPM", g.create(ctx, st, nil)
+	}
+	r := st.r.Clone()
+	r.Instance, r.Name, r.Changed = s.Instance, st.f.Name, g.unix()
+	if r.KeyOwner == list.Libvirts {
+		return "the record follows the VM", st.store.Commit(liststore.Change{Put: r})
+	}
+	keys, err := g.unwrap(ctx, r.WrappedKeys)
+	if err != nil {
+		return "", err
+	}
+	defer keys.Wipe()
+	if s.State.Exists && s.State.Digest != r.Baseline {
+		s.State.Auth = authenticate(st.dir, keys)
+		switch d := lifecycle.State(r, s, g.policy()); d.Plan {
+		case lifecycle.Start, lifecycle.StartRecovered:
+			r.SetBaseline(s.State.Digest, g.unix())
+		case lifecycle.Refuse:
+			return "", d.Refusal
+		default:
+			return "", reason.Refuse(reason.VTPMChanged, "start the VM once, which finishes it", "an adoption of this VM was cut short")
+		}
+	}
+	return "the VM's image has a new label", g.relabel(st.store, r, keys, s.Label)
+}
+
+// Release gives a VM that is off back to plain libvirt. A crash at any step
+// leaves a VM that starts guarded, as before.
+func (g *Guard) Release(ctx context.Context, d libvirt.Domain, f *domain.Facts) (what string, err error) {
+	if f.TPM == nil {
+		return "", errors.New("the VM has no emulated TPM")
+	}
+	if err := g.off(d, f); err != nil {
+		return "", err
+	}
+	if d.ManagedSave {
+		return "", reason.Refuse(reason.PolicyForbids, "start the VM and shut it down, or 'virsh managedsave-remove' the image",
+			"the VM has a managed save image, in which its vTPM is encrypted")
+	}
+	defer g.lock(f.UUID)()
+	st, err := g.decide(ctx, f, lifecycle.Policy{}, false)
+	if err != nil {
+		return "", err
+	}
+	defer func() { st.keys.Wipe() }()
+	switch {
+	case st.r == nil && st.d.Plan == lifecycle.Refuse && st.d.Refusal.Code != reason.VTPMUnknown:
+		return "", st.d.Refusal
+	case st.r == nil && st.seen.State.Exists && st.seen.State.Kind != statefile.Plain && st.seen.KeyOwner == list.Ours:
+		return "", st.d.Refusal
+	case st.r == nil:
+		st.r = g.newRecord(st)
+		return g.released(st, "the VM was not guarded; it stays so")
+	case st.d.Plan == lifecycle.Pass:
+		return "the VM was released before", nil
+	case st.d.Plan == lifecycle.Refuse:
+		return "", st.d.Refusal
+	case st.d.Plan == lifecycle.FinishAdoption:
+		return g.unlabelAndRelease(st, "the plain vTPM state was never replaced")
+	case st.r.KeyOwner == list.Libvirts:
+		return g.released(st, "the vTPM's key was libvirt's all the time")
+	case !st.seen.State.Exists:
+		return g.unlabelAndRelease(st, "there was no vTPM state yet")
+	}
+	if st.keys == nil {
+		if st.keys, err = g.unwrap(ctx, st.r.WrappedKeys); err != nil {
+			return "", err
+		}
+	}
+	plain, err := statefile.Decrypt(st.dir.Data, stateKey(st.keys))
+	if err != nil {
+		return "", err
+	}
+	defer secret.Wipe(plain)
+	// From here to the end a start would find the plain state and, by
+	// AdoptFrom, take it in again; and would find no label and, by the waiting
+	// one, write it.
+	r := st.r.Clone()
+	r.Open, r.Baseline, r.AdoptFrom = false, st.dir.Digest, statedir.Digest(st.dir.Name, plain)
+	if st.seen.Label.Present {
+		if r.PendingLabel, err = imagefile.ReadLabel(st.seen.Label.Path); err != nil {
+			return "", err
+		}
+		r.LabelDigest = list.Digest{}
+	}
+	if err := g.keepState(r.UUID, st.dir); err != nil {
+		return "", err
+	}
+	if err := st.store.Commit(liststore.Change{Put: r}); err != nil {
+		return "", err
+	}
+	if err := statedir.Replace(st.seen.Instance, plain, false); err != nil {
+		return "", err
+	}
+	st.r = r
+	return g.unlabelAndRelease(st, "plain libvirt starts the VM with its vTPM")
+}
+
+func (g *Guard) unlabelAndRelease(st *start, what string) (string, error) {
+	if p := st.seen.Label.Path; p != "" {
+		err := imagefile.RemoveLabel(p, ownLabel(st.f.UUID))
+		switch {
+		case err == nil, errors.Is(err, imagefile.ErrNoLabel), errors.Is(err, imagefile.ErrKept):
+		case errors.Is(err, imagefile.ErrInUse):
+			return "", reason.Refuse(reason.PolicyForbids, "end what uses it, and release the VM again", "the image %s is in use", p)
+		default:
+			return "", err
+		}
+	}
+	return g.released(st, what)
+}
+
+func (g *Guard) released(st *start, what string) (string, error) {
+	r := &list.Record{
+		UUID: st.r.UUID, Name: st.f.Name, Instance: st.seen.Instance, State: list.Released, KeyOwner: st.r.KeyOwner,
+		Created: st.r.Created, Changed: g.unix(), LastVerdict: st.r.LastVerdict,
+	}
+	if err := st.store.Commit(liststore.Change{Put: r}); err != nil {
+		return "", err
+	}
+	if err := g.forget(r.UUID); err != nil {
+		return "", err
+	}
+	g.report(r.UUID, r.Name, "release-vm", allow, "", what, journal.VMReleased)
+	g.changed(r.UUID)
+	return what, nil
+}
+
+// ownLabel agrees to remove labels that name this VM, and damaged ones.
+func ownLabel(uuid string) func([]byte) bool {
+	return func(payload []byte) bool {
+		if payload == nil {
+			return true
+		}
+		l, err := label.UntrustedParse(payload)
+		return err != nil || l.VM == uuid
+	}
+}
+
+// Repair puts back what the list expects of a VM that is off.
+func (g *Guard) Repair(ctx context.Context, d libvirt.Domain, f *domain.Facts) (what string, err error) {
+	if f.TPM == nil {
+		return "", errors.New("the VM has no emulated TPM")
+	}
+	if err := g.off(d, f); err != nil {
+		return "", err
+	}
+	defer g.lock(f.UUID)()
+	store, err := g.List(ctx)
+	if err != nil {
+		return "", err
+	}
+	st := &start{f: f, store: store, r: store.Get(f.UUID)}
+	if st.r == nil || st.r.State == list.Released {
+		return "", reason.Refuse(reason.VTPMUnknown, "'virt-trust adopt' takes it in", "the vTPM list does not know this VM")
+	}
+	if st.dir, st.seen, err = g.see(f, st.r, store); err != nil {
+		return "", err
+	}
+	var done []string
+	if s := st.seen.State; s.Digest != st.r.Baseline && !st.r.Baseline.IsZero() {
+		kept, err := g.kept(f.UUID, keptState)
+		if err != nil {
+			return "", reason.Refuse(reason.VTPMMissing, "bring it back from a backup", "the kept vTPM state is gone as well")
+		}
+		if k := st.seen.Kept; k != st.r.Baseline && !keptIsNewer(st.seen.Journal, k) {
+			return "", reason.Refuse(reason.VTPMMissing, "bring it back from a backup", "the kept vTPM state is not the one that the list holds")
+		}
+		if err := os.MkdirAll(st.seen.Instance, 0o711); err != nil {
+			return "", err
+		}
+		if err := g.ownStateDir(st.seen.Instance); err != nil {
+			return "", err
+		}
+		if err := statedir.Replace(st.seen.Instance, kept, false); err != nil {
+			return "", err
+		}
+		done = append(done, "the vTPM state was put back")
+	}
+	if l := st.seen.Label; l.Path != "" && st.r.KeyOwner == list.Ours && l.Unsupported == "" && (!l.Present || l.Digest != st.r.LabelDigest) {
+		if l.Present && l.Damaged == "" && l.VM != f.UUID {
+			return "", reason.Refuse(reason.LabelOtherVM, "put the VM's own image back, or run 'virt-trust adopt' if the image is now this VM's",
+				"the label in %s belongs to VM %s", l.Path, l.VM)
+		}
+		keys, err := g.unwrap(ctx, st.r.WrappedKeys)
+		if err != nil {
+			return "", err
+		}
+		defer keys.Wipe()
+		l.Present = false // what is there now is nobody's predecessor
+		if err := g.relabel(store, st.r, keys, l); err != nil {
+			return "", err
+		}
+		done = append(done, "the label was written again")
+	}
+	if len(done) == 0 {
+		what = "there was nothing to repair"
+	} else {
+		what = done[0]
+		for _, s := range done[1:] {
+			what += "; " + s
+		}
+		g.report(f.UUID, f.Name, "repair", allow, "", what, "")
+		g.changed(f.UUID)
+	}
+	return what, nil
+}
+
+// keptIsNewer reports whether the kept state was noted after the baseline.
+func keptIsNewer(journal []list.Past, kept list.Digest) bool {
+	return len(journal) > 0 && journal[len(journal)-1].Digest == kept
+}
+
+// ownStateDir gives a state folder that had to be made anew its owner.
+func (g *Guard) ownStateDir(dir string) error {
+	uid, gid, err := lookupUser(g.cfg.Swtpm.User)
+	if err != nil {
+		return err
+	}
+	if st, err := os.Lstat(dir); err != nil || !st.IsDir() {
+		return errors.Join(err, fmt.Errorf("%s is not a folder", dir))
+	}
+	return os.Lchown(dir, uid, gid)
+}
+
+// Accept takes what lies there as right, on the admin's word.
+func (g *Guard) Accept(ctx context.Context, d libvirt.Domain, f *domain.Facts) (what string, err error) {
+	if f.TPM == nil {
+		return "", errors.New("the VM has no emulated TPM")
+	}
+	if err := g.off(d, f); err != nil {
+		return "", err
+	}
+	defer g.lock(f.UUID)()
+	store, err := g.List(ctx)
+	if err != nil {
+		return "", err
+	}
+	r := store.Get(f.UUID)
+	if r == nil || r.State == list.Released {
+		return "", reason.Refuse(reason.VTPMUnknown, "'virt-trust adopt' takes it in", "the vTPM list does not know this VM")
+	}
+	dir, s, err := g.see(f, r, store)
+	if err != nil {
+		return "", err
+	}
+	switch {
+	case len(s.State.Strange) > 0:
+		return "", lifecycle.Prepare(r, s, g.policy()).Refusal
+	case !s.State.Exists:
+		return "", reason.Refuse(reason.VTPMMissing, "'virt-trust repair' puts the kept state back", "there is no vTPM state to accept")
+	case s.State.Digest == r.Baseline:
+		return "the vTPM state is the one that the list holds", nil
+	}
+	if r.KeyOwner == list.Ours {
+		keys, err := g.unwrap(ctx, r.WrappedKeys)
+		if err != nil {
+			return "", err
+		}
+		defer keys.Wipe()
+		if authenticate(dir, keys) != lifecycle.Authentic {
+			return "", reason.Refuse(reason.VTPMChanged, "'virt-trust repair' puts the kept state back", "the vTPM state was not written under this VM's key: nothing could load it")
+		}
+	}
+	n := r.Clone()
+	n.Open, n.State = false, list.Stored
+	for _, j := range s.Journal {
+		n.SetBaseline(j.Digest, j.Time)
+	}
+	n.SetBaseline(s.State.Digest, g.unix())
+	n.Changed = g.unix()
+	if err := g.keepState(r.UUID, dir); err != nil {
+		return "", err
+	}
+	if err := store.Commit(liststore.Change{Put: n}); err != nil {
+		return "", err
+	}
+	what = "an older vTPM state was accepted on the admin's word"
+	g.report(f.UUID, f.Name, "accept", allow, reason.VTPMRolledBack, what, journal.StateRecovered)
+	g.changed(f.UUID)
+	return what, g.dropJournal(r.UUID)
+}
+
+// RepairList writes the list anew: from memory if it is there, else from the
+// labels that are kept and the states that they authenticate.
+func (g *Guard) RepairList(ctx context.Context) (what string, err error) {
+	if store := g.peek(); store != nil {
+		if err := store.Rewrite(); err != nil {
+			return "", err
+		}
+		what = fmt.Sprintf("the vTPM list was written again, with %d VMs", len(store.All()))
+		g.report("", "", "repair", allow, reason.ListDamaged, what, journal.ListDamaged)
+		return what, nil
+	}
+	if _, err = g.List(ctx); err == nil {
+		return "the vTPM list is readable: there was nothing to repair", nil
+	}
+	if r := reason.As(err); r == nil || (r.Code != reason.ListDamaged && r.Code != reason.ListRolledBack) {
+		return "", err
+	}
+	g.openList.Lock()
+	defer g.openList.Unlock()
+	names, err := os.ReadDir(filepath.Join(g.dirs.State, "vtpm"))
+	if err != nil {
+		return "", err
+	}
+	var records []*list.Record
+	var lost []string
+	for _, e := range names {
+		r, err := g.rebuildOne(ctx, e.Name())
+		if err != nil {
+			lost = append(lost, fmt.Sprintf("%s (%s)", e.Name(), err))
+			continue
+		}
+		records = append(records, r)
+	}
+	g.mu.Lock()
+	key := g.listKey
+	g.mu.Unlock()
+	store, err := liststore.Rebuild(g.dirs.State, g.dirs.Run, key, records)
+	if err != nil {
+		return "", err
+	}
+	g.mu.Lock()
+	g.store, g.listErr = store, nil
+	g.mu.Unlock()
+	what = fmt.Sprintf("the vTPM list was rebuilt from labels, with %d VMs", len(records))
+	for _, l := range lost {
+		what += "; not taken in: " + l
+	}
+	g.report("", "", "repair", allow, reason.ListDamaged, what, journal.ListDamaged)
+	for _, r := range records {
+		g.changed(r.UUID)
+	}
+	return what, nil
+}
+
+func (g *Guard) rebuildOne(ctx context.Context, uuid string) (*list.Record, error) {
+	payload, err := g.kept(uuid, keptLabel)
+	if err != nil {
+		return nil, errors.New("no label is kept")
+	}
+	l, err := label.UntrustedParse(payload)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := statedir.Look(l.Instance)
+	if err != nil {
+		return nil, err
+	}
+	r, keys, err := g.recordFrom(ctx, payload, uuid, uuid, l.Instance, dir)
+	if err != nil {
+		return nil, err
+	}
+	keys.Wipe()
+	// Where the image is, its label will be found right at the next start: it
+	// is the one that is kept, and waits.
+	r.PendingLabel = payload
+	return r, nil
+}
+
+// delete ends a VM's association: the record, what is kept, and the label in
+// the image; a signed statement stays.
+func (g *Guard) delete(ctx context.Context, store *liststore.Store, r *list.Record, why string) error {
+	g.closeGrant(r.UUID)
+	g.endSession(r.UUID)
+	if err := store.Commit(liststore.Change{Delete: r.UUID}); err != nil {
+		return err
+	}
+	err := g.forget(r.UUID)
+	if r.LabelPath != "" {
+		e := imagefile.RemoveLabel(r.LabelPath, ownLabel(r.UUID))
+		var unsupported *imagefile.UnsupportedError
+		switch {
+		case e == nil, errors.Is(e, imagefile.ErrNoLabel), errors.Is(e, imagefile.ErrKept), errors.Is(e, fs.ErrNotExist), errors.As(e, &unsupported):
+		default:
+			g.log.WithField(journal.VM, r.UUID).WithError(e).Warn("the label of a deleted VM stays in its image")
+		}
+	}
+	if e := g.stateDeleted(ctx, r); e != nil {
+		err = errors.Join(err, e)
+	}
+	g.report(r.UUID, r.Name, "undefine", noted, "", "the vTPM's record and wrapped keys were erased: "+why, journal.VMDeleted)
+	g.changed(r.UUID)
+	return err
+}
+
+// Statement says that this host deleted a vTPM. Signed is the ECDSA signature
+// by the host's certifier over the SHA-256 of the JSON of all before it.
+type Statement struct {
+	Type     string    `json:"type"` // virt-trust/deletion/v1
+	VM       string    `json:"vm"`
+	Name     string    `json:"name"`
+	Instance string    `json:"instance"`
+	Baseline string    `json:"baseline"`
+	Time     time.Time `json:"time"`
+	BindKey  string    `json:"bind_key"`
+	Signed   []byte    `json:"signed,omitempty"`
+}
+
+func (g *Guard) stateDeleted(ctx context.Context, r *list.Record) error {
+	s := Statement{
+		Type: "virt-trust/deletion/v1", VM: r.UUID, Name: r.Name, Instance: r.Instance, Baseline: r.Baseline.String(),
+		Time: g.now().UTC().Truncate(time.Second), BindKey: fmt.Sprintf("%x", g.tpm.BindKeyName()),
+	}
+	b, err := json.Marshal(s)
+	if err != nil {
+		return err
+	}
+	if s.Signed, err = g.tpm.Sign(ctx, sha256.Sum256(b)); err != nil {
+		return fmt.Errorf("signing the deletion statement: %w", err)
+	}
+	if b, err = json.Marshal(s); err != nil {
+		return err
+	}
+	dir := filepath.Join(g.dirs.State, "deleted")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	return liststore.WriteFile(filepath.Join(dir, fmt.Sprintf("%s.%d.json", r.UUID, s.Time.Unix())), append(b, '\n'), 0o600)
+}

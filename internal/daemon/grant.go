@@ -1,0 +1,136 @@
+package daemon
+
+import (
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"virt-trust/internal/domain/swtpmargs"
+	"virt-trust/internal/platform/journal"
+	"virt-trust/internal/platform/secret"
+	"virt-trust/internal/vtpm/lifecycle"
+	"virt-trust/internal/vtpm/list"
+	"virt-trust/internal/vtpm/reason"
+)
+
+// grant is a launch grant: what prepare opens and the wrapper redeems, once
+// for each program.
+type grant struct {
+	uuid     string
+	pass     bool           // no keys are ours to give
+	keys     *secret.Buffer // the session's; a session ends after its grant
+	cgroup   string         // of the hook, and so of libvirt: whoever redeems is in it
+	expires  time.Time
+	redeemed map[string]bool
+	setup    int // the process that redeemed as swtpm_setup
+}
+
+// open opens a grant after prepare.
+func (g *Guard) open(st *start, cgroup string) {
+	gr := &grant{
+		uuid: st.f.UUID, cgroup: cgroup, expires: g.now().Add(g.grantLifetime()), redeemed: map[string]bool{},
+		pass: st.d.Plan == lifecycle.Pass || st.r.KeyOwner == list.Libvirts,
+	}
+	if !gr.pass {
+		gr.keys = st.keys
+	}
+	g.mu.Lock()
+	g.grants[st.seen.Instance] = gr
+	g.mu.Unlock()
+}
+
+// closeGrant ends a VM's grant.
+func (g *Guard) closeGrant(uuid string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for dir, gr := range g.grants {
+		if gr.uuid == uuid {
+			delete(g.grants, dir)
+		}
+	}
+}
+
+// Redemption is what a wrapper gets: descriptors to close when they are sent,
+// or none if it shall run its program as it was called.
+type Redemption struct{ State, Transfer *os.File }
+
+// Close closes the descriptors.
+func (r *Redemption) Close() {
+	for _, f := range []*os.File{r.State, r.Transfer} {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
+
+// Redeem gives a wrapper the keys of the VM whose state path this is.
+func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
+	if program != "swtpm" && program != "swtpm_setup" {
+		return nil, reason.Refuse(reason.PolicyForbids, "", "there are no grants for the program %q", program)
+	}
+	path = filepath.Clean(path)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	gr := g.grants[path]
+	if gr == nil {
+		return g.withoutGrant(path)
+	}
+	who := logrus.Fields{journal.VM: gr.uuid, "program": program}
+	nested := program == "swtpm" && gr.setup != 0 && c.parent == gr.setup
+	switch {
+	case nested:
+		return &Redemption{}, nil
+	case g.now().After(gr.expires):
+		return nil, g.noKeys("the grant for this start has expired", "start the VM again")
+	case gr.cgroup != c.cgroup:
+		return nil, g.noKeys("the wrapper was not called by libvirt", "start the VM with libvirt")
+	case gr.redeemed[program]:
+		return nil, g.noKeys("the grant for this start was redeemed before", "start the VM again")
+	}
+	r := &Redemption{}
+	if !gr.pass {
+		var err error
+		if r.State, err = secret.HexMemfd("vtpm-state-key", stateKey(gr.keys)); err != nil {
+			return nil, err
+		}
+		if r.Transfer, err = secret.HexMemfd("vtpm-transfer-key", transferKey(gr.keys)); err != nil {
+			r.Close()
+			return nil, err
+		}
+		// From here on the folder is there, and what swtpm writes is noted.
+		if err := g.watch.Add(path); err != nil {
+			r.Close()
+			return nil, err
+		}
+	}
+	gr.redeemed[program] = true
+	if program == "swtpm_setup" {
+		gr.setup = c.pid
+	}
+	g.log.WithFields(who).Debug("vTPM keys granted")
+	return r, nil
+}
+
+func (g *Guard) noKeys(what, mend string) error {
+	return reason.Refuse(reason.KeyNotReleased, mend, "%s", what)
+}
+
+// withoutGrant answers for a path that no start is under way for. What is
+// ours, by the list or by libvirt's layout, gets nothing; the rest is not our
+// business. Called with g.mu held.
+func (g *Guard) withoutGrant(path string) (*Redemption, error) {
+	_, ours := swtpmargs.UUIDFromStatePath(g.cfg.Swtpm.StateRoot, path)
+	if g.store != nil && !ours {
+		for _, r := range g.store.All() {
+			if r.Instance == path && r.State != list.Released {
+				ours = true
+			}
+		}
+	}
+	if ours {
+		return nil, g.noKeys("no start of this VM is under way", "start the VM with libvirt; if that says this, 'virt-trust status' shows whether the hook is in its place")
+	}
+	return &Redemption{}, nil
+}

@@ -1,0 +1,467 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	sddaemon "github.com/coreos/go-systemd/v22/daemon"
+	"github.com/godbus/dbus/v5"
+	"github.com/sirupsen/logrus"
+
+	"virt-trust/internal/bus"
+	"virt-trust/internal/domain/libvirt"
+	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/platform/config"
+	"virt-trust/internal/platform/journal"
+	"virt-trust/internal/vtpm/list"
+	"virt-trust/internal/vtpm/liststore"
+	"virt-trust/internal/vtpm/reason"
+	"virt-trust/internal/vtpm/statedir"
+)
+
+// Options are what main knows.
+type Options struct {
+	Config   config.Config
+	Dirs     Dirs
+	Programs Programs
+	Version  string
+	Log      *logrus.Entry
+}
+
+// Run is virt-trustd: it serves until ctx ends.
+func Run(ctx context.Context, o Options) error {
+	tpm, err := hosttpm.Open(hosttpm.Config{
+		Device: o.Config.TPM.Device, Dir: filepath.Join(o.Dirs.State, "tpm"), PCRs: o.Config.TPM.PCRs, Bank: o.Config.TPM.Bank,
+		Timeout: time.Duration(o.Config.TPM.Timeout),
+	})
+	if err != nil {
+		return err
+	}
+	defer tpm.Close()
+	uid, _, err := lookupUser(o.Config.Swtpm.User)
+	if err != nil {
+		return fmt.Errorf("swtpm.user: %w", err)
+	}
+	conn, err := dbus.ConnectSystemBus()
+	if err != nil {
+		return fmt.Errorf("connecting to the system bus: %w", err)
+	}
+	defer conn.Close()
+
+	s := &Service{
+		conn: conn, programs: o.Programs, swtpmUID: uint32(uid), version: o.Version, log: o.Log,
+		slots: make(chan struct{}, maxCalls), signals: make(chan func(), 1024), known: map[string]bool{}, host: tpm,
+	}
+	if s.g, err = NewGuard(o.Config, o.Dirs, tpm, o.Log, s.vmChanged); err != nil {
+		return err
+	}
+	defer s.g.Close()
+	// The list is opened before calls come in, if the TPM lets it be.
+	s.openList(ctx)
+	if err := s.export(); err != nil {
+		return err
+	}
+	_, _ = sddaemon.SdNotify(false, sddaemon.SdNotifyReady)
+	defer sddaemon.SdNotify(false, sddaemon.SdNotifyStopping)
+
+	go s.sendSignals(ctx)
+	go s.watchLibvirt(ctx)
+	go s.keepUp(ctx)
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-conn.Context().Done():
+		return errors.New("the system bus closed the connection")
+	}
+}
+
+func (s *Service) sendSignals(ctx context.Context) {
+	for {
+		select {
+		case send := <-s.signals:
+			send()
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// openList opens the list and takes up running VMs; what fails is tried again.
+func (s *Service) openList(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(s.g.cfg.TPM.Timeout))
+	defer cancel()
+	before := s.g.peek()
+	err := s.g.resume(ctx)
+	if store := s.g.peek(); before == nil && store != nil {
+		for _, r := range store.All() {
+			s.vmChanged(r.UUID)
+		}
+		s.emit(bus.Path, "org.freedesktop.DBus.Properties.PropertiesChanged", bus.ManagerInterface, s.managerProperties(), []string{})
+		s.log.WithField("generation", store.Generation()).Infof("the vTPM list is open, with %d VMs", len(store.All()))
+	}
+	s.mu.Lock()
+	same := err == nil || s.problem == err.Error()
+	s.problem = ""
+	if err != nil {
+		s.problem = err.Error()
+	}
+	s.mu.Unlock()
+	if same {
+		return
+	}
+	e := s.log.WithError(err)
+	if r := reason.As(err); r != nil {
+		e = e.WithField(journal.Reason, string(r.Code))
+		switch r.Code {
+		case reason.HostNotApproved, reason.KeyNotReleased:
+			e = e.WithField(journal.ID, journal.HostNotApproved)
+		case reason.TPMFailed, reason.TPMBusy, reason.TPMLockedOut:
+			e = e.WithField(journal.ID, journal.TPMAway)
+		case reason.ListDamaged, reason.ListRolledBack:
+			e = e.WithField(journal.ID, journal.ListDamaged)
+		}
+	}
+	e.Error("VMs with a vTPM cannot start: the vTPM list is not open, or running VMs could not be taken up")
+}
+
+// keepUp does what time asks for: the watchdog, another try at the list, and
+// the records of starts that libvirt never finished.
+func (s *Service) keepUp(ctx context.Context) {
+	const pace = 5 * time.Second
+	t := time.NewTicker(pace)
+	defer t.Stop()
+	for n := 1; ; n++ {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		// Locks that never come back would be a bug; then systemd starts it anew.
+		s.g.mu.Lock()
+		s.g.mu.Unlock() //nolint:staticcheck // to take it is the test
+		_, _ = sddaemon.SdNotify(false, sddaemon.SdNotifyWatchdog)
+		if s.g.peek() == nil {
+			s.openList(ctx)
+			if s.g.peek() != nil {
+				s.log.WithField(journal.ID, journal.TPMBack).Info("the host's TPM released the list key again")
+			}
+		} else if n%12 == 0 {
+			s.g.sweep(ctx)
+		}
+	}
+}
+
+// sweep closes records of starts that libvirt gave up without a word.
+func (g *Guard) sweep(ctx context.Context) {
+	store := g.peek()
+	g.mu.Lock()
+	var stale []string
+	for id, s := range g.sessions {
+		waiting := false
+		for _, gr := range g.grants {
+			waiting = waiting || (gr.uuid == id && g.now().Before(gr.expires))
+		}
+		if !waiting {
+			stale = append(stale, s.uuid)
+		}
+	}
+	g.mu.Unlock()
+	for _, id := range stale {
+		func() {
+			defer g.lock(id)()
+			r := store.Get(id)
+			if r == nil || !r.Open {
+				g.endSession(id)
+				return
+			}
+			if used, err := statedir.InUse(r.Instance); used || err != nil {
+				return
+			}
+			g.closeGrant(id)
+			if err := g.rest(ctx, store, r, false); err != nil {
+				g.log.WithField(journal.VM, id).WithError(err).Warn("closing the record of a VM that stopped unseen")
+			}
+		}()
+	}
+}
+
+// watchLibvirt follows libvirt's events while its daemon runs. It never makes
+// a sleeping one start.
+func (s *Service) watchLibvirt(ctx context.Context) {
+	for ctx.Err() == nil {
+		socket, running, err := libvirt.Socket(s.g.cfg.Libvirt.Socket)
+		if err == nil && running {
+			if err := s.followLibvirt(ctx, socket); err != nil && ctx.Err() == nil {
+				s.log.WithError(err).Debug("following libvirt's events")
+			}
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(2 * time.Second):
+		}
+	}
+}
+
+func (s *Service) followLibvirt(ctx context.Context, socket string) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	c, err := libvirt.Dial(ctx, socket)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	events, err := c.Events(ctx)
+	if err != nil {
+		return err
+	}
+	if err := s.reconcile(ctx, c); err != nil {
+		return err
+	}
+	for e := range events {
+		switch e.Kind {
+		case libvirt.Suspended:
+			s.g.setState(e.UUID, list.Suspended)
+		case libvirt.Resumed:
+			s.g.setState(e.UUID, list.Running)
+		case libvirt.Undefined:
+			// libvirt removes the state before it says so; --keep-tpm keeps it.
+			s.ended(ctx, e.UUID, "the VM was undefined")
+		case libvirt.Renamed, libvirt.Defined:
+			s.renamed(e.UUID, e.Name)
+		case libvirt.Stopped:
+			// A transient VM's state goes with it, and nothing says so.
+			id := e.UUID
+			time.AfterFunc(time.Second, func() { s.goneWithItsDomain(ctx, id) })
+		case libvirt.Closed:
+			return nil
+		}
+	}
+	return nil
+}
+
+// reconcile holds the list against the domains that libvirt has.
+func (s *Service) reconcile(ctx context.Context, c *libvirt.Client) error {
+	store := s.g.peek()
+	if store == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	domains, err := c.List(ctx)
+	if err != nil {
+		return err
+	}
+	has := map[string]bool{}
+	for _, d := range domains {
+		has[d.UUID] = true
+		s.renamed(d.UUID, d.Name)
+	}
+	for _, r := range store.All() {
+		if !has[r.UUID] {
+			s.ended(ctx, r.UUID, "libvirt does not have the VM any more")
+		}
+	}
+	return nil
+}
+
+func (s *Service) goneWithItsDomain(ctx context.Context, uuid string) {
+	store := s.g.peek()
+	if store == nil || store.Get(uuid) == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	if _, err := s.lookup(ctx, uuid); errors.Is(err, libvirt.ErrNoDomain) {
+		s.ended(ctx, uuid, "the transient VM has ended")
+	}
+}
+
+// ended deletes the record of a VM that libvirt no longer has, unless its
+// state was kept.
+func (s *Service) ended(ctx context.Context, uuid, why string) {
+	g := s.g
+	defer g.lock(uuid)()
+	store := g.peek()
+	if store == nil {
+		return
+	}
+	r := store.Get(uuid)
+	if r == nil {
+		return
+	}
+	if used, err := statedir.InUse(r.Instance); used || err != nil {
+		return // it runs on, as a transient VM
+	}
+	if seen, err := statedir.Look(r.Instance); err != nil || seen.Exists() {
+		return // kept, with --keep-tpm or persistent_state
+	}
+	if err := g.delete(ctx, store, r, why); err != nil {
+		s.log.WithField(journal.VM, uuid).WithError(err).Error("deleting a vTPM's record")
+	}
+}
+
+func (s *Service) renamed(uuid, name string) {
+	g := s.g
+	store := g.peek()
+	if store == nil || name == "" {
+		return
+	}
+	if r := store.Get(uuid); r == nil || r.Name == name {
+		return
+	}
+	defer g.lock(uuid)()
+	r := store.Get(uuid)
+	if r == nil || r.Name == name {
+		return
+	}
+	n := r.Clone()
+	n.Name, n.Changed = name, g.unix()
+	if err := store.Commit(liststore.Change{Put: n}); err != nil {
+		s.log.WithField(journal.VM, uuid).WithError(err).Error("noting a VM's new name")
+		return
+	}
+	g.changed(uuid)
+}
+
+// listState says how the list is, for the bus.
+func (g *Guard) listState() (state, problem string, generation uint64, count int) {
+	g.mu.Lock()
+	store, err := g.store, g.listErr
+	g.mu.Unlock()
+	if store != nil {
+		generation, count = store.Generation(), len(store.All())
+	} else if h, _, e := liststore.UntrustedHeader(g.dirs.State); e == nil {
+		generation = h.Generation
+	}
+	switch r := reason.As(err); {
+	case err == nil && store != nil && count == 0:
+		return "empty", "", generation, count
+	case err == nil && store != nil:
+		return "readable", "", generation, count
+	case err == nil:
+		return "sealed", "the vTPM list has not been opened yet", generation, count
+	case r != nil && r.Code == reason.ListDamaged:
+		return "damaged", r.Error(), generation, count
+	case r != nil && r.Code == reason.ListRolledBack:
+		return "rolled-back", r.Error(), generation, count
+	}
+	return "sealed", reason.OneLine(err.Error()), generation, count
+}
+
+// lastRefusal and lastVerdict keep a VM's last verdict between two openings of
+// its record, in memory: refusals must not be able to wear the list.
+func (g *Guard) lastRefusal(uuid string, r *reason.Refusal) {
+	g.mu.Lock()
+	g.verdicts[uuid] = r
+	g.mu.Unlock()
+	g.changed(uuid)
+}
+
+func (g *Guard) lastVerdict(r *list.Record) (verdict, code, what string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if v := g.verdicts[r.UUID]; v != nil {
+		return refused, string(v.Code), v.Text()
+	}
+	return r.LastVerdict, r.LastReason, r.LastWhat
+}
+
+// statusAge is how long an answer of the TPM counts as present.
+const statusAge = 2 * time.Second
+
+// hostProperties asks the TPM, but not more often than it changes.
+func (s *Service) hostProperties() dict {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.status.state != nil && time.Since(s.status.at) < statusAge {
+		return s.status.state
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	st, err := s.host.Status(ctx)
+	if err != nil {
+		st = hosttpm.Status{State: hosttpm.Failed, Problem: err.Error()}
+	}
+	c := s.g.cfg.TPM
+	selection, differing := []uint32{}, []uint32{}
+	for _, p := range c.PCRs {
+		selection = append(selection, uint32(p))
+	}
+	for _, p := range st.Differing {
+		differing = append(differing, uint32(p))
+	}
+	d := strs("State", st.State, "Problem", st.Problem, "Device", c.Device, "Manufacturer", st.Manufacturer, "PCRBank", c.Bank,
+		"BindKeyName", hexName(s.host.BindKeyName()), "BindKeyPublic", "", "AKName", hexName(s.host.AKName()), "AKPublic", "")
+	if k := s.host.BindKeyPublic(); k != nil {
+		d["BindKeyPublic"] = dbus.MakeVariant(publicPEM(k))
+	}
+	if k := s.host.AKPublic(); k != nil {
+		d["AKPublic"] = dbus.MakeVariant(publicPEM(k))
+	}
+	d["PCRSelection"], d["DifferingPCRs"] = dbus.MakeVariant(selection), dbus.MakeVariant(differing)
+	s.status = hostStatus{time.Now(), d}
+	return d
+}
+
+func hexName(b []byte) string { return fmt.Sprintf("%x", b) }
+
+func publicPEM(key any) string {
+	der, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return ""
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))
+}
+
+// libvirtState says whether libvirt uses hook and wrapper: a daemon that was
+// started before the package was installed does not.
+func (s *Service) libvirtState() string {
+	if _, err := os.Stat(s.programs.Script); errors.Is(err, fs.ErrNotExist) {
+		return "hook-missing"
+	}
+	for _, f := range []string{"/run/virtqemud.pid", "/run/libvirtd.pid"} {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			continue
+		}
+		pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+		if err != nil {
+			continue
+		}
+		env, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "environ"))
+		if err != nil {
+			continue // it does not run, and will have the drop-in when it does
+		}
+		for _, v := range bytes.Split(env, []byte{0}) {
+			if path, ok := bytes.CutPrefix(v, []byte("PATH=")); ok && !wrapperFirst(string(path), s.programs.Wrapper) {
+				return "restart-needed"
+			}
+		}
+	}
+	return "active"
+}
+
+// lookupUser resolves a user's numbers.
+func lookupUser(name string) (uid, gid int, err error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		return 0, 0, err
+	}
+	uid, err = strconv.Atoi(u.Uid)
+	if err != nil {
+		return 0, 0, err
+	}
+	gid, err = strconv.Atoi(u.Gid)
+	return uid, gid, err
+}

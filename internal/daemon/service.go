@@ -1,0 +1,677 @@
+package daemon
+
+import (
+	"context"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+	"github.com/sirupsen/logrus"
+
+	contract "virt-trust/dbus"
+	"virt-trust/internal/bus"
+	"virt-trust/internal/domain"
+	"virt-trust/internal/domain/libvirt"
+	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/platform/journal"
+	"virt-trust/internal/vtpm/label"
+	"virt-trust/internal/vtpm/list"
+	"virt-trust/internal/vtpm/reason"
+)
+
+// Programs are where the package puts what talks to virt-trustd.
+type Programs struct {
+	Hook    string // /usr/libexec/virt-trust/virt-trust-hook
+	Wrapper string // /usr/libexec/virt-trust/virt-trust-wrapper
+	Script  string // /etc/libvirt/hooks/qemu.d/50-virt-trust
+}
+
+// Service offers a Guard on D-Bus (org.virttrust1(5)).
+type Service struct {
+	g        *Guard
+	conn     *dbus.Conn
+	programs Programs
+	swtpmUID uint32
+	version  string
+	log      *logrus.Entry
+	slots    chan struct{}
+	signals  chan func()
+
+	mu      sync.Mutex
+	known   map[string]bool // VMs that have an object
+	status  hostStatus
+	problem string // the last that kept the list from being opened
+
+	host *hosttpm.Host
+}
+
+// maxCalls bounds the calls that are worked on at once. libvirt's default is
+// 20 workers; each can wait in one hook.
+const maxCalls = 64
+
+// Deadlines of calls, below those of the callers.
+const (
+	hookDeadline   = 40 * time.Second
+	redeemDeadline = 5 * time.Second
+	adminDeadline  = 2 * time.Minute
+)
+
+// access says who may call a method. The bus policy says it too; neither
+// relies on the other.
+type access int
+
+const (
+	reader access = iota // whom the bus lets through: root and group virt-trust
+	hookOnly
+	wrapperOnly
+	polkitAction
+)
+
+// serve runs a method's body behind everything that is common to all.
+func (s *Service) serve(sender dbus.Sender, method string, who access, limit time.Duration, body func(context.Context, *caller) error) (derr *dbus.Error) {
+	defer func() {
+		if p := recover(); p != nil {
+			s.log.WithField("method", method).WithField("stack", string(debug.Stack())).Errorf("panic: %v", p)
+			derr = dbus.NewError(bus.ErrorFailed, []any{"virt-trustd has a bug here: see its journal"})
+		}
+	}()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	select {
+	case s.slots <- struct{}{}:
+		defer func() { <-s.slots }()
+	case <-ctx.Done():
+		return s.fail(method, reason.Refuse(reason.TPMBusy, "try again", "too many calls are under way"))
+	}
+	c, err := identify(ctx, s.conn, string(sender))
+	if err == nil {
+		err = s.admit(ctx, c, method, who)
+	}
+	if err == nil {
+		err = body(ctx, c)
+	}
+	if err != nil {
+		return s.fail(method, err)
+	}
+	return nil
+}
+
+var errDenied = errors.New("you may not do this")
+
+func (s *Service) admit(ctx context.Context, c *caller, method string, who access) error {
+	switch who {
+	case hookOnly:
+		if c.uid != 0 {
+			return errDenied
+		}
+		if c.exe != s.programs.Hook || !c.byLibvirt() {
+			return reason.Refuse(reason.PolicyForbids, "let libvirt call it", "the hook was not called by libvirt")
+		}
+	case wrapperOnly:
+		if c.uid != s.swtpmUID || c.exe != s.programs.Wrapper {
+			return reason.Refuse(reason.PolicyForbids, "let libvirt start swtpm", "grants are for virt-trust's wrapper, run as libvirt's swtpm user")
+		}
+	case polkitAction:
+		ok, err := authorized(ctx, s.conn, c, bus.Name+"."+strings.ToLower(method))
+		if err != nil {
+			s.log.WithError(err).Warn("asking polkit")
+		}
+		if !ok {
+			return errDenied
+		}
+	}
+	return nil
+}
+
+func (s *Service) fail(method string, err error) *dbus.Error {
+	r := reason.As(err)
+	switch {
+	case r != nil:
+		return dbus.NewError(bus.ErrorRefused, []any{r.Error()})
+	case errors.Is(err, errDenied):
+		return dbus.NewError(bus.ErrorAccessDenied, []any{fmt.Sprintf("%s: %s; ask an administrator, or see org.virttrust1(5)", method, err)})
+	case errors.Is(err, bus.ErrNotFound), errors.Is(err, libvirt.ErrNoDomain):
+		return dbus.NewError(bus.ErrorNotFound, []any{reason.OneLine(err.Error())})
+	}
+	s.log.WithField("method", method).WithError(err).Error("could not tell")
+	return dbus.NewError(bus.ErrorFailed, []any{reason.OneLine(err.Error())})
+}
+
+type dict = map[string]dbus.Variant
+
+func strs(kv ...string) dict {
+	d := dict{}
+	for i := 0; i < len(kv); i += 2 {
+		d[kv[i]] = dbus.MakeVariant(kv[i+1])
+	}
+	return d
+}
+
+func option[T any](options dict, key string) T {
+	v, _ := options[key].Value().(T)
+	return v
+}
+
+// manager is org.virttrust1.Manager.
+func (s *Service) manager() map[string]any {
+	return map[string]any{
+		"HandleHook": func(op, sub, extra, doc string, options dict, sender dbus.Sender) (dict, *dbus.Error) {
+			result := dict{}
+			return result, s.serve(sender, "HandleHook", hookOnly, hookDeadline, func(ctx context.Context, c *caller) error {
+				return s.hook(ctx, c, domain.Operation(op), doc, option[string](options, "path"))
+			})
+		},
+		"RedeemGrant": func(program, path string, options dict, sender dbus.Sender) (action string, keys []dbus.Variant, derr *dbus.Error) {
+			keys = []dbus.Variant{}
+			derr = s.serve(sender, "RedeemGrant", wrapperOnly, redeemDeadline, func(ctx context.Context, c *caller) error {
+				r, err := s.g.Redeem(program, path, c)
+				if err != nil {
+					s.g.report("", path, "redeem", refused, codeOf(err), err.Error(), journal.Refused)
+					return err
+				}
+				action = "pass"
+				if r.State != nil {
+					action = "keys"
+					keys = []dbus.Variant{dbus.MakeVariant(dbus.UnixFD(r.State.Fd())), dbus.MakeVariant(dbus.UnixFD(r.Transfer.Fd()))}
+					// The library sends after this returns and does not say when it has.
+					time.AfterFunc(redeemDeadline, r.Close)
+				}
+				return nil
+			})
+			return action, keys, derr
+		},
+		"GetVM": func(vm string, sender dbus.Sender) (path dbus.ObjectPath, derr *dbus.Error) {
+			path = "/"
+			return path, s.serve(sender, "GetVM", reader, adminDeadline, func(context.Context, *caller) error {
+				store := s.g.peek()
+				if store != nil {
+					if r := store.Find(vm); r != nil {
+						path = bus.VMPath(r.UUID)
+						return nil
+					}
+				}
+				return fmt.Errorf("%w in the vTPM list: %q", bus.ErrNotFound, vm)
+			})
+		},
+		"Check": s.verb("Check", reader, func(ctx context.Context, d libvirt.Domain, f *domain.Facts, options dict) (string, error) {
+			return s.g.Check(ctx, f)
+		}),
+		"Adopt": s.verb("Adopt", polkitAction, func(ctx context.Context, d libvirt.Domain, f *domain.Facts, options dict) (string, error) {
+			return s.g.Adopt(ctx, d, f, option[bool](options, "new"))
+		}),
+		"Release": s.verb("Release", polkitAction, func(ctx context.Context, d libvirt.Domain, f *domain.Facts, options dict) (string, error) {
+			return s.g.Release(ctx, d, f)
+		}),
+		"Accept": s.verb("Accept", polkitAction, func(ctx context.Context, d libvirt.Domain, f *domain.Facts, options dict) (string, error) {
+			if !option[bool](options, "rolled-back") {
+				return "", errors.New(`nothing to accept was named: the option "rolled-back" is the only one`)
+			}
+			return s.g.Accept(ctx, d, f)
+		}),
+		"Repair": func(vm string, options dict, sender dbus.Sender) (dict, *dbus.Error) {
+			if vm != "" {
+				return s.verb("Repair", polkitAction, func(ctx context.Context, d libvirt.Domain, f *domain.Facts, options dict) (string, error) {
+					return s.g.Repair(ctx, d, f)
+				})(vm, options, sender)
+			}
+			result := dict{}
+			return result, s.serve(sender, "Repair", polkitAction, adminDeadline, func(ctx context.Context, c *caller) error {
+				what, err := s.g.RepairList(ctx)
+				maps.Copy(result, strs("what", what))
+				return err
+			})
+		},
+		"Log": func(limit uint32, options dict, sender dbus.Sender) ([]dict, *dbus.Error) {
+			all := []dict{}
+			derr := s.serve(sender, "Log", reader, adminDeadline, func(context.Context, *caller) error {
+				for _, d := range s.g.journal.recent(int(min(limit, maxDecisions))) {
+					e := strs("uuid", d.UUID, "name", d.Name, "operation", d.Operation, "verdict", d.Verdict, "reason", string(d.Reason), "what", d.What)
+					e["time"] = dbus.MakeVariant(uint64(d.Time))
+					all = append(all, e)
+				}
+				return nil
+			})
+			return all, derr
+		},
+		"CheckLabel": func(payload []byte, options dict, sender dbus.Sender) (dict, *dbus.Error) {
+			result := dict{}
+			return result, s.serve(sender, "CheckLabel", reader, adminDeadline, func(context.Context, *caller) error {
+				maps.Copy(result, s.checkLabel(payload))
+				return nil
+			})
+		},
+	}
+}
+
+func codeOf(err error) reason.Code {
+	if r := reason.As(err); r != nil {
+		return r.Code
+	}
+	return ""
+}
+
+// verb makes a method that is about one VM, which libvirt knows.
+func (s *Service) verb(method string, who access, body func(context.Context, libvirt.Domain, *domain.Facts, dict) (string, error)) func(string, dict, dbus.Sender) (dict, *dbus.Error) {
+	return func(vm string, options dict, sender dbus.Sender) (dict, *dbus.Error) {
+		result := dict{}
+		derr := s.serve(sender, method, who, adminDeadline, func(ctx context.Context, c *caller) error {
+			d, err := s.lookup(ctx, vm)
+			if err != nil {
+				return err
+			}
+			f, err := domain.Parse([]byte(d.XML))
+			if err != nil {
+				return err
+			}
+			maps.Copy(result, strs("uuid", f.UUID, "name", f.Name, "verdict", "start", "reason", "", "mend", ""))
+			what, err := body(ctx, d, f, options)
+			result["what"] = dbus.MakeVariant(what)
+			if method != "Check" {
+				return err
+			}
+			// A dry run's refusal is its answer.
+			if r := reason.As(err); r != nil {
+				maps.Copy(result, strs("verdict", "refuse", "reason", string(r.Code), "what", r.What, "mend", r.Mend))
+				return nil
+			}
+			return err
+		})
+		return result, derr
+	}
+}
+
+func (s *Service) lookup(ctx context.Context, vm string) (libvirt.Domain, error) {
+	socket, _, err := libvirt.Socket(s.g.cfg.Libvirt.Socket)
+	if err != nil {
+		return libvirt.Domain{}, err
+	}
+	c, err := libvirt.Dial(ctx, socket)
+	if err != nil {
+		return libvirt.Domain{}, err
+	}
+	defer c.Close()
+	return c.Lookup(ctx, vm)
+}
+
+func (s *Service) checkLabel(payload []byte) dict {
+	l, err := label.UntrustedParse(payload)
+	if err != nil {
+		return strs("verdict", "other", "what", err.Error())
+	}
+	store := s.g.peek()
+	if store == nil {
+		return strs("verdict", "unknown", "what", "the vTPM list cannot be read now")
+	}
+	r := store.Get(l.VM)
+	switch {
+	case r == nil:
+		return strs("verdict", "other", "what", "the vTPM list does not know this VM")
+	case list.DigestOf(payload) == r.LabelDigest:
+		return strs("verdict", "right", "what", "it is the label of VM "+r.Name)
+	case slices.Equal(payload, r.PendingLabel):
+		return strs("verdict", "right", "what", "it is the new label of VM "+r.Name)
+	}
+	return strs("verdict", "other", "what", "it is not the label that was written last for VM "+r.Name)
+}
+
+// hook handles a libvirt hook event. Only what may refuse gives an error.
+func (s *Service) hook(ctx context.Context, c *caller, op domain.Operation, doc, path string) error {
+	f, err := domain.Parse([]byte(doc))
+	if err != nil {
+		return err
+	}
+	if f.TPM == nil {
+		return nil
+	}
+	switch op {
+	case domain.OpPrepare:
+		if err = s.wrapperOnPath(f, path); err == nil {
+			err = s.g.Prepare(ctx, f, c.cgroup)
+		}
+	case domain.OpStart:
+		err = s.g.Launched(f)
+	case domain.OpStarted:
+		s.g.Started(f)
+	case domain.OpStopped:
+		// swtpm is gone, but `release` comes when QEMU's image is free as well.
+	case domain.OpRelease:
+		err = s.g.Stopped(ctx, f, managedSaveExists(f.Name))
+	case domain.OpRestore:
+		s.g.Restoring(f)
+	case domain.OpReconnect:
+		var store, e = s.g.List(ctx)
+		if err = e; err == nil {
+			err = s.g.resumeOne(ctx, store, f.UUID)
+		}
+	case domain.OpMigrate:
+		err = reason.Refuse(reason.VMElsewhere, "move it while it is off, or run it on its host", "the VM's vTPM lives on the host that it comes from, and cannot be handed over yet")
+	}
+	if op == domain.OpPrepare || op == domain.OpMigrate || (op == domain.OpStart && err != nil) {
+		s.verdict(f, op, err)
+	}
+	return err
+}
+
+// verdict makes a decision known.
+func (s *Service) verdict(f *domain.Facts, op domain.Operation, err error) {
+	r := reason.As(err)
+	switch {
+	case err == nil:
+		s.g.report(f.UUID, f.Name, string(op), allow, "", "", journal.KeysGranted)
+		return
+	case r == nil:
+		s.g.report(f.UUID, f.Name, string(op), refused, "", err.Error(), journal.Refused)
+		return
+	}
+	s.g.report(f.UUID, f.Name, string(op), refused, r.Code, r.Text(), journal.Refused)
+	s.emit(bus.Path, bus.ManagerInterface+".Refused", f.UUID, f.Name, string(op), string(r.Code), r.Text())
+	// The record's last verdict is memory enough: writing the list for a
+	// refusal would let refusals wear it.
+	s.g.lastRefusal(f.UUID, r)
+}
+
+// wrapperOnPath refuses a start for which libvirt would run swtpm itself.
+func (s *Service) wrapperOnPath(f *domain.Facts, path string) error {
+	if store := s.g.peek(); store != nil {
+		if r := store.Get(f.UUID); r != nil && r.State == list.Released {
+			return nil
+		}
+	}
+	if wrapperFirst(path, s.programs.Wrapper) || s.g.cfg.Mode == "audit" {
+		return nil
+	}
+	return reason.Refuse(reason.PolicyForbids, "run 'systemctl restart libvirtd' (or virtqemud), which leaves running VMs alone",
+		"libvirt was started without virt-trust's wrapper on its PATH")
+}
+
+// wrapperFirst reports whether the first swtpm on a PATH is the wrapper.
+func wrapperFirst(path, wrapper string) bool {
+	for _, dir := range filepath.SplitList(path) {
+		p := filepath.Join(dir, "swtpm")
+		st, err := os.Stat(p)
+		if err != nil || st.Mode()&0o111 == 0 || !st.Mode().IsRegular() {
+			continue
+		}
+		w, err := os.Stat(wrapper)
+		return err == nil && os.SameFile(st, w)
+	}
+	return false
+}
+
+// managedSaveExists tells a managed save from a stop.
+func managedSaveExists(name string) bool {
+	if name == "" || strings.ContainsRune(name, '/') {
+		return false
+	}
+	_, err := os.Lstat(filepath.Join("/var/lib/libvirt/qemu/save", name+".save"))
+	return err == nil
+}
+
+// report puts a decision into the log and the journal. event may be empty.
+func (g *Guard) report(uuid, name, op, verdict string, code reason.Code, what string, event journal.Event) {
+	what = reason.OneLine(what)
+	g.journal.add(Decision{UUID: uuid, Name: name, Operation: op, Verdict: verdict, Reason: code, What: what})
+	e := g.log.WithFields(logrus.Fields{journal.VM: uuid, journal.VMName: name, journal.Operation: op, "verdict": verdict})
+	if code != "" {
+		e = e.WithField(journal.Reason, string(code))
+	}
+	if event != "" {
+		e = e.WithField(journal.ID, event)
+	}
+	switch verdict {
+	case refused, wouldRefuse:
+		e.Warn(verdict + " " + op + ": " + what)
+	case allow:
+		e.Info(strings.TrimSuffix(verdict+" "+op+": "+what, ": "))
+	default:
+		e.Info(what)
+	}
+}
+
+// --- objects and properties ---
+
+type hostStatus struct {
+	at    time.Time
+	state dict
+}
+
+func (s *Service) properties(path dbus.ObjectPath, iface string) (dict, bool) {
+	switch {
+	case path == bus.Path && iface == bus.ManagerInterface:
+		return s.managerProperties(), true
+	case path == bus.HostPath && iface == bus.HostInterface:
+		return s.hostProperties(), true
+	case strings.HasPrefix(string(path), bus.VMPathPrefix) && iface == bus.VMInterface:
+		store := s.g.peek()
+		if store == nil {
+			return nil, false
+		}
+		r := store.Get(strings.ReplaceAll(strings.TrimPrefix(string(path), bus.VMPathPrefix), "_", "-"))
+		if r == nil {
+			return nil, false
+		}
+		return s.vmProperties(r), true
+	}
+	return nil, false
+}
+
+func (s *Service) managerProperties() dict {
+	state, problem, generation, count := s.g.listState()
+	return dict{
+		"Version": dbus.MakeVariant(s.version), "Mode": dbus.MakeVariant(s.g.cfg.Mode),
+		"ListState": dbus.MakeVariant(state), "ListProblem": dbus.MakeVariant(problem),
+		"ListGeneration": dbus.MakeVariant(generation), "VMCount": dbus.MakeVariant(uint32(count)),
+		"LibvirtState": dbus.MakeVariant(s.libvirtState()),
+	}
+}
+
+func (s *Service) vmProperties(r *list.Record) dict {
+	verdict, code, what := s.g.lastVerdict(r)
+	labelState := "none"
+	switch {
+	case len(r.PendingLabel) > 0:
+		labelState = "pending"
+	case !r.LabelDigest.IsZero():
+		labelState = "right"
+	}
+	d := strs("UUID", r.UUID, "Name", r.Name, "State", string(s.g.stateOf(r)), "StatePath", r.Instance, "LabelPath", r.LabelPath, "LabelState", labelState,
+		"LabelID", labelID(r), "KeyOwner", string(r.KeyOwner), "Baseline", r.Baseline.String(), "LastVerdict", verdict, "LastReason", code, "LastWhat", what)
+	for k, v := range map[string]uint64{"Generation": r.Generation, "Created": uint64(r.Created), "Changed": uint64(r.Changed)} {
+		d[k] = dbus.MakeVariant(v)
+	}
+	return d
+}
+
+func (s *Service) getProperty(iface, name string, msg dbus.Message) (dbus.Variant, *dbus.Error) {
+	all, derr := s.getAll(iface, msg)
+	if derr != nil {
+		return dbus.Variant{}, derr
+	}
+	v, ok := all[name]
+	if !ok {
+		return v, dbus.NewError("org.freedesktop.DBus.Error.UnknownProperty", []any{"there is no property " + name})
+	}
+	return v, nil
+}
+
+func (s *Service) getAll(iface string, msg dbus.Message) (d dict, derr *dbus.Error) {
+	sender, _ := msg.Headers[dbus.FieldSender].Value().(string)
+	derr = s.serve(dbus.Sender(sender), "GetAll", reader, adminDeadline, func(context.Context, *caller) error {
+		var ok bool
+		if d, ok = s.properties(pathOf(msg), iface); !ok {
+			return fmt.Errorf("%w: no interface %s here", bus.ErrNotFound, iface)
+		}
+		return nil
+	})
+	return d, derr
+}
+
+func pathOf(msg dbus.Message) dbus.ObjectPath {
+	p, _ := msg.Headers[dbus.FieldPath].Value().(dbus.ObjectPath)
+	return p
+}
+
+func (s *Service) managedObjects(sender dbus.Sender) (map[dbus.ObjectPath]map[string]dict, *dbus.Error) {
+	all := map[dbus.ObjectPath]map[string]dict{}
+	return all, s.serve(sender, "GetManagedObjects", reader, adminDeadline, func(context.Context, *caller) error {
+		all[bus.HostPath] = map[string]dict{bus.HostInterface: s.hostProperties()}
+		if store := s.g.peek(); store != nil {
+			for _, r := range store.All() {
+				all[bus.VMPath(r.UUID)] = map[string]dict{bus.VMInterface: s.vmProperties(r)}
+			}
+		}
+		return nil
+	})
+}
+
+// introspection of an object: its interfaces as the contract has them, and its
+// children.
+func (s *Service) introspect(msg dbus.Message) (string, *dbus.Error) {
+	p := pathOf(msg)
+	var b strings.Builder
+	b.WriteString("<!DOCTYPE node PUBLIC \"-//freedesktop//DTD D-BUS Object Introspection 1.0//EN\"\n \"http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd\">\n<node>\n")
+	var children []string
+	switch {
+	case p == "/":
+		children = []string{"org"}
+	case p == "/org":
+		children = []string{"virttrust1"}
+	case p == bus.Path:
+		b.WriteString(interfaceXML(bus.ManagerInterface) + objectManagerXML)
+		children = []string{"host", "vm"}
+	case p == bus.HostPath:
+		b.WriteString(interfaceXML(bus.HostInterface))
+	case string(p) == strings.TrimSuffix(bus.VMPathPrefix, "/"):
+		if store := s.g.peek(); store != nil {
+			for _, r := range store.All() {
+				children = append(children, strings.ReplaceAll(r.UUID, "-", "_"))
+			}
+		}
+	default:
+		if _, ok := s.properties(p, bus.VMInterface); !ok {
+			return "", dbus.NewError("org.freedesktop.DBus.Error.UnknownObject", []any{"there is no object " + string(p)})
+		}
+		b.WriteString(interfaceXML(bus.VMInterface))
+	}
+	b.WriteString(standardXML)
+	for _, c := range children {
+		fmt.Fprintf(&b, "  <node name=%q/>\n", c)
+	}
+	b.WriteString("</node>\n")
+	return b.String(), nil
+}
+
+// interfaceXML cuts one interface out of the contract.
+func interfaceXML(name string) string {
+	var doc struct {
+		Interfaces []struct {
+			Name  string `xml:"name,attr"`
+			Inner string `xml:",innerxml"`
+		} `xml:"interface"`
+	}
+	if err := xml.Unmarshal([]byte(contract.XML), &doc); err != nil {
+		return ""
+	}
+	for _, i := range doc.Interfaces {
+		if i.Name == name {
+			return "  <interface name=\"" + name + "\">" + i.Inner + "</interface>\n"
+		}
+	}
+	return ""
+}
+
+const standardXML = `  <interface name="org.freedesktop.DBus.Properties">
+    <method name="Get"><arg name="interface" type="s" direction="in"/><arg name="name" type="s" direction="in"/><arg name="value" type="v" direction="out"/></method>
+    <method name="GetAll"><arg name="interface" type="s" direction="in"/><arg name="properties" type="a{sv}" direction="out"/></method>
+    <method name="Set"><arg name="interface" type="s" direction="in"/><arg name="name" type="s" direction="in"/><arg name="value" type="v" direction="in"/></method>
+    <signal name="PropertiesChanged"><arg name="interface" type="s"/><arg name="changed" type="a{sv}"/><arg name="invalidated" type="as"/></signal>
+  </interface>
+  <interface name="org.freedesktop.DBus.Introspectable">
+    <method name="Introspect"><arg name="xml" type="s" direction="out"/></method>
+  </interface>
+`
+
+const objectManagerXML = `  <interface name="org.freedesktop.DBus.ObjectManager">
+    <method name="GetManagedObjects"><arg name="objects" type="a{oa{sa{sv}}}" direction="out"/></method>
+    <signal name="InterfacesAdded"><arg name="path" type="o"/><arg name="interfaces" type="a{sa{sv}}"/></signal>
+    <signal name="InterfacesRemoved"><arg name="path" type="o"/><arg name="interfaces" type="as"/></signal>
+  </interface>
+`
+
+// export puts everything on the bus and takes the name.
+func (s *Service) export() error {
+	properties := map[string]any{
+		"Get":    s.getProperty,
+		"GetAll": s.getAll,
+		"Set": func(iface, name string, v dbus.Variant) *dbus.Error {
+			return dbus.NewError("org.freedesktop.DBus.Error.PropertyReadOnly", []any{"every property is read-only"})
+		},
+	}
+	err := errors.Join(
+		s.conn.ExportMethodTable(s.manager(), bus.Path, bus.ManagerInterface),
+		s.conn.ExportMethodTable(map[string]any{"GetManagedObjects": s.managedObjects}, bus.Path, "org.freedesktop.DBus.ObjectManager"),
+		s.conn.ExportSubtreeMethodTable(properties, bus.Path, "org.freedesktop.DBus.Properties"),
+		s.conn.ExportSubtreeMethodTable(map[string]any{"Introspect": s.introspect}, "/", "org.freedesktop.DBus.Introspectable"),
+	)
+	if err != nil {
+		return err
+	}
+	reply, err := s.conn.RequestName(bus.Name, dbus.NameFlagDoNotQueue)
+	if err != nil {
+		return fmt.Errorf("taking the name %s: %w", bus.Name, err)
+	}
+	if reply != dbus.RequestNameReplyPrimaryOwner {
+		return fmt.Errorf("another virt-trustd owns %s", bus.Name)
+	}
+	return nil
+}
+
+// emit sends a signal, in order, without making its cause wait.
+func (s *Service) emit(path dbus.ObjectPath, name string, args ...any) {
+	select {
+	case s.signals <- func() {
+		if err := s.conn.Emit(path, name, args...); err != nil {
+			s.log.WithError(err).Warn("sending a signal")
+		}
+	}:
+	default:
+		s.log.Warn("too many signals wait: one is lost")
+	}
+}
+
+// vmChanged tells of a VM's new, changed or ended record.
+func (s *Service) vmChanged(uuid string) {
+	store := s.g.peek()
+	if store == nil {
+		return
+	}
+	r, path := store.Get(uuid), bus.VMPath(uuid)
+	s.mu.Lock()
+	was := s.known[uuid]
+	if r != nil {
+		s.known[uuid] = true
+	} else {
+		delete(s.known, uuid)
+	}
+	s.mu.Unlock()
+	switch {
+	case r != nil && !was:
+		s.emit(bus.Path, "org.freedesktop.DBus.ObjectManager.InterfacesAdded", path, map[string]dict{bus.VMInterface: s.vmProperties(r)})
+	case r != nil:
+		s.emit(path, "org.freedesktop.DBus.Properties.PropertiesChanged", bus.VMInterface, s.vmProperties(r), []string{})
+	case was:
+		s.emit(bus.Path, "org.freedesktop.DBus.ObjectManager.InterfacesRemoved", path, []string{bus.VMInterface})
+	}
+	if was != (r != nil) {
+		s.emit(bus.Path, "org.freedesktop.DBus.Properties.PropertiesChanged", bus.ManagerInterface, s.managerProperties(), []string{})
+	}
+}

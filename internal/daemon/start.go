@@ -1,0 +1,725 @@
+package daemon
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"virt-trust/internal/domain"
+	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/platform/journal"
+	"virt-trust/internal/platform/secret"
+	"virt-trust/internal/vtpm/lifecycle"
+	"virt-trust/internal/vtpm/list"
+	"virt-trust/internal/vtpm/liststore"
+	"virt-trust/internal/vtpm/reason"
+	"virt-trust/internal/vtpm/statedir"
+	"virt-trust/internal/vtpm/statefile"
+)
+
+// session is a VM whose vTPM may be written.
+type session struct {
+	mu    sync.Mutex
+	uuid  string
+	dir   string
+	keys  *secret.Buffer // nil: libvirt's, or not yet unwrapped after a restart
+	noted []list.Past
+	state list.State
+}
+
+// start is a VM on its way through prepare.
+type start struct {
+	f     *domain.Facts
+	store *liststore.Store
+	r     *list.Record
+	dir   *statedir.Seen
+	seen  lifecycle.Seen
+	keys  *secret.Buffer
+	d     lifecycle.Decision
+	notes []note
+}
+
+// note is something that happened on the way, for log and journal.
+type note struct {
+	event journal.Event // may be empty
+	text  string
+}
+
+func (g *Guard) policy() lifecycle.Policy {
+	return lifecycle.Policy{Adopt: g.cfg.Policy.Adopt, StrictCrashRecovery: g.cfg.Policy.CrashRecovery == "strict"}
+}
+
+// decide looks and asks the rules until they have an answer. With dry nothing
+// is changed. Where it gives a start without an error, its keys, if there are
+// any, are the caller's to wipe.
+func (g *Guard) decide(ctx context.Context, f *domain.Facts, p lifecycle.Policy, dry bool) (*start, error) {
+	store, err := g.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	st := &start{f: f, store: store, r: store.Get(f.UUID)}
+	auth := lifecycle.NotAsked
+	for range 4 {
+		if st.dir, st.seen, err = g.see(f, st.r, store); err != nil {
+			break
+		}
+		if auth != lifecycle.NotAsked {
+			st.seen.State.Auth = authenticate(st.dir, st.keys)
+		}
+		st.d = lifecycle.Prepare(st.r, st.seen, p)
+		switch st.d.Plan {
+		case lifecycle.Authenticate:
+			if st.keys == nil {
+				if st.keys, err = g.unwrap(ctx, st.r.WrappedKeys); err != nil {
+					break
+				}
+			}
+			auth = lifecycle.Authentic // asked anew each time round
+			continue
+		case lifecycle.RestoreKept:
+			st.notes = append(st.notes, note{journal.StateRecovered, st.d.Note})
+			if dry {
+				return st, nil
+			}
+			var kept []byte
+			if kept, err = g.kept(f.UUID, keptState); err == nil {
+				err = statedir.Replace(st.seen.Instance, kept, false)
+			}
+			if err == nil {
+				continue
+			}
+		}
+		break
+	}
+	if err != nil {
+		st.keys.Wipe()
+		return nil, err
+	}
+	if st.d.Note != "" {
+		st.notes = append(st.notes, note{journal.StateRecovered, st.d.Note})
+	}
+	if st.d.Plan == lifecycle.Authenticate || st.d.Plan == lifecycle.RestoreKept {
+		st.keys.Wipe()
+		return nil, errors.New("the vTPM state changes while it is looked at")
+	}
+	return st, nil
+}
+
+// Prepare decides whether a VM may start and, if so, opens its record and a
+// launch grant. An error that is no *reason.Refusal says that nothing could be
+// told.
+func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) error {
+	defer g.lock(f.UUID)()
+	st, err := g.prepare(ctx, f)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			st.keys.Wipe()
+		}
+	}()
+	if st.d.Plan == lifecycle.Pass {
+		g.open(st, cgroup)
+		return nil
+	}
+	g.mu.Lock()
+	restored := g.restore[f.UUID]
+	delete(g.restore, f.UUID)
+	g.mu.Unlock()
+	if restored {
+		st.notes = append(st.notes, note{text: "started from a saved image"})
+	}
+
+	r := lifecycle.Verdict(lifecycle.Opened(st.r, g.bootID, g.unix()), nil, g.unix())
+	r.Name = f.Name
+	if st.r.LabelDigest == r.LabelDigest && !r.LabelDigest.IsZero() && st.seen.Label.Path != "" {
+		r.LabelPath = st.seen.Label.Path
+	}
+	if st.d.Plan == lifecycle.StartRecovered && st.d.Refusal == nil { // not in audit mode
+		r.SetBaseline(st.seen.State.Digest, g.unix())
+		for _, j := range st.seen.Journal {
+			if j.Digest != r.Baseline {
+				r.Remember(j.Digest, j.Time)
+			}
+		}
+	}
+	r.AdoptFrom = list.Digest{}
+	if err = st.store.Commit(liststore.Change{Put: r}); err != nil {
+		return err
+	}
+	// The journal of another opening is none of this one: it can go, and a
+	// crash before it has gone does no harm.
+	if err = g.dropJournal(r.UUID); err != nil {
+		return err
+	}
+	st.r = r
+	if err = g.openSession(st); err != nil {
+		return err
+	}
+	g.open(st, cgroup)
+	g.mu.Lock()
+	delete(g.verdicts, f.UUID)
+	g.mu.Unlock()
+	for _, n := range st.notes {
+		g.report(f.UUID, f.Name, "prepare", noted, "", n.text, n.event)
+	}
+	g.changed(f.UUID)
+	return nil
+}
+
+// prepare carries out whatever must be done before a VM's record is opened.
+func (g *Guard) prepare(ctx context.Context, f *domain.Facts) (*start, error) {
+	dir := f.StateDir(g.cfg.Swtpm.StateRoot)
+	if used, err := waitUnused(dir); err != nil {
+		return nil, err
+	} else if used {
+		return nil, reason.Refuse(reason.PolicyForbids, "stop the VM, or end that swtpm: 'fuser -v "+dir+"/.lock' names it", "a swtpm is running on this vTPM")
+	}
+	var notes []note
+	for range 4 {
+		st, err := g.decide(ctx, f, g.policy(), false)
+		if err != nil {
+			return nil, err
+		}
+		if st.d.Plan == lifecycle.Refuse && g.cfg.Mode == "audit" {
+			g.report(f.UUID, f.Name, "prepare", wouldRefuse, st.d.Refusal.Code, st.d.Refusal.Text(), journal.WouldRefuse)
+			st.notes = append(st.notes, note{text: "audit mode: started although " + st.d.Refusal.Error()})
+			if st.r == nil {
+				st.d.Plan = lifecycle.Pass
+			} else {
+				st.d.Plan = lifecycle.StartRecovered
+				if !st.seen.State.Exists {
+					st.d.Plan = lifecycle.StartFresh
+				}
+			}
+		}
+		st.notes = append(notes, st.notes...)
+		again, err := g.carryOut(ctx, st)
+		if err != nil {
+			st.keys.Wipe()
+			return nil, err
+		}
+		if !again {
+			return st, nil
+		}
+		st.keys.Wipe()
+		notes = st.notes
+	}
+	return nil, errors.New("the VM's label or vTPM state changes while it is looked at")
+}
+
+// carryOut does what a plan needs before the grant. again asks to decide anew.
+func (g *Guard) carryOut(ctx context.Context, st *start) (again bool, err error) {
+	switch st.d.Plan {
+	case lifecycle.Pass:
+		return false, nil
+	case lifecycle.Refuse:
+		return false, st.d.Refusal
+	case lifecycle.Create:
+		return true, g.create(ctx, st, nil)
+	case lifecycle.AdoptPlain:
+		return true, g.create(ctx, st, st.dir.Data)
+	case lifecycle.CreateForeign:
+		return true, g.createForeign(ctx, st)
+	case lifecycle.FinishAdoption:
+		return true, g.finishAdoption(ctx, st)
+	}
+	if st.r.KeyOwner == list.Libvirts {
+		return false, g.approved(ctx)
+	}
+	// This is the one RSA decryption of a warm start, and what holds the VM to
+	// the state of the host.
+	if st.keys == nil {
+		if st.keys, err = g.unwrap(ctx, st.r.WrappedKeys); err != nil {
+			return false, err
+		}
+	}
+	switch st.d.Plan {
+	case lifecycle.StartFirstLabel, lifecycle.StartNewLabel:
+		r := st.r.Clone()
+		if st.d.Plan == lifecycle.StartFirstLabel {
+			if r.PendingLabel, err = g.sealLabel(r, st.keys); err != nil {
+				return false, err
+			}
+			if err := g.keep(r.UUID, keptLabel, r.PendingLabel); err != nil {
+				return false, err
+			}
+		}
+		n, why, err := g.writePending(r, st.seen.Label.Path)
+		if err != nil {
+			return false, err
+		}
+		if why != "" {
+			st.notes = append(st.notes, note{text: why})
+		}
+		st.r = n // committed with the opening
+	}
+	return false, nil
+}
+
+// approved asks the TPM, for VMs whose keys are not ours.
+func (g *Guard) approved(ctx context.Context) error {
+	s, err := g.tpm.Status(ctx)
+	if err != nil {
+		return g.tpmRefusal(err)
+	}
+	switch s.State {
+	case hosttpm.Ready:
+		return nil
+	case hosttpm.NotApproved:
+		return g.tpmRefusal(&hosttpm.PolicyError{Differing: s.Differing})
+	case hosttpm.Cleared:
+		return g.tpmRefusal(hosttpm.ErrCleared)
+	case hosttpm.LockedOut:
+		return g.tpmRefusal(hosttpm.ErrLockedOut)
+	}
+	return g.tpmRefusal(fmt.Errorf("%w: %s", hosttpm.ErrFailed, s.Problem))
+}
+
+func (g *Guard) newRecord(st *start) *list.Record {
+	now := g.unix()
+	return &list.Record{
+		UUID: st.f.UUID, Name: st.f.Name, Instance: st.seen.Instance, State: list.Created, KeyOwner: st.seen.KeyOwner,
+		LabelID: newID(), Created: now, Changed: now, BootID: g.bootID,
+	}
+}
+
+// create makes keys, record and label of a VM. plain is its plain vTPM state,
+// which is encrypted in place, or nil. Its steps, each of which a crash may
+// follow: the encrypted state is kept; the record holds both digests; the state
+// is replaced; the label is written; the record is settled.
+func (g *Guard) create(ctx context.Context, st *start, plain []byte) error {
+	r := g.newRecord(st)
+	keys, err := newKeys()
+	if err != nil {
+		return err
+	}
+	defer keys.Wipe()
+	if r.WrappedKeys, err = g.tpm.WrapKeys(keys.Bytes()); err != nil {
+		return g.tpmRefusal(err)
+	}
+	// Keys that do not come back, or a host that may not have them, end it here.
+	back, err := g.unwrap(ctx, r.WrappedKeys)
+	if err != nil {
+		return err
+	}
+	back.Wipe()
+	if r.PendingLabel, err = g.sealLabel(r, keys); err != nil {
+		return err
+	}
+	if err := g.keep(r.UUID, keptLabel, r.PendingLabel); err != nil {
+		return err
+	}
+	if st.seen.Label.Path == "" {
+		r.PendingLabel = nil
+	}
+	if plain != nil {
+		if err := g.takeIn(r, st, keys, plain); err != nil {
+			return err
+		}
+	} else if err := st.store.Commit(liststore.Change{Put: r}); err != nil {
+		return err
+	}
+	n, why, err := g.writePending(r, st.seen.Label.Path)
+	if err != nil {
+		return err
+	}
+	if why != "" {
+		st.notes = append(st.notes, note{text: why})
+	}
+	n.AdoptFrom = list.Digest{}
+	if err := st.store.Commit(liststore.Change{Put: n}); err != nil {
+		return err
+	}
+	what := note{journal.VMCreated, "the VM has a new vTPM"}
+	if plain != nil {
+		what = note{journal.VMAdopted, "the VM's plain vTPM state was encrypted and taken into the list"}
+	}
+	st.notes = append(st.notes, what)
+	return nil
+}
+
+// takeIn encrypts a plain state in its place.
+func (g *Guard) takeIn(r *list.Record, st *start, keys *secret.Buffer, plain []byte) error {
+	iv := make([]byte, statefile.KeySize)
+	rand.Read(iv)
+	enc, err := statefile.Encrypt(plain, stateKey(keys), iv)
+	if err != nil {
+		return reason.Refuse(reason.VTPMUnknown, "bring it back from a backup", "the plain vTPM state cannot be taken in: %s", err)
+	}
+	if err := g.keep(r.UUID, keptState, enc); err != nil {
+		return err
+	}
+	r.State, r.Baseline, r.AdoptFrom = list.Stored, statedir.Digest(st.dir.Name, enc), st.dir.Digest
+	if err := st.store.Commit(liststore.Change{Put: r}); err != nil {
+		return err
+	}
+	return statedir.Replace(st.seen.Instance, enc, true)
+}
+
+// finishAdoption goes on where takeIn, or the way back of Release, was cut off.
+func (g *Guard) finishAdoption(ctx context.Context, st *start) error {
+	if kept, err := g.kept(st.r.UUID, keptState); err == nil && statedir.Digest(st.dir.Name, kept) == st.r.Baseline {
+		return statedir.Replace(st.seen.Instance, kept, true)
+	}
+	keys, err := g.unwrap(ctx, st.r.WrappedKeys)
+	if err != nil {
+		return err
+	}
+	defer keys.Wipe()
+	return g.takeIn(st.r.Clone(), st, keys, st.dir.Data)
+}
+
+// createForeign takes a VM into the list whose state key is libvirt's.
+func (g *Guard) createForeign(ctx context.Context, st *start) error {
+	if err := g.approved(ctx); err != nil {
+		return err
+	}
+	r := g.newRecord(st)
+	r.LabelID = [16]byte{}
+	if st.dir.Exists() {
+		r.State, r.Baseline = list.Stored, st.dir.Digest
+		if err := g.keep(r.UUID, keptState, st.dir.Data); err != nil {
+			return err
+		}
+	}
+	st.notes = append(st.notes, note{journal.VMAdopted, "the VM's vTPM is in the list; its key stays libvirt's"})
+	return st.store.Commit(liststore.Change{Put: r})
+}
+
+// openSession begins to watch a VM's state.
+func (g *Guard) openSession(st *start) error {
+	s := &session{uuid: st.f.UUID, dir: st.seen.Instance, state: list.Deploying, keys: st.keys}
+	g.closeGrant(s.uuid)
+	g.endSession(s.uuid) // of a start that libvirt never finished
+	g.mu.Lock()
+	g.sessions[s.uuid] = s
+	g.mu.Unlock()
+	if st.dir.Exists() {
+		if err := g.keepState(s.uuid, st.dir); err != nil {
+			return err
+		}
+		return g.watch.Add(s.dir)
+	}
+	return nil // libvirt makes the folder later: Redeem watches it
+}
+
+// settled is called when swtpm has written a state.
+func (g *Guard) settled(dir string) {
+	g.mu.Lock()
+	var s *session
+	for _, o := range g.sessions {
+		if o.dir == dir {
+			s = o
+		}
+	}
+	store := g.store
+	g.mu.Unlock()
+	if s == nil || store == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := store.Get(s.uuid)
+	if r == nil || !r.Open {
+		return
+	}
+	seen, err := statedir.Settle(dir)
+	if err != nil {
+		g.log.WithField(journal.VM, s.uuid).WithError(err).Warn("making a vTPM's state durable")
+		return
+	}
+	if seen.Digest == r.Baseline || !g.plausible(s, r, seen) {
+		return
+	}
+	if err := g.note(s, r, seen.Digest); err != nil {
+		g.log.WithField(journal.VM, s.uuid).WithError(err).Warn("noting a vTPM's state")
+		return
+	}
+	if err := g.keepState(s.uuid, seen); err != nil {
+		g.log.WithField(journal.VM, s.uuid).WithError(err).Warn("keeping a vTPM's state")
+	}
+}
+
+// plausible tells a write of swtpm from a file that someone else moved there.
+func (g *Guard) plausible(s *session, r *list.Record, seen *statedir.Seen) bool {
+	_, old := r.Past(seen.Digest)
+	for i, p := range s.noted {
+		old = old || (p.Digest == seen.Digest && i < len(s.noted)-1)
+	}
+	if !old && (s.keys == nil || authenticate(seen, s.keys) == lifecycle.Authentic) {
+		return true
+	}
+	g.log.WithField(journal.VM, s.uuid).WithField(journal.VMName, r.Name).Warn("the vTPM state was replaced while the VM runs; its next start is refused unless swtpm writes it again")
+	return false
+}
+
+// settleAll looks at every running VM, after the kernel lost events.
+func (g *Guard) settleAll() {
+	g.mu.Lock()
+	var dirs []string
+	for _, s := range g.sessions {
+		dirs = append(dirs, s.dir)
+	}
+	g.mu.Unlock()
+	for _, d := range dirs {
+		g.settled(d)
+	}
+}
+
+// Launched is asked between swtpm's start and QEMU's: a swtpm that has not
+// redeemed its grant did not come through the wrapper, and has no keys.
+func (g *Guard) Launched(f *domain.Facts) error {
+	defer g.lock(f.UUID)()
+	g.mu.Lock()
+	gr := g.grants[f.StateDir(g.cfg.Swtpm.StateRoot)]
+	ok := gr != nil && gr.uuid == f.UUID && (gr.pass || gr.redeemed["swtpm"])
+	g.mu.Unlock()
+	if !ok && g.cfg.Mode == "enforce" {
+		return reason.Refuse(reason.KeyNotReleased, "restart libvirtd (or virtqemud), which leaves running VMs alone, and try again",
+			"libvirt did not start swtpm through virt-trust's wrapper")
+	}
+	return nil
+}
+
+// Started notes that a VM runs. Its grant ends.
+func (g *Guard) Started(f *domain.Facts) {
+	defer g.lock(f.UUID)()
+	g.closeGrant(f.UUID)
+	g.mu.Lock()
+	s := g.sessions[f.UUID]
+	g.mu.Unlock()
+	if s == nil {
+		return
+	}
+	// The first state of a new vTPM may have been written before the watch.
+	g.settled(s.dir)
+	g.setState(f.UUID, list.Running)
+}
+
+func (g *Guard) setState(uuid string, st list.State) {
+	g.mu.Lock()
+	s := g.sessions[uuid]
+	if s != nil {
+		s.state = st
+	}
+	g.mu.Unlock()
+	if s != nil {
+		g.changed(uuid)
+	}
+}
+
+// stateOf is a record's state as it is now.
+func (g *Guard) stateOf(r *list.Record) list.State {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if s := g.sessions[r.UUID]; s != nil {
+		return s.state
+	}
+	return r.State
+}
+
+// Stopped measures and closes the record of a VM that has stopped.
+func (g *Guard) Stopped(ctx context.Context, f *domain.Facts, suspended bool) error {
+	defer g.lock(f.UUID)()
+	g.closeGrant(f.UUID)
+	store := g.peek()
+	if store == nil {
+		return errors.New("the vTPM list is not open: the stop is noted when it is")
+	}
+	r := store.Get(f.UUID)
+	if r == nil || r.State == list.Released || !r.Open {
+		g.endSession(f.UUID)
+		return nil
+	}
+	if used, err := waitUnused(r.Instance); err != nil || used {
+		return errors.Join(err, errors.New("its swtpm still runs; the record stays open"))
+	}
+	return g.rest(ctx, store, r, suspended)
+}
+
+// rest closes a record whose swtpm is gone.
+func (g *Guard) rest(ctx context.Context, store *liststore.Store, r *list.Record, suspended bool) error {
+	g.mu.Lock()
+	s := g.sessions[r.UUID]
+	g.mu.Unlock()
+	var keys *secret.Buffer
+	var entries []list.Past
+	if s != nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		keys, entries = s.keys, s.noted
+	} else {
+		var err error
+		if entries, err = g.readJournal(r); err != nil {
+			return err
+		}
+	}
+	seen, err := statedir.Look(r.Instance)
+	if err != nil {
+		return err
+	}
+	if seen.Exists() {
+		if seen, err = statedir.Settle(r.Instance); err != nil {
+			return err
+		}
+	}
+	auth := lifecycle.NoKey
+	if r.KeyOwner == list.Ours && seen.Exists() && seen.Digest != r.Baseline {
+		if keys == nil {
+			if keys, err = g.unwrap(ctx, r.WrappedKeys); err != nil {
+				return err
+			}
+			defer keys.Wipe()
+		}
+		auth = authenticate(seen, keys)
+	}
+	n, note := lifecycle.Rest(r, seen.Digest, auth, entries, suspended, g.unix())
+	if n.Baseline == seen.Digest && seen.Exists() {
+		if err := g.keepState(r.UUID, seen); err != nil {
+			return err
+		}
+	}
+	// Now that QEMU is gone, a label that waited can be written.
+	if len(n.PendingLabel) > 0 && n.LabelPath != "" {
+		m, why, err := g.writePending(n, n.LabelPath)
+		if err != nil || why != "" {
+			g.log.WithField(journal.VM, r.UUID).WithError(err).Warn("the label still waits: " + why)
+		}
+		n = m
+	}
+	if err := store.Commit(liststore.Change{Put: n}); err != nil {
+		return err
+	}
+	if note != "" {
+		g.report(r.UUID, r.Name, "release", noted, reason.VTPMChanged, note, journal.Refused)
+	}
+	if err := g.dropJournal(r.UUID); err != nil {
+		return err
+	}
+	g.endSessionLocked(s)
+	g.changed(r.UUID)
+	return nil
+}
+
+func (g *Guard) endSession(uuid string) {
+	g.mu.Lock()
+	s := g.sessions[uuid]
+	g.mu.Unlock()
+	if s != nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+	}
+	g.endSessionLocked(s)
+}
+
+// endSessionLocked ends a session whose lock is held; nil does nothing.
+func (g *Guard) endSessionLocked(s *session) {
+	if s == nil {
+		return
+	}
+	g.watch.Remove(s.dir)
+	s.keys.Wipe()
+	s.keys = nil
+	g.mu.Lock()
+	if g.sessions[s.uuid] == s {
+		delete(g.sessions, s.uuid)
+	}
+	g.mu.Unlock()
+}
+
+// Restoring notes that the prepare which follows is of a saved image.
+func (g *Guard) Restoring(f *domain.Facts) {
+	g.mu.Lock()
+	g.restore[f.UUID] = true
+	g.mu.Unlock()
+}
+
+// resume takes up the VMs that a previous virt-trustd left running, and closes
+// the records of those that stopped meanwhile.
+func (g *Guard) resume(ctx context.Context) error {
+	store, err := g.List(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, r := range store.All() {
+		if r.Open {
+			errs = append(errs, g.resumeOne(ctx, store, r.UUID))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (g *Guard) resumeOne(ctx context.Context, store *liststore.Store, uuid string) error {
+	defer g.lock(uuid)()
+	r := store.Get(uuid)
+	g.mu.Lock()
+	s := g.sessions[uuid]
+	g.mu.Unlock()
+	if r == nil || !r.Open || s != nil {
+		return nil
+	}
+	used, err := statedir.InUse(r.Instance)
+	if err != nil {
+		return err
+	}
+	entries, err := g.readJournal(r)
+	if err != nil {
+		return err
+	}
+	if !used {
+		return g.closeAfterCrash(ctx, store, r, entries)
+	}
+	s = &session{uuid: uuid, dir: r.Instance, state: list.Running, noted: entries}
+	if r.KeyOwner == list.Ours {
+		if s.keys, err = g.unwrap(ctx, r.WrappedKeys); err != nil {
+			g.log.WithField(journal.VM, uuid).WithError(err).Warn("watching a running VM without its keys")
+		}
+	}
+	g.mu.Lock()
+	g.sessions[uuid] = s
+	g.mu.Unlock()
+	if err := g.watch.Add(r.Instance); err != nil {
+		return err
+	}
+	g.settled(r.Instance)
+	g.changed(uuid)
+	return nil
+}
+
+// closeAfterCrash closes the record of a VM that stopped while nobody looked,
+// if its state is beyond doubt; else its next start decides.
+func (g *Guard) closeAfterCrash(ctx context.Context, store *liststore.Store, r *list.Record, entries []list.Past) error {
+	seen, err := statedir.Look(r.Instance)
+	if err != nil {
+		return err
+	}
+	s := lifecycle.Seen{
+		UUID: r.UUID, Name: r.Name, Instance: r.Instance, KeyOwner: r.KeyOwner, Journal: entries,
+		State: lifecycle.StateSeen{Exists: seen.Exists(), Kind: seen.Kind, Digest: seen.Digest, Strange: seen.Strange, Auth: lifecycle.NoKey},
+	}
+	if r.KeyOwner == list.Ours && seen.Exists() && seen.Digest != r.Baseline {
+		keys, err := g.unwrap(ctx, r.WrappedKeys)
+		if err != nil {
+			return err
+		}
+		defer keys.Wipe()
+		s.State.Auth = authenticate(seen, keys)
+	}
+	switch d := lifecycle.State(r, s, g.policy()); d.Plan {
+	case lifecycle.Start, lifecycle.StartRecovered:
+		if d.Note != "" {
+			g.report(r.UUID, r.Name, "reconcile", noted, "", d.Note, journal.StateRecovered)
+		}
+		return g.rest(ctx, store, r, false)
+	}
+	return nil
+}
+
+// grantLifetime bounds what lies between prepare and swtpm's start.
+func (g *Guard) grantLifetime() time.Duration { return time.Duration(g.cfg.Grant.Lifetime) }
