@@ -63,8 +63,11 @@ type Disk struct {
 }
 
 // HasEmulatorTPM is a cheap look before Parse: false only when there surely is
-// no emulated TPM, since an element's name cannot be spelt in another way.
-func HasEmulatorTPM(xml []byte) bool { return bytes.Contains(xml, []byte("tpm")) }
+// no emulated TPM, since an element's name cannot be spelt in another way than
+// with or without a prefix.
+func HasEmulatorTPM(xml []byte) bool {
+	return bytes.Contains(xml, []byte("<tpm")) || bytes.Contains(xml, []byte(":tpm"))
+}
 
 // Parse reads a domain XML as `virsh dumpxml` and the hook's stdin give it.
 // An error says that it could not be understood.

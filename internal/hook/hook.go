@@ -180,7 +180,7 @@ func (h *Hook) conclude(call domain.HookCall, err error) int {
 		h.entry(call).WithFields(logrus.Fields{journal.ID: journal.Refused, journal.Reason: refusal.Code}).
 			WithError(err).Warn("refused: " + refusal.Text())
 	}
-	who := fmt.Sprintf("%.100q", vm.name)
+	who := reason.OneLine(fmt.Sprintf("%.100s", vm.name))
 	if vm.uuid != "" {
 		who += ", " + vm.uuid
 	}

@@ -1,0 +1,133 @@
+// Package bustest gives tests a system bus of their own, with a virt-trustd on
+// it that says what the test tells it to say.
+package bustest
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+
+	"virt-trust/internal/bus"
+)
+
+const busConfig = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <listen>unix:path=%s</listen>
+  <auth>EXTERNAL</auth>
+  <policy context="default">
+    <allow send_destination="*" eavesdrop="false"/>
+    <allow receive_sender="*"/>
+    <allow own="*"/>
+    <allow user="*"/>
+  </policy>
+</busconfig>
+`
+
+// Need ends or skips the test when a program is missing.
+func Need(t testing.TB, programs ...string) {
+	t.Helper()
+	for _, p := range programs {
+		if _, err := exec.LookPath(p); err != nil {
+			if os.Getenv("CI") == "true" {
+				t.Fatal(err)
+			}
+			t.Skip(err)
+		}
+	}
+}
+
+// Folder is a temporary folder that every user may enter.
+func Folder(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "virt-trust-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// Start runs a dbus-daemon and makes it the system bus of this process and its
+// children.
+func Start(t testing.TB) {
+	t.Helper()
+	Need(t, "dbus-daemon")
+	dir := Folder(t)
+	socket, config := filepath.Join(dir, "bus"), filepath.Join(dir, "bus.conf")
+	if err := os.WriteFile(config, fmt.Appendf(nil, busConfig, socket), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("dbus-daemon", "--nofork", "--nopidfile", "--nosyslog", "--config-file="+config)
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd.WaitDelay = 5 * time.Second
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	for range 500 {
+		if _, err := os.Stat(socket); err == nil {
+			t.Setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path="+socket)
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("dbus-daemon did not come up")
+}
+
+// Manager is the fake virt-trustd. A nil function is a method that is not there.
+type Manager struct {
+	HandleHook  func(op, subOp, extra, xml string, options map[string]dbus.Variant) (map[string]dbus.Variant, *dbus.Error)
+	RedeemGrant func(sender dbus.Sender, program, statePath string, options map[string]dbus.Variant) (string, []dbus.UnixFD, *dbus.Error)
+}
+
+// Serve puts a Manager on the bus that Start made and gives its connection.
+func Serve(t testing.TB, m Manager) *dbus.Conn {
+	t.Helper()
+	conn, err := dbus.ConnectSystemBus()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	methods := map[string]any{}
+	if m.HandleHook != nil {
+		methods["HandleHook"] = m.HandleHook
+	}
+	if m.RedeemGrant != nil {
+		methods["RedeemGrant"] = m.RedeemGrant
+	}
+	if err := conn.ExportMethodTable(methods, bus.Path, bus.ManagerInterface); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := conn.RequestName(bus.Name, dbus.NameFlagDoNotQueue); err != nil || r != dbus.RequestNameReplyPrimaryOwner {
+		t.Fatalf("name: %v, %v", r, err)
+	}
+	return conn
+}
+
+// Refused is the error of a refusal.
+func Refused(text string) *dbus.Error { return dbus.NewError(bus.ErrorRefused, []any{text}) }
+
+// Build compiles a main package of this module, with journald's socket at
+// journal if that is not "".
+func Build(t testing.TB, pkg, out, journal string) {
+	t.Helper()
+	args := []string{"build", "-o", out}
+	if journal != "" {
+		args = append(args, "-ldflags", "-X github.com/coreos/go-systemd/v22/journal.journalSocket="+journal)
+	}
+	cmd := exec.Command("go", append(args, pkg)...)
+	if b, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, b)
+	}
+}
