@@ -33,21 +33,23 @@ import (
 )
 
 // The bounds of a payload. With one recipient and libvirt's default state path
-// it is 434 bytes.
+// it has 434 bytes.
 const (
-	MaxPayload       = 4096 // bytes
-	MaxInstance      = 1024 // bytes of the instance name
-	MaxRecipients    = 8
-	MaxBindKeyName   = 66  // bytes: nameAlg and a SHA-512 digest (TPM 2.0 Part 1, 16)
-	MaxCiphertext    = 512 // bytes: RSA-4096
-	StateKeySize     = 32  // bytes
-	AlgorithmAES256  = "aes-256-cbc"
-	algorithmAES256  = 1
-	version          = 1
-	macKeyInfo       = "virt-trust/label/hmac/v1"
-	macSize          = sha256.Size
-	versionOffset    = 0
-	minHeadAndMACLen = 1 + macSize
+	MaxPayload     = 4096 // bytes
+	MaxInstance    = 1024 // bytes
+	MaxRecipients  = 8
+	MaxBindKeyName = 66  // bytes: nameAlg and a SHA-512 digest (TPM 2.0 Part 1, 16)
+	MaxCiphertext  = 512 // bytes: RSA-4096
+
+	StateKeySize    = 32 // bytes
+	AlgorithmAES256 = "aes-256-cbc"
+)
+
+const (
+	version         = 1
+	algorithmAES256 = 1
+	macSize         = sha256.Size
+	macKeyInfo      = "virt-trust/label/hmac/v1"
 )
 
 // ErrMAC says that the payload was not sealed with this state key, or was
@@ -133,10 +135,10 @@ func (l Label) Seal(stateKey []byte) ([]byte, error) {
 // to ask for the key stands in it. Errors: *VersionError, others for a payload
 // that is none.
 func UntrustedParse(payload []byte) (*Label, error) {
-	if len(payload) < minHeadAndMACLen || len(payload) > MaxPayload {
+	if len(payload) < 1+macSize || len(payload) > MaxPayload {
 		return nil, fmt.Errorf("label: a payload of %d bytes", len(payload))
 	}
-	if v := payload[versionOffset]; v != version {
+	if v := payload[0]; v != version {
 		return nil, &VersionError{v}
 	}
 	r := reader{rest: payload[1 : len(payload)-macSize]}

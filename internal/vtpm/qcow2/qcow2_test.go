@@ -175,6 +175,8 @@ func FuzzParse(f *testing.F) {
 			f.Add(bytes.TrimRight(s.bytes(), "\x00"), filled(s.bits*40, 5))
 		}
 	}
+	f.Add(sketch{version: 3, bits: 10, extensions: []Extension{{Type: LabelType, Data: filled(200, 1)}, {Type: skipType, Data: filled(200, 2)}}}.bytes(), filled(200, 5))
+	f.Add(sketch{version: 3, bits: 11, extensions: []Extension{{Type: skipType, Data: filled(200, 1)}, {Type: LabelType, Data: filled(200, 2)}, {Type: 7}}}.bytes(), filled(200, 5))
 	f.Fuzz(func(t *testing.T, first, payload []byte) {
 		if len(first) < Window { // so that headers of any cluster size are met
 			first = append(bytes.Clone(first), make([]byte, Window-len(first))...)
