@@ -170,7 +170,7 @@ func (g *guard) host(ctx context.Context) (Host, error) {
 func (g *guard) vms(ctx context.Context) ([]VM, error) { return g.managed(ctx, 0) }
 
 func (g *guard) managed(ctx context.Context, flags dbus.Flags) ([]VM, error) {
-	var objects map[dbus.ObjectPath]map[string]props
+	var objects map[dbus.ObjectPath]map[string]map[string]dbus.Variant
 	call := g.Conn().Object(bus.Name, bus.Path).CallWithContext(ctx, "org.freedesktop.DBus.ObjectManager.GetManagedObjects", flags)
 	if call.Err != nil {
 		return nil, bus.MapError(call.Err)
@@ -181,7 +181,7 @@ func (g *guard) managed(ctx context.Context, flags dbus.Flags) ([]VM, error) {
 	vms := []VM{}
 	for _, interfaces := range objects {
 		if p, ok := interfaces[bus.VMInterface]; ok {
-			vms = append(vms, newVM(p))
+			vms = append(vms, newVM(props(p)))
 		}
 	}
 	slices.SortFunc(vms, func(a, b VM) int {

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"virt-trust/internal/domain/swtpmargs"
 	"virt-trust/internal/platform/journal"
@@ -24,19 +25,22 @@ type grant struct {
 	cgroup   string         // of the hook, and so of libvirt: whoever redeems is in it
 	expires  time.Time
 	redeemed map[string]bool
-	setup    int // the process that redeemed as swtpm_setup
+	setup    int // descriptor of the process that redeemed as swtpm_setup, or -1
 }
 
 // open opens a grant after prepare.
 func (g *Guard) open(st *start, cgroup string) {
 	gr := &grant{
-		uuid: st.f.UUID, cgroup: cgroup, expires: g.now().Add(g.grantLifetime()), redeemed: map[string]bool{},
+		uuid: st.f.UUID, cgroup: cgroup, expires: g.now().Add(g.grantLifetime()), redeemed: map[string]bool{}, setup: -1,
 		pass: st.d.Plan == lifecycle.Pass || st.r.KeyOwner == list.Libvirts,
 	}
 	if !gr.pass {
 		gr.keys = st.keys
 	}
 	g.mu.Lock()
+	if old := g.grants[st.seen.Instance]; old != nil {
+		old.close()
+	}
 	g.grants[st.seen.Instance] = gr
 	g.mu.Unlock()
 }
@@ -47,9 +51,27 @@ func (g *Guard) closeGrant(uuid string) {
 	defer g.mu.Unlock()
 	for dir, gr := range g.grants {
 		if gr.uuid == uuid {
+			gr.close()
 			delete(g.grants, dir)
 		}
 	}
+}
+
+// setupRuns reports whether the swtpm_setup that redeemed is still there.
+func (gr *grant) setupRuns() bool {
+	if gr.setup < 0 {
+		return false
+	}
+	p := []unix.PollFd{{Fd: int32(gr.setup), Events: unix.POLLIN}}
+	n, err := unix.Poll(p, 0)
+	return err == nil && n == 0
+}
+
+func (gr *grant) close() {
+	if gr.setup >= 0 {
+		unix.Close(gr.setup)
+	}
+	gr.setup = -1
 }
 
 // Redemption is what a wrapper gets: descriptors to close when they are sent,
@@ -78,9 +100,10 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 		return g.withoutGrant(path)
 	}
 	who := logrus.Fields{journal.VM: gr.uuid, "program": program}
-	nested := program == "swtpm" && gr.setup != 0 && c.parent == gr.setup
 	switch {
-	case nested:
+	case program == "swtpm" && gr.setupRuns():
+		// swtpm_setup's own, to which it hands the key itself. libvirt's comes
+		// after swtpm_setup has ended. (Its parent tells nothing: glib forks twice.)
 		return &Redemption{}, nil
 	case g.now().After(gr.expires):
 		return nil, g.noKeys("the grant for this start has expired", "start the VM again")
@@ -107,7 +130,11 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 	}
 	gr.redeemed[program] = true
 	if program == "swtpm_setup" {
-		gr.setup = c.pid
+		var err error
+		if gr.setup, err = unix.PidfdOpen(c.pid, 0); err != nil {
+			r.Close()
+			return nil, g.noKeys("the wrapper has ended", "start the VM again")
+		}
 	}
 	g.log.WithFields(who).Debug("vTPM keys granted")
 	return r, nil

@@ -175,7 +175,7 @@ func (s *Service) manager() map[string]any {
 			derr = s.serve(sender, "RedeemGrant", wrapperOnly, redeemDeadline, func(ctx context.Context, c *caller) error {
 				r, err := s.g.Redeem(program, path, c)
 				if err != nil {
-					s.g.report("", path, "redeem", refused, codeOf(err), err.Error(), journal.Refused)
+					s.g.report("", path, "redeem", refused, codeOf(err), textOf(err), journal.Refused)
 					return err
 				}
 				action = "pass"
@@ -257,6 +257,13 @@ func codeOf(err error) reason.Code {
 		return r.Code
 	}
 	return ""
+}
+
+func textOf(err error) string {
+	if r := reason.As(err); r != nil {
+		return r.Text()
+	}
+	return err.Error()
 }
 
 // verb makes a method that is about one VM, which libvirt knows.
@@ -485,7 +492,7 @@ func (s *Service) vmProperties(r *list.Record) dict {
 	}
 	d := strs("UUID", r.UUID, "Name", r.Name, "State", string(s.g.stateOf(r)), "StatePath", r.Instance, "LabelPath", r.LabelPath, "LabelState", labelState,
 		"LabelID", labelID(r), "KeyOwner", string(r.KeyOwner), "Baseline", r.Baseline.String(), "LastVerdict", verdict, "LastReason", code, "LastWhat", what)
-	for k, v := range map[string]uint64{"Generation": r.Generation, "Created": uint64(r.Created), "Changed": uint64(r.Changed)} {
+	for k, v := range map[string]uint64{"Generation": r.Generation, "Created": uint64(r.Created) * 1e6, "Changed": uint64(r.Changed) * 1e6} {
 		d[k] = dbus.MakeVariant(v)
 	}
 	return d
