@@ -136,12 +136,12 @@ func (d Decision) write(w io.Writer) {
 	if name == "" {
 		name = orDash(d.UUID)
 	}
-	fmt.Fprintf(w, "%s  %-12s  %s  %s", local(d.Time), d.Verdict, name, d.Operation)
+	line := fmt.Sprintf("%s  %-12s  %s  %s", local(d.Time), d.Verdict, name, d.Operation)
 	if d.Reason != "" {
-		fmt.Fprintf(w, "  %s", d.Reason)
+		line += "  " + d.Reason
 	}
 	if d.What != "" {
-		fmt.Fprintf(w, ": %s", d.What)
+		line += ": " + d.What
 	}
-	fmt.Fprintln(w)
+	fmt.Fprintln(w, line)
 }

@@ -46,7 +46,7 @@ func (s Status) verdict() error {
 		return &exit{code: ExitRefused}
 	case s.Host.State != "ready":
 		return &exit{code: ExitNotAppraised}
-	case s.Libvirt == "restart-needed":
+	case s.Libvirt == "restart-needed", s.Libvirt == "hook-missing":
 		return &exit{code: ExitRefused}
 	}
 	return nil
@@ -54,8 +54,11 @@ func (s Status) verdict() error {
 
 func (s Status) write(w io.Writer) {
 	libvirt := s.Libvirt
-	if libvirt == "restart-needed" {
-		libvirt = "does not use the hook or the wrapper yet: systemctl restart libvirtd (running VMs go on)"
+	switch libvirt {
+	case "restart-needed":
+		libvirt += ": systemctl restart libvirtd (running VMs go on)"
+	case "hook-missing":
+		libvirt += ": /etc/libvirt/hooks/qemu.d/50-virt-trust is not there; reinstall virt-trust"
 	}
 	list := s.ListState
 	if s.listKnown() {
