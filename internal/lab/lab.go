@@ -89,8 +89,12 @@ func ModuleRoot() string {
 	return filepath.Dir(filepath.Dir(filepath.Dir(file)))
 }
 
-// Deb is the newest package in dist/, or an error that says how to get one.
+// Deb is $VIRT_TRUST_DEB, or the newest package in dist/, or an error that says
+// how to get one.
 func Deb() (string, error) {
+	if deb := os.Getenv("VIRT_TRUST_DEB"); deb != "" {
+		return deb, nil
+	}
 	debs, err := filepath.Glob(filepath.Join(ModuleRoot(), "dist", "virt-trust_*.deb"))
 	if err != nil {
 		return "", err

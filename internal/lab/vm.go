@@ -71,7 +71,9 @@ func (h *Host) Guest(vm VM) *Guest { return &Guest{VM: vm, h: h} }
 
 // In is the same guest for a subtest, or on another host.
 func (g *Guest) In(h *Host) *Guest {
-	return &Guest{VM: g.VM, h: h}
+	there := &Guest{VM: g.VM, h: h}
+	there.read = len(there.Console())
+	return there
 }
 
 func (h *Host) newDisk(vm VM) string {
@@ -178,6 +180,7 @@ func (g *Guest) TryStart() Result {
 // Start starts the VM and waits until it obeys.
 func (g *Guest) Start() {
 	g.h.t.Helper()
+	g.read = len(g.Console())
 	if r := g.TryStart(); r.Code != 0 {
 		g.h.t.Fatalf("virsh start %s: exit %d\n%s%s", g.Name, r.Code, r.Stdout, r.Stderr)
 	}
