@@ -234,8 +234,9 @@ func (c *client) decrypt(k *keySet, ciphertext []byte) ([]byte, error) {
 				Label:      tpm2.TPM2BData{Buffer: []byte(oaepLabel)},
 			}.Execute(c, session)
 			if err != nil {
-				if !isPolicyStep(err) && isRC(err, tpm2.TPMRCValue, tpm2.TPMRCSize) {
-					return fmt.Errorf("%w: %w", ErrCiphertext, err)
+				if !isPolicyStep(err) && (isRC(err, tpm2.TPMRCValue, tpm2.TPMRCSize) || isRC(err, tpm2.TPMRCFailure) && c.alive(k)) {
+					rc, _ := responseCode(err)
+					return fmt.Errorf("%w (TPM response %#x)", ErrCiphertext, uint32(rc))
 				}
 				return fmt.Errorf("decrypting with the bind key: %w", err)
 			}
@@ -244,6 +245,13 @@ func (c *client) decrypt(k *keySet, ciphertext []byte) ([]byte, error) {
 		})
 	})
 	return out, err
+}
+
+// alive tells a TPM that still does something from one in failure mode.
+// libtpms answers TPM_RC_FAILURE also when OAEP padding is wrong.
+func (c *client) alive(k *keySet) bool {
+	_, err := tpm2.ReadPublic{ObjectHandle: k.srk.handle}.Execute(c)
+	return err == nil
 }
 
 // sign signs digest with the certifier and checks what came back.

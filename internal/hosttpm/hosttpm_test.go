@@ -4,100 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"net"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
-	"syscall"
 	"testing"
 	"time"
-
-	"github.com/google/go-tpm/tpm2"
-	"github.com/google/go-tpm/tpm2/transport"
-	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 )
-
-// emulator is a swtpm that plays the host's TPM.
-type emulator struct {
-	t     *testing.T
-	dir   string // state
-	sock  string
-	child *exec.Cmd
-}
-
-func startEmulator(t *testing.T) *emulator {
-	t.Helper()
-	if _, err := exec.LookPath("swtpm"); err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	e := &emulator{t: t, dir: t.TempDir()}
-	e.sock = filepath.Join(e.dir, "sock")
-	e.start()
-	t.Cleanup(e.stop)
-	return e
-}
-
-func (e *emulator) start() {
-	e.t.Helper()
-	e.child = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+e.dir, "--server", "type=unixio,path="+e.sock,
-		"--ctrl", "type=unixio,path="+e.sock+".ctrl", "--flags", "not-need-init,startup-clear")
-	e.child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	e.child.WaitDelay = time.Second
-	e.child.Stderr = os.Stderr
-	if err := e.child.Start(); err != nil {
-		e.t.Fatal(err)
-	}
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-		c, err := net.Dial("unix", e.sock)
-		if err == nil {
-			c.Close()
-			return
-		}
-		if time.Now().After(deadline) {
-			e.t.Fatal("swtpm does not come up: ", err)
-		}
-	}
-}
-
-func (e *emulator) stop() {
-	if e.child != nil {
-		e.child.Process.Kill()
-		e.child.Wait()
-		e.child = nil
-		os.Remove(e.sock)
-	}
-}
-
-// other is another user of the TPM.
-func (e *emulator) other(use func(transport.TPM)) {
-	e.t.Helper()
-	tpm, err := linuxudstpm.Open(e.sock)
-	if err != nil {
-		e.t.Fatal(err)
-	}
-	use(tpm) // it makes a connection for each command
-}
-
-func (e *emulator) extend(pcr uint) {
-	e.t.Helper()
-	e.other(func(tpm transport.TPM) {
-		_, err := tpm2.PCRExtend{
-			PCRHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(pcr), Auth: tpm2.PasswordAuth(nil)},
-			Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: make([]byte, 32)}}},
-		}.Execute(tpm)
-		if err != nil {
-			e.t.Fatal(err)
-		}
-	})
-}
 
 var testPCRs = []uint{0, 2, 4, 7, 9, 11, 12, 14}
 
-func open(t *testing.T, device, dir string) *Host {
+func open(t testing.TB, device, dir string) *Host {
 	t.Helper()
 	h, err := Open(Config{Device: device, Dir: dir, PCRs: testPCRs, Bank: "sha256", Timeout: 20 * time.Second})
 	if err != nil {
@@ -107,7 +21,7 @@ func open(t *testing.T, device, dir string) *Host {
 	return h
 }
 
-func provisioned(t *testing.T, device, dir string) *Host {
+func provisioned(t testing.TB, device, dir string) *Host {
 	t.Helper()
 	h := open(t, device, dir)
 	if err := h.Provision(t.Context()); err != nil {
@@ -117,7 +31,7 @@ func provisioned(t *testing.T, device, dir string) *Host {
 }
 
 // works uses every key of h.
-func works(t *testing.T, h *Host) {
+func works(t testing.TB, h *Host) {
 	t.Helper()
 	secret := bytes.Repeat([]byte("k0"), 32)
 	ct, err := h.WrapKeys(secret)
@@ -141,6 +55,7 @@ func works(t *testing.T, h *Host) {
 }
 
 func TestKeys(t *testing.T) {
+	t.Parallel()
 	e, dir := startEmulator(t), t.TempDir()
 	h := open(t, e.sock, dir)
 	if s, err := h.Status(t.Context()); err != nil || s.State != Unprovisioned {
@@ -174,8 +89,9 @@ func TestKeys(t *testing.T) {
 }
 
 func TestOtherState(t *testing.T) {
-	e, dir := startEmulator(t), t.TempDir()
-	h := provisioned(t, e.sock, dir)
+	t.Parallel()
+	e, dir, _ := startMade(t)
+	h := open(t, e.sock, dir)
 	works(t, h)
 	ct, err := h.WrapKeys(make([]byte, 64))
 	if err != nil {

@@ -72,9 +72,11 @@ func newObject(public tpm2.TPM2BPublic, private tpm2.TPM2BPrivate) (*object, err
 	return &object{public, private, area, name.Buffer}, nil
 }
 
-func (o *object) file(kind []int, description string, parent tpm2.TPMHandle) ([]byte, error) {
+// file gives o as a TSS2 key file, without a description: tpm2-tools 5.4 take
+// no such file.
+func (o *object) file(kind []int, parent tpm2.TPMHandle) ([]byte, error) {
 	k := tss2.Key{
-		Type: kind, EmptyAuth: true, Description: description, Parent: uint32(parent),
+		Type: kind, EmptyAuth: true, Parent: uint32(parent),
 		Public: tpm2.Marshal(o.public), Private: tpm2.Marshal(o.private),
 	}
 	return k.Marshal()

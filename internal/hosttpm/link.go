@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -42,9 +43,9 @@ func dial(ctx context.Context, path string) (*link, error) {
 		return nil, dialError(err)
 	}
 	if fi.Mode()&fs.ModeSocket != 0 {
-		c, err := new(net.Dialer).DialContext(ctx, "unix", path)
+		c, err := dialSocket(ctx, path)
 		if err != nil {
-			return nil, dialError(err)
+			return nil, err
 		}
 		return &link{conn: c}, nil
 	}
@@ -56,6 +57,27 @@ func dial(ctx context.Context, path string) (*link, error) {
 		return nil, dialError(&fs.PathError{Op: "open", Path: path, Err: err})
 	}
 	return &link{conn: os.NewFile(uintptr(fd), path), managed: strings.HasPrefix(filepath.Base(path), rmPrefix)}, nil
+}
+
+// dialSocket waits for its turn where swtpm, whose queue is short, has too many
+// at its door.
+func dialSocket(ctx context.Context, path string) (net.Conn, error) {
+	for {
+		c, err := new(net.Dialer).DialContext(ctx, "unix", path)
+		var timeout net.Error
+		switch {
+		case err == nil:
+			return c, nil
+		case errors.Is(err, syscall.EAGAIN):
+			if err := wait(ctx, 2*time.Millisecond); err != nil {
+				return nil, err
+			}
+		case errors.As(err, &timeout) && timeout.Timeout():
+			return nil, fmt.Errorf("%w: %w", ErrBusy, err)
+		default:
+			return nil, dialError(err)
+		}
+	}
 }
 
 func dialError(err error) error {

@@ -73,6 +73,19 @@ func (c *client) makeKeys(cfg Config, now time.Time) (*keySet, error) {
 	if err != nil {
 		return nil, err
 	}
+	state, err := c.readPCRs(cfg.Bank, cfg.PCRs)
+	if err != nil {
+		return nil, err
+	}
+	epoch, err := c.readEpoch(k)
+	if err != nil {
+		return nil, err
+	}
+	a, err := approve(policyKey, state, epoch, k.epochName, now, "first provisioning")
+	if err != nil {
+		return nil, err
+	}
+	k.policies = []*policy.Approved{a}
 	k.policyPublic = &policyKey.PublicKey
 	scalar, err := policyKey.Bytes()
 	if err != nil {
@@ -89,39 +102,26 @@ func (c *client) makeKeys(cfg Config, now time.Time) (*keySet, error) {
 	}
 	authPolicy := policy.Authorize(name)
 	for _, o := range []struct {
-		made   **object
-		public tpm2.TPMTPublic
-		data   []byte
+		made      **object
+		public    tpm2.TPMTPublic
+		data      []byte
+		certified *certification
 	}{
-		{&k.ak, akTemplate(), nil},
-		{&k.certifier, certifierTemplate(), nil},
-		{&k.policyKey, sealedTemplate(authPolicy), scalar},
-		{&k.listKey, sealedTemplate(authPolicy), listKey},
-		{&k.bind, bindTemplate(authPolicy), nil},
+		{&k.ak, akTemplate(), nil, nil},
+		{&k.certifier, certifierTemplate(), nil, &k.certifierCertified},
+		{&k.policyKey, sealedTemplate(authPolicy), scalar, nil},
+		{&k.listKey, sealedTemplate(authPolicy), listKey, nil},
+		{&k.bind, bindTemplate(authPolicy), nil, &k.bindCertified}, // last: it may take a minute
 	} {
 		if *o.made, err = c.create(k, o.public, o.data); err != nil {
 			return nil, err
 		}
+		if o.certified != nil {
+			if *o.certified, err = c.certify(k, *o.made); err != nil {
+				return nil, err
+			}
+		}
 	}
-	if k.bindCertified, err = c.certify(k, k.bind); err != nil {
-		return nil, err
-	}
-	if k.certifierCertified, err = c.certify(k, k.certifier); err != nil {
-		return nil, err
-	}
-	state, err := c.readPCRs(cfg.Bank, cfg.PCRs)
-	if err != nil {
-		return nil, err
-	}
-	epoch, err := c.readEpoch(k)
-	if err != nil {
-		return nil, err
-	}
-	a, err := approve(policyKey, state, epoch, k.epochName, now, "first provisioning")
-	if err != nil {
-		return nil, err
-	}
-	k.policies = []*policy.Approved{a}
 	return k, k.complete()
 }
 

@@ -131,18 +131,18 @@ func readSet(dir string) (*keySet, error) {
 }
 
 type objectFile struct {
-	name, description string
-	kind              []int
-	object            **object
+	name   string
+	kind   []int
+	object **object
 }
 
 func (k *keySet) objects() []objectFile {
 	return []objectFile{
-		{"bind.pem", "virt-trust bind key", tss2.Loadable, &k.bind},
-		{"ak.pem", "virt-trust AK", tss2.Loadable, &k.ak},
-		{"certifier.pem", "virt-trust certifier", tss2.Loadable, &k.certifier},
-		{"policy-key.pem", "virt-trust policy key", tss2.Sealed, &k.policyKey},
-		{"list-key.pem", "virt-trust list key", tss2.Sealed, &k.listKey},
+		{"bind.pem", tss2.Loadable, &k.bind},
+		{"ak.pem", tss2.Loadable, &k.ak},
+		{"certifier.pem", tss2.Loadable, &k.certifier},
+		{"policy-key.pem", tss2.Sealed, &k.policyKey},
+		{"list-key.pem", tss2.Sealed, &k.listKey},
 	}
 }
 
@@ -260,7 +260,7 @@ func (s store) save(k *keySet, now time.Time) error {
 	}
 	files := map[string][]byte{"srk.pub": tpm2.Marshal(*k.srk.public)}
 	for _, f := range k.objects() {
-		b, err := (*f.object).file(f.kind, f.description, k.srk.handle)
+		b, err := (*f.object).file(f.kind, k.srk.handle)
 		if err != nil {
 			return err
 		}
