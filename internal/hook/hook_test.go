@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -321,10 +322,10 @@ func TestProgram(t *testing.T) {
 		path                  any
 	}
 	calls := make(chan call, 20)
-	var answer *dbus.Error
+	var answer atomic.Pointer[dbus.Error]
 	bustest.Serve(t, bustest.Manager{HandleHook: func(op, subOp, extra, xml string, options map[string]dbus.Variant) (map[string]dbus.Variant, *dbus.Error) {
 		calls <- call{op, subOp, extra, xml, options["path"].Value()}
-		return map[string]dbus.Variant{}, answer
+		return map[string]dbus.Variant{}, answer.Load()
 	}})
 	if status, stderr := run(t, program, "prepare", xml(t, "emulator-2.0")); status != 0 || stderr != "" {
 		t.Errorf("allowed: status %d, %q", status, stderr)
@@ -333,7 +334,7 @@ func TestProgram(t *testing.T) {
 		t.Errorf("virt-trustd was told %+v", got)
 	}
 	entries()
-	answer = bustest.Refused("label-other-vm: the label is web1's; give VM its own image")
+	answer.Store(bustest.Refused("label-other-vm: the label is web1's; give VM its own image"))
 	for _, op := range operations[:9] {
 		status, stderr := run(t, program, op, xml(t, "emulator-2.0"))
 		want := ""

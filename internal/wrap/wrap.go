@@ -184,13 +184,16 @@ func Redeem(ctx context.Context, program, statePath string) (string, []int, erro
 	if err != nil {
 		return "", nil, bus.Unreachable(err.Error())
 	}
-	// Left open: closing it would end the call that a deadline has ended
-	// already, and exec closes it.
+	// The connection ends with ctx; its descriptor would not survive exec either.
 	var action string
-	var fds []dbus.UnixFD
+	var fds []dbus.Variant
 	err = c.Call(ctx, "RedeemGrant", []any{program, statePath, map[string]any{}}, &action, &fds)
 	keys := make([]int, len(fds))
-	for i, fd := range fds {
+	for i, v := range fds {
+		fd, ok := v.Value().(dbus.UnixFD)
+		if !ok {
+			return "", nil, fmt.Errorf("virt-trustd answered with %s instead of a descriptor", v.Signature())
+		}
 		keys[i] = int(fd)
 	}
 	return action, keys, err

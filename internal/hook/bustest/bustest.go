@@ -68,7 +68,6 @@ func Start(t testing.TB) {
 		t.Fatal(err)
 	}
 	cmd := exec.Command("dbus-daemon", "--nofork", "--nopidfile", "--nosyslog", "--config-file="+config)
-	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.WaitDelay = 5 * time.Second
 	if err := cmd.Start(); err != nil {
@@ -88,7 +87,7 @@ func Start(t testing.TB) {
 // Manager is the fake virt-trustd. A nil function is a method that is not there.
 type Manager struct {
 	HandleHook  func(op, subOp, extra, xml string, options map[string]dbus.Variant) (map[string]dbus.Variant, *dbus.Error)
-	RedeemGrant func(sender dbus.Sender, program, statePath string, options map[string]dbus.Variant) (string, []dbus.UnixFD, *dbus.Error)
+	RedeemGrant func(sender dbus.Sender, program, statePath string, options map[string]dbus.Variant) (string, []dbus.Variant, *dbus.Error)
 }
 
 // Serve puts a Manager on the bus that Start made and gives its connection.
