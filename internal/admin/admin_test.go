@@ -364,18 +364,6 @@ func TestComplete(t *testing.T) {
 	}
 }
 
-func TestReasons(t *testing.T) {
-	if len(advice) != len(reason.All()) {
-		t.Errorf("%d of %d codes are explained", len(advice), len(reason.All()))
-	}
-	for _, r := range reasons() {
-		stdout, _, code := run(t, "reason", string(r.Code))
-		if code != 0 || r.When == "" || r.Mend == "" || !strings.HasPrefix(stdout, string(r.Code)+": ") {
-			t.Errorf("%s: exit %d: %s", r.Code, code, stdout)
-		}
-	}
-}
-
 // TestDenied: who may not ask learns why.
 func TestDenied(t *testing.T) {
 	var stderr bytes.Buffer

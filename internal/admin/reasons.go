@@ -23,7 +23,7 @@ type Reason struct {
 var advice = map[reason.Code][2]string{
 	reason.HostNotApproved: {
 		"The TPM did not release the list key or a VM's keys, because PCRs of the host differ from those that they were bound to: other firmware, boot loader, kernel, command line or Secure Boot keys.",
-		"'virt-trust status' names the PCRs. Boot the host as it was. Before an update of firmware or kernel that changes these PCRs, give the vTPMs back with 'virt-trust release --all', and adopt them afterwards.",
+		"'virt-trust status' names the PCRs. Boot the host as it was. For an update of firmware or kernel that changes these PCRs: 'virt-trust release --all', and right before the reboot 'systemctl stop virt-trustd' and remove /var/lib/virt-trust. virt-trustd then makes new keys for the new state, and VMs are adopted at their next start.",
 	},
 	reason.ListRolledBack: {
 		"The file of the vTPM list was replaced by an older one while virt-trustd knew a newer.",
@@ -67,7 +67,7 @@ var advice = map[reason.Code][2]string{
 	},
 	reason.KeyNotReleased: {
 		"No vTPM keys are handed out: there is no launch grant (swtpm was started by hand, twice or too late, or libvirt does not use the wrapper or hook yet), or the host's TPM was cleared or replaced, and its keys are gone.",
-		"Start the VM through libvirt. After an installation: 'systemctl restart libvirtd', which running VMs do not notice. After a cleared TPM the encrypted states are lost: bring back plain ones from a backup made before adoption, or give the VMs new vTPMs.",
+		"Start the VM through libvirt. After an installation: 'systemctl restart libvirtd', which running VMs do not notice. After a cleared or replaced TPM nobody can read the list and the vTPMs any more: 'systemctl stop virt-trustd', remove /var/lib/virt-trust, 'systemctl start virt-trustd'; then bring back plain vTPM states from a backup made before adoption, or give the VMs new, empty ones with 'virt-trust adopt VM'.",
 	},
 	reason.LauncherNotApproved: {
 		"QEMU, firmware, swtpm or a library of it is not one of the approved files.",

@@ -1,0 +1,268 @@
+// Package packaging has tests of what the package ships and no program runs.
+package packaging
+
+import (
+	"bytes"
+	"encoding/xml"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"strings"
+	"testing"
+
+	"virt-trust/internal/platform/config"
+)
+
+// tool gives a program, or ends the test: a laptop may lack it.
+func tool(t *testing.T, name string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		path, err = exec.LookPath("/usr/sbin/" + name)
+	}
+	if err != nil && os.Getenv("CI") == "true" {
+		t.Fatal(err)
+	}
+	if err != nil {
+		t.Skip(err)
+	}
+	return path
+}
+
+func read(t *testing.T, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// run gives what a program wrote, and wants it to succeed.
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Errorf("%s %s: %v\n%s", filepath.Base(name), strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+var commented = regexp.MustCompile(`(?m)^#([a-z_]+ = )`)
+
+// TestDefaults: the file as it is shipped changes nothing, and what stands in
+// its comments are the defaults, all of them.
+func TestDefaults(t *testing.T) {
+	text := read(t, "virt-trustd.toml")
+	c, err := config.Parse([]byte(text))
+	if err != nil || !reflect.DeepEqual(c, config.Default()) {
+		t.Errorf("as shipped: %+v, %v", c, err)
+	}
+	c, err = config.Parse([]byte(commented.ReplaceAllString(text, "$1")))
+	if err != nil || !reflect.DeepEqual(c, config.Default()) {
+		t.Errorf("with the comments taken off: %+v, %v", c, err)
+	}
+
+	page := read(t, "man/virt-trustd.toml.5")
+	var walk func(reflect.Type)
+	walk = func(typ reflect.Type) {
+		for f := range typ.Fields() {
+			key := f.Tag.Get("toml")
+			if f.Type.Kind() == reflect.Struct {
+				if !strings.Contains(text, "["+key+"]\n") || !strings.Contains(page, ".Ss ["+key+"]\n") {
+					t.Errorf("[%s] is missing", key)
+				}
+				walk(f.Type)
+				continue
+			}
+			line := regexp.MustCompile(`(?m)^#` + key + ` = (.*)$`).FindStringSubmatch(text)
+			if line == nil {
+				t.Errorf("%s is missing in virt-trustd.toml", key)
+				continue
+			}
+			value := line[1]
+			if s, ok := strings.CutPrefix(value, `"`); ok {
+				value = "Qq " + strings.TrimSuffix(s, `"`)
+			}
+			if value == "Qq " {
+				value += `\&`
+			}
+			if want := ".It Ic " + key + " No = " + value + "\n"; !strings.Contains(page, want) {
+				t.Errorf("virt-trustd.toml(5) lacks %q", want)
+			}
+		}
+	}
+	walk(reflect.TypeFor[config.Config]())
+}
+
+// TestContractPage: org.virttrust1(5) has every name of the contract.
+func TestContractPage(t *testing.T) {
+	type member struct {
+		Name string `xml:"name,attr"`
+	}
+	var contract struct {
+		Interfaces []struct {
+			member
+			Methods    []member `xml:"method"`
+			Properties []member `xml:"property"`
+			Signals    []member `xml:"signal"`
+		} `xml:"interface"`
+	}
+	if err := xml.Unmarshal([]byte(read(t, "../dbus/org.virttrust1.xml")), &contract); err != nil {
+		t.Fatal(err)
+	}
+	page := read(t, "man/org.virttrust1.5")
+	for _, i := range contract.Interfaces {
+		_, section, found := strings.Cut(page, ".Ss "+i.Name+"\n")
+		if !found {
+			t.Errorf("%s is missing", i.Name)
+		}
+		section, _, _ = strings.Cut(section, "\n.Ss ")
+		for _, m := range append(i.Methods, i.Signals...) {
+			if !strings.Contains(section, ".It Fn "+m.Name+" ") {
+				t.Errorf("%s.%s is missing", i.Name, m.Name)
+			}
+		}
+		for _, p := range i.Properties {
+			if !regexp.MustCompile(`(?m)^\.(It )?Va ` + p.Name + `\b`).MatchString(section) {
+				t.Errorf("%s.%s is missing", i.Name, p.Name)
+			}
+		}
+	}
+	// And the other way round: methods that polkit guards have their actions.
+	policy := read(t, "org.virttrust1.policy")
+	for _, action := range []string{"adopt", "release", "repair", "accept"} {
+		if !strings.Contains(policy, `<action id="org.virttrust1.`+action+`">`) {
+			t.Errorf("polkit has no action %s", action)
+		}
+	}
+}
+
+func TestManPages(t *testing.T) {
+	man := tool(t, "man")
+	pages, _ := filepath.Glob("man/*.[1-8]")
+	if len(pages) < 7 {
+		t.Errorf("%d pages", len(pages))
+	}
+	for _, page := range pages {
+		cmd := exec.Command(man, "--warnings", "-E", "UTF-8", "-l", "-Tutf8", "-Z", page)
+		cmd.Env = append(os.Environ(), "MANWIDTH=80", "LC_ALL=C.UTF-8")
+		var stderr bytes.Buffer
+		cmd.Stderr = &stderr
+		if err := cmd.Run(); err != nil || stderr.Len() > 0 {
+			t.Errorf("%s: %v: %s", page, err, &stderr)
+		}
+	}
+}
+
+// TestAppArmor compiles our profiles, and libvirt's own with our rules in them.
+func TestAppArmor(t *testing.T) {
+	parser := tool(t, "apparmor_parser")
+	run(t, parser, "-Q", "-K", "apparmor/virt-trust")
+
+	const libvirtd = "/etc/apparmor.d/usr.sbin.libvirtd"
+	if _, err := os.Stat(libvirtd); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	// A copy of the machine's profiles, as postinst leaves them.
+	dir := filepath.Join(t.TempDir(), "apparmor.d")
+	run(t, "cp", "-r", "/etc/apparmor.d", dir)
+	for from, to := range map[string]string{
+		"virt-trust-libvirtd": "abstractions/virt-trust-libvirtd", "virt-trust-libvirt-qemu": "abstractions/virt-trust-libvirt-qemu",
+	} {
+		put(t, filepath.Join(dir, to), read(t, "apparmor/"+from))
+	}
+	put(t, filepath.Join(dir, "local/usr.sbin.libvirtd"), "include if exists <abstractions/virt-trust-libvirtd> # virt-trust\n")
+	put(t, filepath.Join(dir, "local/abstractions/libvirt-qemu"), "include if exists <abstractions/virt-trust-libvirt-qemu> # virt-trust\n")
+	// A VM's profile as virt-aa-helper makes it (TEMPLATE.qemu).
+	put(t, filepath.Join(dir, "libvirt/libvirt-vm"), `#include <tunables/global>
+profile libvirt-00000000-0000-0000-0000-000000000001 flags=(attach_disconnected) {
+  #include <abstractions/libvirt-qemu>
+}
+`)
+	for _, profile := range []string{"usr.sbin.libvirtd", "libvirt/libvirt-vm"} {
+		plain := run(t, parser, "-Q", "-K", "-b", dir, "--preprocess", filepath.Join(dir, profile))
+		if !strings.Contains(plain, "/usr/libexec/virt-trust/virt-trust-wrapper") {
+			t.Errorf("%s does not include our rules", profile)
+		}
+		run(t, parser, "-Q", "-K", "-b", dir, filepath.Join(dir, profile))
+	}
+}
+
+func put(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// maxExposure is in tenths, as systemd-analyze security counts: 22 were
+// reached, and nothing may be lost.
+const maxExposure = "24"
+
+// TestUnits: systemd knows every word of them, and they stay as tight as they are.
+func TestUnits(t *testing.T) {
+	analyze := tool(t, "systemd-analyze")
+	root := t.TempDir()
+	unit := read(t, "../systemd/virt-trustd.service")
+	// The program need not be installed where this runs.
+	put(t, filepath.Join(root, "virt-trustd.service"), strings.Replace(unit, "/usr/libexec/virt-trust/virt-trustd", "/bin/true", 1))
+	put(t, filepath.Join(root, "libvirtd.service"), "[Service]\nExecStart=/bin/true\n")
+	put(t, filepath.Join(root, "libvirtd.service.d/50-virt-trust.conf"), read(t, "../systemd/50-virt-trust.conf"))
+	for _, u := range []string{"virt-trustd.service", "libvirtd.service"} {
+		if out := run(t, analyze, "verify", "--man=no", filepath.Join(root, u)); strings.Contains(out, root) || strings.Contains(out, "virt-trust") {
+			t.Errorf("%s: %s", u, out)
+		}
+	}
+	run(t, analyze, "security", "--offline=true", "--no-pager", "--threshold="+maxExposure, filepath.Join(root, "virt-trustd.service"))
+}
+
+// TestScripts: the shell can read them, and the hook's script lets VMs pass
+// where the package is gone.
+func TestScripts(t *testing.T) {
+	for _, script := range []string{"debian/postinst", "debian/prerm", "debian/postrm", "debian/build", "../hooks/qemu.d/50-virt-trust"} {
+		run(t, "/bin/sh", "-n", script)
+		if fi, err := os.Stat(script); err != nil || fi.Mode()&0o111 == 0 {
+			t.Errorf("%s: %v, not executable", script, err)
+		}
+	}
+	hook := strings.ReplaceAll(read(t, "../hooks/qemu.d/50-virt-trust"), "/usr/libexec", "/nonexistent")
+	script := filepath.Join(t.TempDir(), "hook")
+	put(t, script, hook)
+	run(t, "/bin/sh", script, "vm", "prepare", "begin", "-")
+}
+
+// TestRemovalRefuses: prerm keeps the package while a VM is guarded, and lets
+// it be upgraded at any time.
+func TestRemovalRefuses(t *testing.T) {
+	root := t.TempDir()
+	prerm := func(args ...string) (string, error) {
+		cmd := exec.Command("debian/prerm", args...)
+		cmd.Env = append(os.Environ(), "DPKG_ROOT="+root)
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	if out, err := prerm("remove"); err != nil {
+		t.Errorf("nothing is guarded: %v: %s", err, out)
+	}
+	put(t, filepath.Join(root, "var/lib/virt-trust/vtpm/11111111-1111-1111-1111-111111111111/label"), "")
+	out, err := prerm("remove")
+	if err == nil || !strings.Contains(out, "11111111-1111") || !strings.Contains(out, "virt-trust release --all") {
+		t.Errorf("a VM is guarded: %v: %s", err, out)
+	}
+	if out, err := prerm("upgrade", "9.9"); err != nil {
+		t.Errorf("upgrade: %v: %s", err, out)
+	}
+	put(t, filepath.Join(root, "etc/virt-trust/allow-strand"), "")
+	if out, err := prerm("remove"); err != nil {
+		t.Errorf("with the admin's word: %v: %s", err, out)
+	}
+}
