@@ -627,6 +627,7 @@ func (s *Service) export() error {
 		s.conn.ExportMethodTable(s.manager(), bus.Path, bus.ManagerInterface),
 		s.conn.ExportMethodTable(map[string]any{"GetManagedObjects": s.managedObjects}, bus.Path, "org.freedesktop.DBus.ObjectManager"),
 		s.conn.ExportSubtreeMethodTable(properties, bus.Path, "org.freedesktop.DBus.Properties"),
+		s.conn.ExportSubtreeMethodTable(map[string]any{"Introspect": s.introspect}, bus.Path, "org.freedesktop.DBus.Introspectable"),
 		s.conn.ExportSubtreeMethodTable(map[string]any{"Introspect": s.introspect}, "/", "org.freedesktop.DBus.Introspectable"),
 	)
 	if err != nil {
