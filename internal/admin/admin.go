@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/godbus/dbus/v5"
@@ -107,8 +108,8 @@ func (c *Command) complain(err error) {
 		fmt.Fprintf(c.Stderr, "virt-trust: refused: %s\n", r.Error())
 		return
 	}
-	if errors.Is(err, bus.ErrAccessDenied) {
-		err = fmt.Errorf("%w (be root or in the group virt-trust)", err)
+	if errors.Is(err, bus.ErrAccessDenied) && strings.Contains(err.Error(), "Rejected send message") { // by the bus, at length
+		err = fmt.Errorf("%w: be root or in the group virt-trust", bus.ErrAccessDenied)
 	}
 	fmt.Fprintf(c.Stderr, "virt-trust: %s\n", reason.OneLine(err.Error()))
 }

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/godbus/dbus/v5"
+
 	"virt-trust/internal/bus"
 	"virt-trust/internal/vtpm/imagefile"
 	"virt-trust/internal/vtpm/label"
@@ -34,12 +36,15 @@ func TestStatus(t *testing.T) {
 		code   int
 		says   string
 	}{
-		"all is well":    {func(*fake) {}, ExitDone, "readable, 2 VMs, generation 12"},
-		"not restarted":  {func(f *fake) { f.manager["LibvirtState"] = "restart-needed" }, ExitRefused, "systemctl restart libvirtd"},
-		"hook missing":   {func(f *fake) { f.manager["LibvirtState"] = "hook-missing" }, ExitRefused, "50-virt-trust"},
-		"other PCRs":     {func(f *fake) { f.host["State"], f.host["DifferingPCRs"] = "not-approved", []uint32{4, 7} }, ExitRefused, "PCRs that differ:  4 7"},
-		"list damaged":   {func(f *fake) { f.manager["ListState"] = "damaged" }, ExitRefused, "damaged"},
-		"no TPM":         {func(f *fake) { f.host["State"], f.host["Problem"] = "absent", "no such device" }, ExitNotAppraised, "no such device"},
+		"all is well":   {func(*fake) {}, ExitDone, "readable, 2 VMs, generation 12"},
+		"not restarted": {func(f *fake) { f.manager["LibvirtState"] = "restart-needed" }, ExitRefused, "systemctl restart libvirtd"},
+		"hook missing":  {func(f *fake) { f.manager["LibvirtState"] = "hook-missing" }, ExitRefused, "50-virt-trust"},
+		"other PCRs":    {func(f *fake) { f.host["State"], f.host["DifferingPCRs"] = "not-approved", []uint32{4, 7} }, ExitRefused, "PCRs that differ:  4 7"},
+		"list damaged":  {func(f *fake) { f.manager["ListState"] = "damaged" }, ExitRefused, "damaged"},
+		"no TPM": {func(f *fake) {
+			f.host["State"], f.host["Problem"] = "absent", "no such device"
+			f.manager["ListState"] = "sealed"
+		}, ExitNotAppraised, "no such device"},
 		"not libvirt":    {func(f *fake) { f.manager["LibvirtState"] = "unknown" }, ExitDone, "unknown"},
 		"types unknown":  {func(f *fake) { f.host["PCRSelection"] = "all" }, ExitDone, "ready"},
 		"hostile answer": {func(f *fake) { f.host["Problem"] = "a\x1b]0;b\x07\nc" }, ExitDone, "a ]0;b  c"},
@@ -364,11 +369,33 @@ func TestComplete(t *testing.T) {
 	}
 }
 
-// TestDenied: who may not ask learns why.
+// TestDenied: whom the bus does not let through learns why, in short.
 func TestDenied(t *testing.T) {
 	var stderr bytes.Buffer
-	(&Command{Stderr: &stderr}).complain(bus.ErrAccessDenied)
-	if !strings.Contains(stderr.String(), "group virt-trust") {
+	c := &Command{Stderr: &stderr}
+	c.complain(bus.MapError(dbus.NewError(bus.ErrorAccessDenied, []any{"Rejected send message, 2 matched rules; ..."})))
+	c.complain(bus.MapError(dbus.NewError(bus.ErrorAccessDenied, []any{"polkit says no"})))
+	if want := "virt-trust: access denied: be root or in the group virt-trust\nvirt-trust: access denied: polkit says no\n"; stderr.String() != want {
 		t.Errorf("%q", &stderr)
+	}
+}
+
+// TestListRefusal: the code is the problem's own where it has one.
+func TestListRefusal(t *testing.T) {
+	for _, tt := range []struct {
+		m    Manager
+		want reason.Code
+	}{
+		{Manager{ListState: "sealed", ListProblem: "tpm-failed: there is no TPM"}, reason.TPMFailed},
+		{Manager{ListState: "sealed", ListProblem: "PCR 4 differs"}, reason.HostNotApproved},
+		{Manager{ListState: "damaged"}, reason.ListDamaged},
+		{Manager{ListState: "rolled-back"}, reason.ListRolledBack},
+	} {
+		if r := reason.As(tt.m.listRefusal()); r == nil || r.Code != tt.want {
+			t.Errorf("%+v: %v", tt.m, r)
+		}
+	}
+	if r := (Manager{ListState: "odd"}).listRefusal(); r == nil || reason.As(r) != nil {
+		t.Errorf("%v", r)
 	}
 }

@@ -84,6 +84,9 @@ func (m Manager) listKnown() bool { return m.ListState == "readable" || m.ListSt
 
 // listRefusal says why the list cannot be used.
 func (m Manager) listRefusal() error {
+	if r, ok := reason.Parse(m.ListProblem); ok {
+		return r
+	}
 	code := map[string]reason.Code{
 		"sealed": reason.HostNotApproved, "damaged": reason.ListDamaged, "rolled-back": reason.ListRolledBack,
 	}[m.ListState]

@@ -42,11 +42,11 @@ func (c *Command) statusCommand() *cobra.Command {
 // verdict: whether a VM that belongs here would start, and would be guarded.
 func (s Status) verdict() error {
 	switch {
-	case s.Host.State == "not-approved" || !s.listKnown():
+	case s.Host.State == "not-approved":
 		return &exit{code: ExitRefused}
 	case s.Host.State != "ready":
 		return &exit{code: ExitNotAppraised}
-	case s.Libvirt == "restart-needed", s.Libvirt == "hook-missing":
+	case !s.listKnown(), s.Libvirt == "restart-needed", s.Libvirt == "hook-missing":
 		return &exit{code: ExitRefused}
 	}
 	return nil
