@@ -207,7 +207,7 @@ func TestDeadlines(t *testing.T) {
 
 	release := make(chan struct{})
 	defer close(release)
-	bustest.Serve(t, bustest.Manager{HandleHook: func(string, string, string, string, map[string]dbus.Variant) (map[string]dbus.Variant, *dbus.Error) {
+	bustest.Serve(t, bustest.Manager{HandleHook: func(dbus.Sender, string, string, string, string, map[string]dbus.Variant) (map[string]dbus.Variant, *dbus.Error) {
 		<-release
 		return nil, nil
 	}})
@@ -240,6 +240,29 @@ func TestDeadlines(t *testing.T) {
 	h, stderr = fixture("prepare", "")
 	h.Stdin, h.Limit = r, short
 	check("stdin hangs", h, stderr)
+}
+
+// TestDescriptors: a stranger's signal with an array of descriptors, at which
+// godbus panics, does not end the hook: at reconnect libvirt would kill the VM.
+func TestDescriptors(t *testing.T) {
+	bustest.Need(t, "go")
+	program := filepath.Join(bustest.Folder(t), "virt-trust-hook")
+	bustest.Build(t, "../../hooks/qemu", program, "")
+	bustest.Start(t)
+	conn := make(chan *dbus.Conn, 1)
+	conn <- bustest.Serve(t, bustest.Manager{HandleHook: func(sender dbus.Sender, _, _, _, _ string, _ map[string]dbus.Variant) (map[string]dbus.Variant, *dbus.Error) {
+		array := []dbus.UnixFD{0}
+		c := <-conn
+		c.Send(&dbus.Message{Type: dbus.TypeSignal, Headers: map[dbus.HeaderField]dbus.Variant{
+			dbus.FieldPath: dbus.MakeVariant(bus.Path), dbus.FieldInterface: dbus.MakeVariant("a.b"), dbus.FieldMember: dbus.MakeVariant("C"),
+			dbus.FieldDestination: dbus.MakeVariant(string(sender)), dbus.FieldSignature: dbus.MakeVariant(dbus.SignatureOf(array)),
+		}, Body: []any{array}}, nil)
+		time.Sleep(100 * time.Millisecond)
+		return map[string]dbus.Variant{}, nil
+	}})
+	if status, stderr := run(t, program, "reconnect", xml(t, "emulator-2.0")); status != 0 || stderr != "" {
+		t.Errorf("status %d, %.300q", status, stderr)
+	}
 }
 
 // run runs the real program.
@@ -323,7 +346,7 @@ func TestProgram(t *testing.T) {
 	}
 	calls := make(chan call, 20)
 	var answer atomic.Pointer[dbus.Error]
-	bustest.Serve(t, bustest.Manager{HandleHook: func(op, subOp, extra, xml string, options map[string]dbus.Variant) (map[string]dbus.Variant, *dbus.Error) {
+	bustest.Serve(t, bustest.Manager{HandleHook: func(_ dbus.Sender, op, subOp, extra, xml string, options map[string]dbus.Variant) (map[string]dbus.Variant, *dbus.Error) {
 		calls <- call{op, subOp, extra, xml, options["path"].Value()}
 		return map[string]dbus.Variant{}, answer.Load()
 	}})

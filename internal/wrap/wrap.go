@@ -180,7 +180,7 @@ func inherit(call swtpmargs.Call, key int) (int, error) {
 
 // Redeem asks virt-trustd on the system bus.
 func Redeem(ctx context.Context, program, statePath string) (string, []int, error) {
-	c, err := bus.Dial(ctx)
+	c, err := bus.DialForDescriptors(ctx)
 	if err != nil {
 		return "", nil, bus.Unreachable(err.Error())
 	}

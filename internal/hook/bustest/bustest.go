@@ -4,6 +4,7 @@ package bustest
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -75,7 +76,8 @@ func Start(t testing.TB) {
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
 	for range 500 {
-		if _, err := os.Stat(socket); err == nil {
+		if conn, err := net.Dial("unix", socket); err == nil {
+			conn.Close()
 			t.Setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path="+socket)
 			return
 		}
@@ -86,7 +88,7 @@ func Start(t testing.TB) {
 
 // Manager is the fake virt-trustd. A nil function is a method that is not there.
 type Manager struct {
-	HandleHook  func(op, subOp, extra, xml string, options map[string]dbus.Variant) (map[string]dbus.Variant, *dbus.Error)
+	HandleHook  func(sender dbus.Sender, op, subOp, extra, xml string, options map[string]dbus.Variant) (map[string]dbus.Variant, *dbus.Error)
 	RedeemGrant func(sender dbus.Sender, program, statePath string, options map[string]dbus.Variant) (string, []dbus.Variant, *dbus.Error)
 }
 
