@@ -196,14 +196,20 @@ func (g *Guard) sweep(ctx context.Context) {
 	}
 }
 
-// watchLibvirt follows libvirt's events while its daemon runs. It never makes
-// a sleeping one start.
+// watchLibvirt follows libvirt's events while VMs of ours run, and looks at
+// what libvirt has whenever it was started anew or a vTPM's folder came or went.
+// It never makes a sleeping libvirtd start, nor keeps one without VMs awake: that
+// ends by itself when nobody has been connected for two minutes.
 func (s *Service) watchLibvirt(ctx context.Context) {
+	seen := ""
 	for ctx.Err() == nil {
 		socket, running, err := libvirt.Socket(s.g.cfg.Libvirt.Socket)
-		if err == nil && running {
+		now := s.libvirtSigns()
+		if err == nil && running && s.g.peek() != nil && (now != seen || s.g.anyRuns()) {
 			if err := s.followLibvirt(ctx, socket); err != nil && ctx.Err() == nil {
 				s.log.WithError(err).Debug("following libvirt's events")
+			} else {
+				seen = now
 			}
 		}
 		select {
@@ -212,6 +218,27 @@ func (s *Service) watchLibvirt(ctx context.Context) {
 		}
 	}
 }
+
+// libvirtSigns changes when libvirt was started, or made or removed a vTPM.
+func (s *Service) libvirtSigns() string {
+	signs := ""
+	for _, f := range []string{"/run/virtqemud.pid", "/run/libvirtd.pid", s.g.cfg.Swtpm.StateRoot} {
+		if st, err := os.Stat(f); err == nil {
+			signs += st.ModTime().String() + " "
+		}
+	}
+	return signs
+}
+
+// anyRuns reports whether a VM's vTPM may be written.
+func (g *Guard) anyRuns() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.sessions) > 0
+}
+
+// libvirtIdle is how long events are awaited when no VM runs.
+const libvirtIdle = 20 * time.Second
 
 func (s *Service) followLibvirt(ctx context.Context, socket string) error {
 	ctx, cancel := context.WithCancel(ctx)
@@ -228,7 +255,19 @@ func (s *Service) followLibvirt(ctx context.Context, socket string) error {
 	if err := s.reconcile(ctx, c); err != nil {
 		return err
 	}
-	for e := range events {
+	idle := time.NewTicker(libvirtIdle)
+	defer idle.Stop()
+	for {
+		var e libvirt.Event
+		select {
+		case <-idle.C:
+			if !s.g.anyRuns() {
+				return nil
+			}
+			continue
+		case e = <-events:
+			idle.Reset(libvirtIdle)
+		}
 		switch e.Kind {
 		case libvirt.Suspended:
 			s.g.setState(e.UUID, list.Suspended)
@@ -243,11 +282,10 @@ func (s *Service) followLibvirt(ctx context.Context, socket string) error {
 			// A transient VM's state goes with it, and nothing says so.
 			id := e.UUID
 			time.AfterFunc(time.Second, func() { s.goneWithItsDomain(ctx, id) })
-		case libvirt.Closed:
+		case libvirt.Closed, "": // "" of a channel that was closed
 			return nil
 		}
 	}
-	return nil
 }
 
 // reconcile holds the list against the domains that libvirt has.
