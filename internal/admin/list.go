@@ -121,7 +121,7 @@ func (vm VM) write(w io.Writer) {
 	switch {
 	case vm.LabelPath != "":
 		label += ", in " + vm.LabelPath
-	case vm.KeyOwner == "virt-trust":
+	case vm.KeyOwner == "virt-trust" && vm.State != released:
 		label += ": no qcow2 disk can carry one; the wrapped keys are in the vTPM list alone"
 	}
 	key := vm.KeyOwner
