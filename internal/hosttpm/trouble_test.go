@@ -95,8 +95,13 @@ func TestProvisionStopped(t *testing.T) {
 		err := s.save(k, time.Now())
 		if err == nil {
 			t.Logf("saving is %d steps", at-1)
-			if s.save(k, time.Now()) == nil {
+			other := *k
+			other.policies = nil
+			if s.save(&other, time.Now()) == nil {
 				t.Fatal("a key set was written over another")
+			}
+			if k, err := s.load(); err != nil || len(k.policies) != 1 {
+				t.Fatal("the refusal to write over a key set harmed it: ", err)
 			}
 			return
 		}
@@ -458,6 +463,44 @@ func TestPutOff(t *testing.T) {
 	}
 	if s, err := h.Status(t.Context()); err != nil || s.State != LockedOut {
 		t.Fatalf("Status gives %+v, %v", s, err)
+	}
+}
+
+// Nothing that is secret passes between us and the TPM in the clear, from the
+// making of the keys on.
+func TestNothingInTheClear(t *testing.T) {
+	t.Parallel()
+	e := startEmulator(t)
+	p := startProxy(t, e)
+	var heard bytes.Buffer
+	p.set(func(x *proxied) (err error) {
+		x.response, err = x.tpm(x.command)
+		heard.Write(x.command)
+		heard.Write(x.response)
+		return err
+	})
+	h := provisioned(t, p.sock, t.TempDir())
+	key, err := h.UnsealListKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	scalar, err := do(t.Context(), h, func(c *client) ([]byte, error) { return c.unseal(h.keys.Load(), h.keys.Load().policyKey) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	ct := wrapped(t, h)
+	if _, err := h.UnwrapKeys(t.Context(), ct); err != nil {
+		t.Fatal(err)
+	}
+	p.set(nil)
+	if !bytes.Contains(heard.Bytes(), ct) {
+		// The ciphertext is the first parameter and not encrypted: what is listened to is right.
+		t.Fatal("nothing was heard")
+	}
+	for what, s := range map[string][]byte{"list key": key, "policy key": scalar, "vTPM keys": bytes.Repeat([]byte{0x55}, 16)} {
+		if bytes.Contains(heard.Bytes(), s[:16]) {
+			t.Errorf("the %s passes in the clear", what)
+		}
 	}
 }
 
