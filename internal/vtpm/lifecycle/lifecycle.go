@@ -67,6 +67,10 @@ type Seen struct {
 	Kept list.Digest
 	// Journal has the state's digests noted since the record was opened.
 	Journal []list.Past
+	// Restored: RestoreKept was carried out just now.
+	Restored bool
+	// FolderOf is the name of another VM whose record has this state folder.
+	FolderOf string
 }
 
 // Plan is what a start needs.
@@ -127,6 +131,9 @@ func Prepare(r *list.Record, s Seen, p Policy) Decision {
 	if r == nil {
 		return prepareUnknown(s, p)
 	}
+	if s.FolderOf != "" {
+		return sharedFolder(s)
+	}
 	if r.State == list.HandingOver || r.State == list.Incoming {
 		return refuse(reason.VMElsewhere, "wait until the handover is settled", "the vTPM is on its way between two hosts")
 	}
@@ -144,7 +151,14 @@ func Prepare(r *list.Record, s Seen, p Policy) Decision {
 	return d
 }
 
+func sharedFolder(s Seen) Decision {
+	return refuse(reason.VTPMChanged, "give the VM a state folder of its own", "the state folder %s is that of VM %s", s.Instance, s.FolderOf)
+}
+
 func prepareUnknown(s Seen, p Policy) Decision {
+	if s.FolderOf != "" {
+		return sharedFolder(s)
+	}
 	l := s.Label
 	switch adopt := cmd("adopt", s.Name); {
 	case !l.Present:
@@ -155,10 +169,10 @@ func prepareUnknown(s Seen, p Policy) Decision {
 		return refuse(reason.LabelOtherVM, "if the image is a wanted copy, "+adopt+" makes it this VM's",
 			"the label in %s belongs to VM %s", l.Path, l.VM)
 	case !l.ThisHost:
-		return refuse(reason.LabelOtherHost, "start the VM on its own host, or give it a new vTPM here with "+adopt,
+		return refuse(reason.LabelOtherHost, "start the VM on its own host, or give it a new vTPM here with "+cmd("adopt", s.Name, "--new"),
 			"the label in %s was made for another host", l.Path)
 	case !s.State.Exists:
-		return refuse(reason.VTPMMissing, "bring "+s.Instance+" back from a backup and run "+adopt+", which without it gives the VM a new, empty vTPM",
+		return refuse(reason.VTPMMissing, "bring "+s.Instance+" back from a backup and run "+adopt+", or give the VM a new, empty vTPM with "+cmd("adopt", s.Name, "--new"),
 			"the label in %s names a vTPM of this VM, but neither the list nor the disk has it", l.Path)
 	case s.State.Kind == statefile.Plain:
 		return refuse(reason.VTPMChanged, adopt+" takes what is there",
@@ -250,16 +264,20 @@ func State(r *list.Record, s Seen, p Policy) Decision {
 			"the VM's state folder was %s and is now %s", r.Instance, s.Instance)
 	case !r.AdoptFrom.IsZero() && st.Exists && st.Kind == statefile.Plain && st.Digest == r.AdoptFrom:
 		return Decision{Plan: FinishAdoption, Note: "an adoption had been cut short"}
-	case st.Exists && st.Digest == r.Baseline:
+	case st.Exists && st.Digest == r.Baseline && len(s.Journal) == 0:
 		return Decision{Plan: Start}
+	case s.Restored && current(r, s, st.Digest):
+		return Decision{Plan: StartRecovered}
 	case !st.Exists && r.Baseline.IsZero() && len(s.Journal) == 0:
 		return Decision{Plan: StartFresh}
 	case !st.Exists:
-		return refuse(reason.VTPMMissing, keep+", or "+cmd("adopt", s.Name)+" gives the VM a new, empty vTPM", "%s has no vTPM state", s.Instance)
+		return refuse(reason.VTPMMissing, keep+", or "+cmd("adopt", s.Name, "--new")+" gives the VM a new, empty vTPM", "%s has no vTPM state", s.Instance)
 	case st.OtherVM != "":
 		return refuse(reason.VTPMChanged, keep, "the vTPM state is that of VM %s", st.OtherVM)
 	case st.Kind == statefile.Damaged && r.Open && !s.Kept.IsZero() && current(r, s, s.Kept):
 		return Decision{Plan: RestoreKept, Note: "a crash had left the state file unreadable; the state kept before it was put back"}
+	case st.Kind == statefile.Damaged && r.Baseline.IsZero() && len(s.Journal) == 0:
+		return refuse(reason.VTPMChanged, "remove it: the VM has never run with it, and gets a new one", "the vTPM state in %s was not made to its end", s.Instance)
 	case st.Kind == statefile.Damaged:
 		return refuse(reason.VTPMChanged, keep, "the vTPM state is damaged: swtpm would not load it")
 	case st.Kind == statefile.Plain && r.KeyOwner == list.Ours:
@@ -279,6 +297,9 @@ func State(r *list.Record, s Seen, p Policy) Decision {
 		}
 	}
 	switch {
+	case st.Digest == r.Baseline:
+		// What was noted had been made durable before: a crash does not undo it.
+		return refuse(reason.VTPMRolledBack, accept, "the vTPM state is the one from before the VM's last run, which has written newer ones")
 	case st.Auth == NotAsked:
 		return Decision{Plan: Authenticate}
 	case st.Auth == Forged:
@@ -337,6 +358,33 @@ func Rest(r *list.Record, digest list.Digest, auth Auth, journal []list.Past, su
 		n.State = list.Created
 	}
 	return n, note
+}
+
+// Settled gives the record of a VM that is off and whose state is to be the one
+// with this digest. What was noted while it ran is past then.
+func Settled(r *list.Record, digest list.Digest, journal []list.Past, now int64) *list.Record {
+	n := r.Clone()
+	n.Open, n.AdoptFrom, n.State, n.Changed = false, list.Digest{}, list.Stored, now
+	for _, j := range journal {
+		n.SetBaseline(j.Digest, j.Time)
+	}
+	n.SetBaseline(digest, now)
+	return n
+}
+
+// Newest is the digest of the newest state that is known of a VM.
+func Newest(r *list.Record, journal []list.Past) list.Digest {
+	if n := len(journal); n > 0 {
+		return journal[n-1].Digest
+	}
+	return r.Baseline
+}
+
+// Restorable reports whether kept, a state's digest, may be put back: it is
+// the newest that is known, or the last but one where the very last was noted
+// but not kept any more when the power went.
+func Restorable(r *list.Record, s Seen, kept list.Digest) bool {
+	return !kept.IsZero() && current(r, s, kept)
 }
 
 // Opened gives the record of a VM that is about to run.

@@ -75,6 +75,14 @@ func TestPrepare(t *testing.T) {
 		{"crash, one write ahead, strict", open, func(s *Seen) { s.State.Digest, s.State.Auth = newer, Authentic }, Policy{StrictCrashRecovery: true}, Refuse, reason.VTPMRolledBack},
 		{"crash, noted", open, func(s *Seen) { s.State.Digest, s.Journal = newer, []list.Past{{Digest: newer}} }, Policy{StrictCrashRecovery: true}, StartRecovered, ""},
 		{"crash, last but one", open, func(s *Seen) { s.State.Digest, s.Journal = newer, []list.Past{{Digest: newer}, {Digest: labelD}} }, adopt, Refuse, reason.VTPMRolledBack},
+		{"crash used to roll back to the run's beginning", open, func(s *Seen) { s.Journal = []list.Past{{Digest: newer}} }, adopt, Refuse, reason.VTPMRolledBack},
+		{"crash, last but one was kept and put back", open, func(s *Seen) {
+			s.State.Digest, s.Journal, s.Restored = newer, []list.Past{{Digest: newer}, {Digest: labelD}}, true
+		}, adopt, StartRecovered, ""},
+		{"crash, beginning was kept and put back", open, func(s *Seen) { s.Journal, s.Restored = []list.Past{{Digest: newer}}, true }, adopt, StartRecovered, ""},
+		{"another VM's folder", same, func(s *Seen) { s.FolderOf = "b" }, adopt, Refuse, reason.VTPMChanged},
+		{"another VM's folder, new VM", nil, func(s *Seen) { s.State, s.Label, s.FolderOf = StateSeen{}, LabelSeen{}, "b" }, adopt, Refuse, reason.VTPMChanged},
+		{"first start cut short while swtpm wrote", first, func(s *Seen) { s.State.Kind, s.Kept = statefile.Damaged, list.Digest{} }, adopt, Refuse, reason.VTPMChanged},
 		{"crash used to roll back", open, func(s *Seen) { s.State.Digest = older }, adopt, Refuse, reason.VTPMRolledBack},
 		{"crash used to forge", open, func(s *Seen) { s.State.Digest, s.State.Auth = newer, Forged }, adopt, Refuse, reason.VTPMChanged},
 		{"power cut left zeros", open, func(s *Seen) { s.State.Kind, s.State.Digest = statefile.Damaged, newer }, adopt, RestoreKept, ""},
