@@ -213,6 +213,48 @@ func Replace(dir string, data []byte, shred bool) error {
 	return nil
 }
 
+// Make makes a state folder that is missing, as libvirt does (qemu_tpm.c): the
+// folder itself is the swtpm user's alone, the one above it is for all to pass
+// through. Folders above these two must exist. One that is there stays as it is.
+func Make(dir string, uid, gid int) error {
+	above, name := filepath.Split(filepath.Clean(dir))
+	above = filepath.Clean(above)
+	follow := 0
+	err := unix.Mkdir(above, 0o711)
+	if err == nil {
+		follow = unix.O_NOFOLLOW
+	} else if !errors.Is(err, fs.ErrExist) {
+		return &fs.PathError{Op: "mkdir", Path: above, Err: err}
+	}
+	fd, err := unix.Open(above, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC|follow, 0)
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: above, Err: err}
+	}
+	a := os.NewFile(uintptr(fd), above)
+	defer a.Close()
+	if follow != 0 { // ours, and made under a umask
+		if err := unix.Fchmod(fd, 0o711); err != nil {
+			return &fs.PathError{Op: "chmod", Path: above, Err: err}
+		}
+	}
+	err = unix.Mkdirat(fd, name, 0o700)
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	if err != nil {
+		return &fs.PathError{Op: "mkdir", Path: dir, Err: err}
+	}
+	d, err := unix.Openat(fd, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: dir, Err: err}
+	}
+	defer unix.Close(d)
+	if err := errors.Join(unix.Fchown(d, uid, gid), unix.Fchmod(d, 0o700)); err != nil {
+		return &fs.PathError{Op: "chown", Path: dir, Err: err}
+	}
+	return a.Sync()
+}
+
 // Remove deletes the state file, for a vTPM that starts anew.
 func Remove(dir string) error {
 	d, err := open(dir)

@@ -182,3 +182,24 @@ func TestWatchRealSwtpm(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// What repair makes anew must let swtpm in, also under virt-trustd's umask.
+func TestMake(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0o077))
+	root := t.TempDir()
+	dir := filepath.Join(root, "uuid", "tpm2")
+	if err := Make(dir, os.Getuid(), os.Getgid()); err != nil {
+		t.Fatal(err)
+	}
+	for d, want := range map[string]os.FileMode{filepath.Dir(dir): 0o711, dir: 0o700} {
+		if st, err := os.Lstat(d); err != nil || st.Mode().Perm() != want {
+			t.Errorf("%s: %v, want %o (%v)", d, st.Mode(), want, err)
+		}
+	}
+	if err := Make(dir, os.Getuid(), os.Getgid()); err != nil {
+		t.Error("a second time:", err)
+	}
+	if err := Make(filepath.Join(root, "not", "mounted", "tpm2"), 0, 0); !errors.Is(err, fs.ErrNotExist) {
+		t.Error("it makes more than two folders:", err)
+	}
+}
