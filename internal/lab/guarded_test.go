@@ -646,7 +646,7 @@ func TestAdoption(t *testing.T) {
 	secret := randomUUID()
 	h.WriteFile("/root/secret.xml", []byte("<secret ephemeral='no' private='yes'><uuid>"+secret+"</uuid><usage type='vtpm'><name>own</name></usage></secret>"), 0o600)
 	h.Must("virsh", "secret-define", "/root/secret.xml")
-	h.Must("virsh", "secret-set-value", secret, "--plain", "bGlidmlydCdzIG93biBwYXNzcGhyYXNl")
+	h.Must("virsh", "secret-set-value", secret, "--base64", "bGlidmlydCdzIG93biBwYXNzcGhyYXNl")
 	own := sealed(t, h, VM{Name: "own", TPM: true, Disk: "qcow2", Secret: secret})
 	running := guests[2]
 	running.Start()

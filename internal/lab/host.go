@@ -365,7 +365,7 @@ func (h *Host) RunInput(stdin string, args ...string) Result {
 // RunAs is Run as another user of the host.
 func (h *Host) RunAs(user string, args ...string) Result {
 	h.t.Helper()
-	return h.Run(append([]string{"setpriv", "--reuid=" + user, "--regid=" + user, "--init-groups", "--"}, args...)...)
+	return h.Run(append([]string{"runuser", "-u", user, "--"}, args...)...)
 }
 
 // Must is Run for what has to succeed; it gives stdout.
