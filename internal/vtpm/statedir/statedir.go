@@ -29,6 +29,7 @@ type Seen struct {
 	Kind    statefile.Kind
 	Digest  list.Digest // see Digest; zero without a state file
 	Strange []string    // files that a vTPM at rest does not have
+	Torn    []string    // files that were being written when their writer was killed
 }
 
 // Exists reports whether there is a state file.
@@ -52,14 +53,14 @@ func StateFile(dir string) string {
 	return "tpm2-00.permall"
 }
 
-// leftover are files that swtpm leaves behind and does not load: its lock, and
-// what it was writing when it was killed.
-func leftover(name string) bool {
-	return name == ".lock" || strings.HasPrefix(name, "TMP") || name == tempName
-}
+const (
+	lockName = ".lock"           // swtpm's
+	tempName = ".virt-trust.new" // what Replace writes before it renames
+)
 
-// tempName is what Replace writes before it renames.
-const tempName = ".virt-trust.new"
+// torn names what swtpm, or Replace, was writing when it was killed. It is not
+// loaded, but may hold a vTPM in the clear.
+func torn(name string) bool { return strings.HasPrefix(name, "TMP") || name == tempName }
 
 func open(dir string) (*os.File, error) {
 	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
@@ -115,7 +116,11 @@ func Look(dir string) (*Seen, error) {
 	}
 	slices.Sort(names)
 	for _, n := range names {
-		if n != s.Name && !leftover(n) {
+		switch {
+		case n == s.Name || n == lockName:
+		case torn(n):
+			s.Torn = append(s.Torn, n)
+		default:
 			s.Strange = append(s.Strange, n)
 		}
 	}
@@ -255,6 +260,32 @@ func Make(dir string, uid, gid int) error {
 	return a.Sync()
 }
 
+// Discard deletes the torn files of a folder that no swtpm uses, and overwrites
+// them before.
+func Discard(s *Seen) error {
+	if len(s.Torn) == 0 {
+		return nil
+	}
+	d, err := open(s.Dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	var errs []error
+	for _, n := range s.Torn {
+		fd, err := unix.Openat(int(d.Fd()), n, unix.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+		if err := unix.Unlinkat(int(d.Fd()), n, 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, &fs.PathError{Op: "unlink", Path: filepath.Join(s.Dir, n), Err: err})
+		}
+		if err != nil {
+			continue // not a file
+		}
+		f := os.NewFile(uintptr(fd), n)
+		errs = append(errs, overwrite(f), f.Close())
+	}
+	return errors.Join(append(errs, d.Sync())...)
+}
+
 // Remove deletes the state file, for a vTPM that starts anew.
 func Remove(dir string) error {
 	d, err := open(dir)
@@ -278,8 +309,8 @@ func overwrite(f *os.File) error {
 	if err != nil {
 		return err
 	}
-	if st.Sys().(*unixStat).Nlink > 0 {
-		return nil // someone keeps a hard link: it is theirs
+	if !st.Mode().IsRegular() || st.Size() > statefile.MaxSize || st.Sys().(*unixStat).Nlink > 0 {
+		return nil // no vTPM state; or someone keeps a hard link: it is theirs
 	}
 	if _, err := f.WriteAt(make([]byte, st.Size()), 0); err != nil {
 		return err
@@ -297,7 +328,7 @@ func InUse(dir string) (bool, error) {
 		return false, err
 	}
 	defer d.Close()
-	fd, err := unix.Openat(int(d.Fd()), ".lock", unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	fd, err := unix.Openat(int(d.Fd()), lockName, unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}

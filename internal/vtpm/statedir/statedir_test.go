@@ -203,3 +203,31 @@ func TestMake(t *testing.T) {
 		t.Error("it makes more than two folders:", err)
 	}
 }
+
+// A killed writer must not leave a vTPM in the clear behind.
+func TestDiscard(t *testing.T) {
+	dir := t.TempDir()
+	for _, n := range []string{"TMP2-00.permall", tempName, ".lock", "tpm2-00.permall"} {
+		os.WriteFile(filepath.Join(dir, n), []byte("plain text"), 0o600)
+	}
+	f, err := os.Open(filepath.Join(dir, tempName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	os.Symlink("/etc/passwd", filepath.Join(dir, "TMPlink"))
+	s, err := Look(dir)
+	if err != nil || len(s.Torn) != 3 || len(s.Strange) != 0 {
+		t.Fatalf("%v: torn %q, strange %q", err, s.Torn, s.Strange)
+	}
+	if err := Discard(s); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = Look(dir); err != nil || len(s.Torn) != 0 || !s.Exists() {
+		t.Fatal(err, s)
+	}
+	b := make([]byte, 10)
+	if _, err := f.ReadAt(b, 0); err != nil || !bytes.Equal(b, make([]byte, 10)) {
+		t.Errorf("its content is still there: %q, %v", b, err)
+	}
+}
