@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"virt-trust/internal/domain"
 	"virt-trust/internal/domain/libvirt"
@@ -65,11 +67,11 @@ type Guard struct {
 	store    *liststore.Store
 	listKey  []byte
 	listErr  error // why there is no store
-	vms      map[string]*sync.Mutex
+	vms      map[string]*vmLock
 	grants   map[string]*grant          // by state path
 	sessions map[string]*session        // by UUID
 	restore  map[string]bool            // UUIDs whose next prepare follows a restore
-	verdicts map[string]*reason.Refusal // last refusals, by UUID, see lastRefusal
+	verdicts map[string]*reason.Refusal // last refusals of VMs in the list, see lastRefusal
 
 	changed func(uuid string) // tells the bus that a VM's properties changed
 }
@@ -85,7 +87,7 @@ func NewGuard(cfg config.Config, dirs Dirs, tpm TPM, log *logrus.Entry, changed 
 	}
 	g := &Guard{
 		cfg: cfg, dirs: dirs, tpm: tpm, log: log, now: time.Now, bootID: strings.TrimSpace(string(boot)),
-		vms: map[string]*sync.Mutex{}, grants: map[string]*grant{}, sessions: map[string]*session{}, restore: map[string]bool{}, verdicts: map[string]*reason.Refusal{}, changed: changed,
+		vms: map[string]*vmLock{}, grants: map[string]*grant{}, sessions: map[string]*session{}, restore: map[string]bool{}, verdicts: map[string]*reason.Refusal{}, changed: changed,
 	}
 	if g.journal, err = openDecisions(filepath.Join(dirs.State, "decisions.jsonl")); err != nil {
 		return nil, err
@@ -98,15 +100,29 @@ func NewGuard(cfg config.Config, dirs Dirs, tpm TPM, log *logrus.Entry, changed 
 
 // Close ends the Guard. Running VMs are found again by the next one.
 func (g *Guard) Close() error {
+	err := g.watch.Close()
 	g.mu.Lock()
-	for _, s := range g.sessions {
-		s.keys.Wipe()
+	for dir, gr := range g.grants {
+		gr.close()
+		delete(g.grants, dir)
 	}
-	for _, gr := range g.grants {
-		gr.keys.Wipe()
+	var running []*session
+	for _, s := range g.sessions {
+		running = append(running, s)
 	}
 	g.mu.Unlock()
-	return errors.Join(g.watch.Close(), g.journal.Close())
+	for _, s := range running {
+		s.mu.Lock()
+		g.endSessionLocked(s)
+		s.mu.Unlock()
+	}
+	return errors.Join(err, g.journal.Close())
+}
+
+// vmLock is there as long as anyone holds it or waits for it.
+type vmLock struct {
+	sync.Mutex
+	users int // under Guard.mu
 }
 
 // lock serializes what is done about one VM.
@@ -114,12 +130,20 @@ func (g *Guard) lock(uuid string) (unlock func()) {
 	g.mu.Lock()
 	m := g.vms[uuid]
 	if m == nil {
-		m = &sync.Mutex{}
+		m = &vmLock{}
 		g.vms[uuid] = m
 	}
+	m.users++
 	g.mu.Unlock()
 	m.Lock()
-	return m.Unlock
+	return func() {
+		m.Unlock()
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if m.users--; m.users == 0 {
+			delete(g.vms, uuid)
+		}
+	}
 }
 
 func (g *Guard) unix() int64 { return g.now().Unix() }
@@ -267,10 +291,16 @@ func (g *Guard) see(f *domain.Facts, r *list.Record, store *liststore.Store) (*s
 		return nil, s, fmt.Errorf("looking at the vTPM state: %w", err)
 	}
 	s.State = lifecycle.StateSeen{Exists: dir.Exists(), Kind: dir.Kind, Digest: dir.Digest, Strange: dir.Strange}
-	if s.State.Exists && (r == nil || dir.Digest != r.Baseline) {
+	if r == nil || dir.Digest != r.Baseline || r.Instance != s.Instance {
 		for _, o := range store.All() {
-			if o.UUID != f.UUID && o.Baseline == dir.Digest {
+			if o.UUID == f.UUID || o.State == list.Released {
+				continue
+			}
+			if s.State.Exists && o.Baseline == dir.Digest {
 				s.State.OtherVM = o.Name
+			}
+			if o.Instance == s.Instance {
+				s.FolderOf = o.Name
 			}
 		}
 	}
@@ -316,6 +346,9 @@ func (g *Guard) readLabel(path string) (lifecycle.LabelSeen, error) {
 	case errors.As(err, &unsupported):
 		l.Unsupported = unsupported.Error()
 		return l, nil
+	case closedToUs(err):
+		l.Unsupported = "virt-trustd may not open it"
+		return l, nil
 	case errors.Is(err, os.ErrNotExist):
 		// libvirt itself says this better, and can be told to drop such a disk.
 		l.Unsupported = "the image does not exist"
@@ -332,6 +365,12 @@ func (g *Guard) readLabel(path string) (lifecycle.LabelSeen, error) {
 	l.VM = parsed.VM
 	_, l.ThisHost = parsed.Recipient(g.tpm.BindKeyName())
 	return l, nil
+}
+
+// closedToUs tells an image that root may not touch, such as one on an NFS
+// server that squashes root, from one that cannot be read now.
+func closedToUs(err error) bool {
+	return errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS)
 }
 
 // sealLabel makes a new label for a record.
@@ -363,6 +402,9 @@ func (g *Guard) writePending(r *list.Record, path string) (*list.Record, string,
 	case errors.As(err, &unsupported):
 		n.LabelPath, n.PendingLabel = "", nil
 		return n, "the image cannot carry a label: " + unsupported.Error(), nil
+	case closedToUs(err):
+		n.LabelPath, n.PendingLabel = "", nil
+		return n, "the image cannot carry a label: virt-trustd may not write it", nil
 	case errors.Is(err, os.ErrNotExist):
 		return r, "the image does not exist", nil
 	}

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"sync"
 	"time"
 
@@ -25,8 +26,9 @@ type session struct {
 	mu    sync.Mutex
 	uuid  string
 	dir   string
-	keys  *secret.Buffer // nil: libvirt's, or not yet unwrapped after a restart
+	keys  *secret.Buffer // nil: libvirt's, or not yet needed after a restart
 	noted []list.Past
+	ended bool
 	state list.State
 }
 
@@ -61,7 +63,7 @@ func (g *Guard) decide(ctx context.Context, f *domain.Facts, p lifecycle.Policy,
 		return nil, err
 	}
 	st := &start{f: f, store: store, r: store.Get(f.UUID)}
-	auth := lifecycle.NotAsked
+	auth, restored := lifecycle.NotAsked, false
 	for range 4 {
 		if st.dir, st.seen, err = g.see(f, st.r, store); err != nil {
 			break
@@ -69,6 +71,7 @@ func (g *Guard) decide(ctx context.Context, f *domain.Facts, p lifecycle.Policy,
 		if auth != lifecycle.NotAsked {
 			st.seen.State.Auth = authenticate(st.dir, st.keys)
 		}
+		st.seen.Restored = restored
 		st.d = lifecycle.Prepare(st.r, st.seen, p)
 		switch st.d.Plan {
 		case lifecycle.Authenticate:
@@ -89,6 +92,7 @@ func (g *Guard) decide(ctx context.Context, f *domain.Facts, p lifecycle.Policy,
 				err = statedir.Replace(st.seen.Instance, kept, false)
 			}
 			if err == nil {
+				restored = true
 				continue
 			}
 		}
@@ -113,6 +117,10 @@ func (g *Guard) decide(ctx context.Context, f *domain.Facts, p lifecycle.Policy,
 // told.
 func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) error {
 	defer g.lock(f.UUID)()
+	g.mu.Lock()
+	restored := g.restore[f.UUID]
+	delete(g.restore, f.UUID)
+	g.mu.Unlock()
 	st, err := g.prepare(ctx, f)
 	if err != nil {
 		return err
@@ -126,10 +134,9 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 		g.open(st, cgroup)
 		return nil
 	}
-	g.mu.Lock()
-	restored := g.restore[f.UUID]
-	delete(g.restore, f.UUID)
-	g.mu.Unlock()
+	if err := statedir.Discard(st.dir); err != nil {
+		g.log.WithField(journal.VM, f.UUID).WithError(err).Warn("removing what a killed swtpm left")
+	}
 	if restored {
 		st.notes = append(st.notes, note{text: "started from a saved image"})
 	}
@@ -158,6 +165,7 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 	}
 	st.r = r
 	if err = g.openSession(st); err != nil {
+		g.endSession(f.UUID)
 		return err
 	}
 	g.open(st, cgroup)
@@ -246,6 +254,10 @@ func (g *Guard) carryOut(ctx context.Context, st *start) (again bool, err error)
 				return false, err
 			}
 			if err := g.keep(r.UUID, keptLabel, r.PendingLabel); err != nil {
+				return false, err
+			}
+			// A crash between the label and the opening must find it expected.
+			if err := st.store.Commit(liststore.Change{Put: r}); err != nil {
 				return false, err
 			}
 		}
@@ -358,7 +370,10 @@ func (g *Guard) takeIn(r *list.Record, st *start, keys *secret.Buffer, plain []b
 	if err := st.store.Commit(liststore.Change{Put: r}); err != nil {
 		return err
 	}
-	return statedir.Replace(st.seen.Instance, enc, true)
+	if err := statedir.Replace(st.seen.Instance, enc, true); err != nil {
+		return err
+	}
+	return statedir.Discard(st.dir)
 }
 
 // finishAdoption goes on where takeIn, or the way back of Release, was cut off.
@@ -417,44 +432,77 @@ func (g *Guard) settled(dir string) {
 			s = o
 		}
 	}
-	store := g.store
 	g.mu.Unlock()
-	if s == nil || store == nil {
+	if s == nil {
 		return
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	r := store.Get(s.uuid)
-	if r == nil || !r.Open {
-		return
-	}
-	seen, err := statedir.Settle(dir)
-	if err != nil {
+	if _, err := g.settle(s); err != nil {
 		g.log.WithField(journal.VM, s.uuid).WithError(err).Warn("making a vTPM's state durable")
-		return
-	}
-	if seen.Digest == r.Baseline || !g.plausible(s, r, seen) {
-		return
-	}
-	if err := g.note(s, r, seen.Digest); err != nil {
-		g.log.WithField(journal.VM, s.uuid).WithError(err).Warn("noting a vTPM's state")
-		return
-	}
-	if err := g.keepState(s.uuid, seen); err != nil {
-		g.log.WithField(journal.VM, s.uuid).WithError(err).Warn("keeping a vTPM's state")
 	}
 }
 
-// plausible tells a write of swtpm from a file that someone else moved there.
-func (g *Guard) plausible(s *session, r *list.Record, seen *statedir.Seen) bool {
-	_, old := r.Past(seen.Digest)
-	for i, p := range s.noted {
-		old = old || (p.Digest == seen.Digest && i < len(s.noted)-1)
+// settle makes the state of a running VM durable and, where it is a new one,
+// notes and keeps it. It reports whether swtpm can have written it.
+func (g *Guard) settle(s *session) (sound bool, err error) {
+	store := g.peek()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended || store == nil {
+		return true, nil
 	}
-	if !old && (s.keys == nil || authenticate(seen, s.keys) == lifecycle.Authentic) {
+	r := store.Get(s.uuid)
+	if r == nil || !r.Open {
+		return true, nil
+	}
+	seen, err := statedir.Settle(s.dir)
+	if errors.Is(err, fs.ErrNotExist) && lifecycle.Newest(r, s.noted).IsZero() {
+		return true, nil // libvirt makes it later
+	}
+	if err != nil {
+		return !errors.Is(err, fs.ErrNotExist), err
+	}
+	if seen.Digest == lifecycle.Newest(r, s.noted) {
+		return true, nil
+	}
+	if !g.plausible(s, r, seen) {
+		return false, nil
+	}
+	if err := g.note(s, r, seen.Digest); err != nil {
+		return true, fmt.Errorf("noting it: %w", err)
+	}
+	if err := g.keepState(s.uuid, seen); err != nil {
+		return true, fmt.Errorf("keeping it: %w", err)
+	}
+	return true, nil
+}
+
+// unwrapLater bounds the wait for keys of a VM that a virt-trustd before this
+// one has started.
+const unwrapLater = 5 * time.Second
+
+// plausible tells a write of swtpm from a file that someone else moved there.
+// Called with the session's lock held.
+func (g *Guard) plausible(s *session, r *list.Record, seen *statedir.Seen) bool {
+	log := g.log.WithField(journal.VM, s.uuid).WithField(journal.VMName, r.Name)
+	_, old := r.Past(seen.Digest)
+	old = old || seen.Digest == r.Baseline // which something was written after
+	for _, p := range s.noted {
+		old = old || p.Digest == seen.Digest
+	}
+	if !old && r.KeyOwner == list.Ours && s.keys == nil {
+		ctx, cancel := context.WithTimeout(context.Background(), unwrapLater)
+		defer cancel()
+		var err error
+		if s.keys, err = g.unwrap(ctx, r.WrappedKeys); err != nil {
+			// Not noted: when the VM stops, its state is looked at again.
+			log.WithError(err).Warn("a vTPM's new state cannot be verified now")
+			return false
+		}
+	}
+	if !old && (r.KeyOwner == list.Libvirts || authenticate(seen, s.keys) == lifecycle.Authentic) {
 		return true
 	}
-	g.log.WithField(journal.VM, s.uuid).WithField(journal.VMName, r.Name).Warn("the vTPM state was replaced while the VM runs; its next start is refused unless swtpm writes it again")
+	log.Warn("the vTPM state was replaced while the VM runs; its next start is refused unless swtpm writes it again")
 	return false
 }
 
@@ -478,10 +526,24 @@ func (g *Guard) Launched(f *domain.Facts) error {
 	g.mu.Lock()
 	gr := g.grants[f.StateDir(g.cfg.Swtpm.StateRoot)]
 	ok := gr != nil && gr.uuid == f.UUID && (gr.pass || gr.redeemed["swtpm"])
+	s := g.sessions[f.UUID]
 	g.mu.Unlock()
-	if !ok && g.cfg.Mode == "enforce" {
+	if g.cfg.Mode != "enforce" {
+		return nil
+	}
+	if !ok {
 		return reason.Refuse(reason.KeyNotReleased, "restart libvirtd (or virtqemud), which leaves running VMs alone, and try again",
 			"libvirt did not start swtpm through virt-trust's wrapper")
+	}
+	if s == nil {
+		return nil
+	}
+	// swtpm loads its state when QEMU asks it to, which is after this: whoever
+	// exchanged it since prepare was too early.
+	if sound, err := g.settle(s); !sound {
+		return reason.Refuse(reason.VTPMChanged, "start the VM again", "the vTPM state in %s was replaced while the VM was being started", s.dir)
+	} else if err != nil {
+		g.log.WithField(journal.VM, s.uuid).WithError(err).Warn("making a vTPM's state durable")
 	}
 	return nil
 }
@@ -539,7 +601,19 @@ func (g *Guard) Stopped(ctx context.Context, f *domain.Facts, suspended bool) er
 	if used, err := waitUnused(r.Instance); err != nil || used {
 		return errors.Join(err, errors.New("its swtpm still runs; the record stays open"))
 	}
-	return g.rest(ctx, store, r, suspended)
+	g.mu.Lock()
+	watched := g.sessions[f.UUID] != nil
+	g.mu.Unlock()
+	if watched {
+		return g.rest(ctx, store, r, suspended)
+	}
+	// libvirt says so too of a start that was refused: what a crash had left is
+	// no better for that.
+	entries, err := g.readJournal(r)
+	if err != nil {
+		return err
+	}
+	return g.closeAfterCrash(ctx, store, r, entries, suspended)
 }
 
 // rest closes a record whose swtpm is gone.
@@ -624,7 +698,7 @@ func (g *Guard) endSessionLocked(s *session) {
 	}
 	g.watch.Remove(s.dir)
 	s.keys.Wipe()
-	s.keys = nil
+	s.keys, s.ended = nil, true
 	g.mu.Lock()
 	if g.sessions[s.uuid] == s {
 		delete(g.sessions, s.uuid)
@@ -673,20 +747,15 @@ func (g *Guard) resumeOne(ctx context.Context, store *liststore.Store, uuid stri
 		return err
 	}
 	if !used {
-		return g.closeAfterCrash(ctx, store, r, entries)
+		return g.closeAfterCrash(ctx, store, r, entries, false)
 	}
 	s = &session{uuid: uuid, dir: r.Instance, state: list.Running, noted: entries}
-	if r.KeyOwner == list.Ours {
-		if s.keys, err = g.unwrap(ctx, r.WrappedKeys); err != nil {
-			g.log.WithField(journal.VM, uuid).WithError(err).Warn("watching a running VM without its keys")
-		}
+	if err := g.watch.Add(r.Instance); err != nil {
+		return err
 	}
 	g.mu.Lock()
 	g.sessions[uuid] = s
 	g.mu.Unlock()
-	if err := g.watch.Add(r.Instance); err != nil {
-		return err
-	}
 	g.settled(r.Instance)
 	g.changed(uuid)
 	return nil
@@ -694,7 +763,7 @@ func (g *Guard) resumeOne(ctx context.Context, store *liststore.Store, uuid stri
 
 // closeAfterCrash closes the record of a VM that stopped while nobody looked,
 // if its state is beyond doubt; else its next start decides.
-func (g *Guard) closeAfterCrash(ctx context.Context, store *liststore.Store, r *list.Record, entries []list.Past) error {
+func (g *Guard) closeAfterCrash(ctx context.Context, store *liststore.Store, r *list.Record, entries []list.Past, suspended bool) error {
 	seen, err := statedir.Look(r.Instance)
 	if err != nil {
 		return err
@@ -712,11 +781,11 @@ func (g *Guard) closeAfterCrash(ctx context.Context, store *liststore.Store, r *
 		s.State.Auth = authenticate(seen, keys)
 	}
 	switch d := lifecycle.State(r, s, g.policy()); d.Plan {
-	case lifecycle.Start, lifecycle.StartRecovered:
+	case lifecycle.Start, lifecycle.StartFresh, lifecycle.StartRecovered:
 		if d.Note != "" {
 			g.report(r.UUID, r.Name, "reconcile", noted, "", d.Note, journal.StateRecovered)
 		}
-		return g.rest(ctx, store, r, false)
+		return g.rest(ctx, store, r, suspended)
 	}
 	return nil
 }
