@@ -28,19 +28,56 @@ import (
 // What an admin asks for by name. Each of these first has libvirt say what the
 // VM is, and touches only VMs that are off.
 
-// off refuses what a running VM would be hurt by.
-func (g *Guard) off(d libvirt.Domain, f *domain.Facts) error {
+// off refuses what a running VM would be hurt by. Called with the VM's lock
+// held: libvirt's word on d is older than a start that has begun since.
+func (g *Guard) off(ctx context.Context, d libvirt.Domain, f *domain.Facts) error {
 	if d.Active {
 		return reason.Refuse(reason.PolicyForbids, "shut it down first", "the VM runs")
 	}
-	used, err := waitUnused(f.StateDir(g.cfg.Swtpm.StateRoot))
-	if err != nil {
-		return err
+	if g.starting(f.UUID) {
+		return reason.Refuse(reason.PolicyForbids, "wait a minute", "the VM is being started")
 	}
-	if used {
-		return reason.Refuse(reason.PolicyForbids, "end that swtpm first", "a swtpm is running on this vTPM")
+	var r *list.Record
+	store := g.peek()
+	if store != nil {
+		r = store.Get(f.UUID)
 	}
-	return nil
+	dirs := []string{f.StateDir(g.cfg.Swtpm.StateRoot)}
+	if r != nil && r.Instance != dirs[0] {
+		dirs = append(dirs, r.Instance)
+	}
+	for _, dir := range dirs {
+		used, err := waitUnused(dir)
+		if err != nil {
+			return err
+		}
+		if used {
+			return reason.Refuse(reason.PolicyForbids, "end that swtpm first", "a swtpm is running on this vTPM")
+		}
+	}
+	g.mu.Lock()
+	unheard := g.sessions[f.UUID] != nil
+	g.mu.Unlock()
+	if !unheard {
+		return nil
+	}
+	if r == nil || !r.Open {
+		g.endSession(f.UUID)
+		return nil
+	}
+	return g.rest(ctx, store, r, d.ManagedSave)
+}
+
+// starting reports whether a launch grant of the VM is open.
+func (g *Guard) starting(uuid string) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, gr := range g.grants {
+		if gr.uuid == uuid && g.now().Before(gr.expires) {
+			return true
+		}
+	}
+	return false
 }
 
 // Check says whether the VM would start now: nil, a *reason.Refusal, or an
@@ -98,10 +135,10 @@ func (g *Guard) Adopt(ctx context.Context, d libvirt.Domain, f *domain.Facts, fr
 	if f.TPM == nil {
 		return "", errors.New("the VM has no emulated TPM")
 	}
-	if err := g.off(d, f); err != nil {
+	defer g.lock(f.UUID)()
+	if err := g.off(ctx, d, f); err != nil {
 		return "", err
 	}
-	defer g.lock(f.UUID)()
 	store, err := g.List(ctx)
 	if err != nil {
 		return "", err
@@ -110,14 +147,17 @@ func (g *Guard) Adopt(ctx context.Context, d libvirt.Domain, f *domain.Facts, fr
 	if st.dir, st.seen, err = g.see(f, st.r, store); err != nil {
 		return "", err
 	}
-	if n := st.seen.State.Strange; len(n) > 0 {
+	released := st.r != nil && st.r.State == list.Released
+	if released {
+		st.r = nil
+	}
+	if len(st.seen.State.Strange) > 0 || st.seen.FolderOf != "" {
 		return "", lifecycle.Prepare(st.r, st.seen, g.policy()).Refusal
 	}
-	if st.r != nil && st.r.State == list.Released {
+	if released {
 		if err := store.Commit(liststore.Change{Delete: f.UUID}); err != nil {
 			return "", err
 		}
-		st.r = nil
 	}
 	switch {
 	case st.r == nil && st.seen.KeyOwner == list.Libvirts:
@@ -274,18 +314,21 @@ func (g *Guard) adoptKnown(ctx context.Context, st *start, fresh bool) (string, 
 		return "", err
 	}
 	defer keys.Wipe()
-	if s.State.Exists && s.State.Digest != r.Baseline {
+	if s.State.Exists {
 		s.State.Auth = authenticate(st.dir, keys)
 		switch d := lifecycle.State(r, s, g.policy()); d.Plan {
 		case lifecycle.Start, lifecycle.StartRecovered:
-			r.SetBaseline(s.State.Digest, g.unix())
+			r = lifecycle.Settled(r, s.State.Digest, s.Journal, g.unix())
 		case lifecycle.Refuse:
 			return "", d.Refusal
 		default:
 			return "", reason.Refuse(reason.VTPMChanged, "start the VM once, which finishes it", "an adoption of this VM was cut short")
 		}
 	}
-	return "the VM's image has a new label", g.relabel(st.store, r, keys, s.Label)
+	if err := g.relabel(st.store, r, keys, s.Label); err != nil {
+		return "", err
+	}
+	return "the VM's image has a new label", g.dropJournal(r.UUID)
 }
 
 // Release gives a VM that is off back to plain libvirt. A crash at any step
@@ -294,14 +337,14 @@ func (g *Guard) Release(ctx context.Context, d libvirt.Domain, f *domain.Facts) 
 	if f.TPM == nil {
 		return "", errors.New("the VM has no emulated TPM")
 	}
-	if err := g.off(d, f); err != nil {
+	defer g.lock(f.UUID)()
+	if err := g.off(ctx, d, f); err != nil {
 		return "", err
 	}
 	if d.ManagedSave {
 		return "", reason.Refuse(reason.PolicyForbids, "start the VM and shut it down, or 'virsh managedsave-remove' the image",
 			"the VM has a managed save image, in which its vTPM is encrypted")
 	}
-	defer g.lock(f.UUID)()
 	st, err := g.decide(ctx, f, lifecycle.Policy{}, false)
 	if err != nil {
 		return "", err
@@ -320,11 +363,17 @@ func (g *Guard) Release(ctx context.Context, d libvirt.Domain, f *domain.Facts) 
 	case st.d.Plan == lifecycle.Refuse:
 		return "", st.d.Refusal
 	case st.d.Plan == lifecycle.FinishAdoption:
-		return g.unlabelAndRelease(st, "the plain vTPM state was never replaced")
+		if err := g.unlabel(st, st.r.Clone()); err != nil {
+			return "", err
+		}
+		return g.released(st, "the plain vTPM state is there")
 	case st.r.KeyOwner == list.Libvirts:
 		return g.released(st, "the vTPM's key was libvirt's all the time")
 	case !st.seen.State.Exists:
-		return g.unlabelAndRelease(st, "there was no vTPM state yet")
+		if err := g.unlabel(st, st.r.Clone()); err != nil {
+			return "", err
+		}
+		return g.released(st, "there was no vTPM state yet")
 	}
 	if st.keys == nil {
 		if st.keys, err = g.unwrap(ctx, st.r.WrappedKeys); err != nil {
@@ -339,39 +388,47 @@ func (g *Guard) Release(ctx context.Context, d libvirt.Domain, f *domain.Facts) 
 	// From here to the end a start would find the plain state and, by
 	// AdoptFrom, take it in again; and would find no label and, by the waiting
 	// one, write it.
-	r := st.r.Clone()
-	r.Open, r.Baseline, r.AdoptFrom = false, st.dir.Digest, statedir.Digest(st.dir.Name, plain)
-	if st.seen.Label.Present {
-		if r.PendingLabel, err = imagefile.ReadLabel(st.seen.Label.Path); err != nil {
-			return "", err
-		}
-		r.LabelDigest = list.Digest{}
-	}
-	if err := g.keepState(r.UUID, st.dir); err != nil {
+	if err := g.keepState(st.r.UUID, st.dir); err != nil {
 		return "", err
 	}
-	if err := st.store.Commit(liststore.Change{Put: r}); err != nil {
+	r := lifecycle.Settled(st.r, st.dir.Digest, st.seen.Journal, g.unix())
+	r.AdoptFrom = statedir.Digest(st.dir.Name, plain)
+	if err := g.unlabel(st, r); err != nil {
 		return "", err
 	}
 	if err := statedir.Replace(st.seen.Instance, plain, false); err != nil {
 		return "", err
 	}
-	st.r = r
-	return g.unlabelAndRelease(st, "plain libvirt starts the VM with its vTPM")
+	return g.released(st, "plain libvirt starts the VM with its vTPM")
 }
 
-func (g *Guard) unlabelAndRelease(st *start, what string) (string, error) {
-	if p := st.seen.Label.Path; p != "" {
-		err := imagefile.RemoveLabel(p, ownLabel(st.f.UUID))
-		switch {
-		case err == nil, errors.Is(err, imagefile.ErrNoLabel), errors.Is(err, imagefile.ErrKept):
-		case errors.Is(err, imagefile.ErrInUse):
-			return "", reason.Refuse(reason.PolicyForbids, "end what uses it, and release the VM again", "the image %s is in use", p)
-		default:
-			return "", err
+// unlabel takes the label out of the image of a VM that is being released,
+// whose record becomes r: the label waits in it.
+func (g *Guard) unlabel(st *start, r *list.Record) error {
+	l := st.seen.Label
+	if l.Present {
+		payload, err := imagefile.ReadLabel(l.Path)
+		if err != nil {
+			return err
 		}
+		r.PendingLabel, r.LabelDigest = payload, list.Digest{}
 	}
-	return g.released(st, what)
+	if err := st.store.Commit(liststore.Change{Put: r}); err != nil {
+		return err
+	}
+	if l.Path == "" || l.Unsupported != "" {
+		return nil
+	}
+	err := imagefile.RemoveLabel(l.Path, ownLabel(st.f.UUID))
+	switch {
+	case err == nil, errors.Is(err, imagefile.ErrNoLabel), errors.Is(err, imagefile.ErrKept):
+		return nil
+	case errors.Is(err, imagefile.ErrInUse):
+		return errors.Join(
+			reason.Refuse(reason.PolicyForbids, "end what uses it, and release the VM again", "the image %s is in use", l.Path),
+			st.store.Commit(liststore.Change{Put: st.r}))
+	}
+	return err
 }
 
 func (g *Guard) released(st *start, what string) (string, error) {
@@ -406,10 +463,10 @@ func (g *Guard) Repair(ctx context.Context, d libvirt.Domain, f *domain.Facts) (
 	if f.TPM == nil {
 		return "", errors.New("the VM has no emulated TPM")
 	}
-	if err := g.off(d, f); err != nil {
+	defer g.lock(f.UUID)()
+	if err := g.off(ctx, d, f); err != nil {
 		return "", err
 	}
-	defer g.lock(f.UUID)()
 	store, err := g.List(ctx)
 	if err != nil {
 		return "", err
@@ -421,36 +478,30 @@ func (g *Guard) Repair(ctx context.Context, d libvirt.Domain, f *domain.Facts) (
 	if st.dir, st.seen, err = g.see(f, st.r, store); err != nil {
 		return "", err
 	}
+	if filepath.Clean(st.r.Instance) != filepath.Clean(st.seen.Instance) {
+		return "", reason.Refuse(reason.VTPMChanged, "put it back, or run 'virt-trust adopt'", "the VM's state folder was %s and is now %s", st.r.Instance, st.seen.Instance)
+	}
+	l := st.seen.Label
+	relabel := l.Path != "" && st.r.KeyOwner == list.Ours && l.Unsupported == "" && (!l.Present || l.Digest != st.r.LabelDigest)
+	if relabel && l.Present && l.Damaged == "" && l.VM != f.UUID {
+		return "", reason.Refuse(reason.LabelOtherVM, "put the VM's own image back, or run 'virt-trust adopt' if the image is now this VM's",
+			"the label in %s belongs to VM %s", l.Path, l.VM)
+	}
+	var keys *secret.Buffer
+	if st.r.KeyOwner == list.Ours {
+		if keys, err = g.unwrap(ctx, st.r.WrappedKeys); err != nil {
+			return "", err
+		}
+		defer keys.Wipe()
+	}
 	var done []string
-	if s := st.seen.State; s.Digest != st.r.Baseline && !st.r.Baseline.IsZero() {
-		kept, err := g.kept(f.UUID, keptState)
-		if err != nil {
-			return "", reason.Refuse(reason.VTPMMissing, "bring it back from a backup", "the kept vTPM state is gone as well")
-		}
-		if k := st.seen.Kept; k != st.r.Baseline && !keptIsNewer(st.seen.Journal, k) {
-			return "", reason.Refuse(reason.VTPMMissing, "bring it back from a backup", "the kept vTPM state is not the one that the list holds")
-		}
-		if err := os.MkdirAll(st.seen.Instance, 0o711); err != nil {
-			return "", err
-		}
-		if err := g.ownStateDir(st.seen.Instance); err != nil {
-			return "", err
-		}
-		if err := statedir.Replace(st.seen.Instance, kept, false); err != nil {
+	if newest := lifecycle.Newest(st.r, st.seen.Journal); st.seen.State.Digest != newest && !newest.IsZero() {
+		if err := g.putBack(st, keys); err != nil {
 			return "", err
 		}
 		done = append(done, "the vTPM state was put back")
 	}
-	if l := st.seen.Label; l.Path != "" && st.r.KeyOwner == list.Ours && l.Unsupported == "" && (!l.Present || l.Digest != st.r.LabelDigest) {
-		if l.Present && l.Damaged == "" && l.VM != f.UUID {
-			return "", reason.Refuse(reason.LabelOtherVM, "put the VM's own image back, or run 'virt-trust adopt' if the image is now this VM's",
-				"the label in %s belongs to VM %s", l.Path, l.VM)
-		}
-		keys, err := g.unwrap(ctx, st.r.WrappedKeys)
-		if err != nil {
-			return "", err
-		}
-		defer keys.Wipe()
+	if relabel {
 		l.Present = false // what is there now is nobody's predecessor
 		if err := g.relabel(store, st.r, keys, l); err != nil {
 			return "", err
@@ -470,21 +521,46 @@ func (g *Guard) Repair(ctx context.Context, d libvirt.Domain, f *domain.Facts) (
 	return what, nil
 }
 
-// keptIsNewer reports whether the kept state was noted after the baseline.
-func keptIsNewer(journal []list.Past, kept list.Digest) bool {
-	return len(journal) > 0 && journal[len(journal)-1].Digest == kept
-}
-
-// ownStateDir gives a state folder that had to be made anew its owner.
-func (g *Guard) ownStateDir(dir string) error {
+// putBack puts the kept state in its place, and settles the record on it.
+func (g *Guard) putBack(st *start, keys *secret.Buffer) error {
+	kept, err := g.kept(st.f.UUID, keptState)
+	if err != nil {
+		return reason.Refuse(reason.VTPMMissing, "bring it back from a backup", "the kept vTPM state is gone as well")
+	}
+	digest := statedir.Digest(st.dir.Name, kept)
+	if !lifecycle.Restorable(st.r, st.seen, digest) && !g.unnoted(st, keys, kept, digest) {
+		return reason.Refuse(reason.VTPMMissing, "bring it back from a backup", "the kept vTPM state is not the one that the list holds")
+	}
 	uid, gid, err := lookupUser(g.cfg.Swtpm.User)
 	if err != nil {
 		return err
 	}
-	if st, err := os.Lstat(dir); err != nil || !st.IsDir() {
-		return errors.Join(err, fmt.Errorf("%s is not a folder", dir))
+	if err := statedir.Make(st.seen.Instance, uid, gid); err != nil {
+		return err
 	}
-	return os.Lchown(dir, uid, gid)
+	unadopted := st.seen.State.Exists && st.seen.State.Digest == st.r.AdoptFrom
+	if err := statedir.Replace(st.seen.Instance, kept, unadopted); err != nil {
+		return err
+	}
+	r := lifecycle.Settled(st.r, digest, st.seen.Journal, g.unix())
+	if !st.r.Open {
+		r.State = st.r.State // it may be suspended
+	}
+	if err := st.store.Commit(liststore.Change{Put: r}); err != nil {
+		return err
+	}
+	st.r = r
+	return g.dropJournal(r.UUID)
+}
+
+// unnoted reports whether a kept state was written in the last instant before
+// a crash: it is this VM's, and none that is known.
+func (g *Guard) unnoted(st *start, keys *secret.Buffer, kept []byte, digest list.Digest) bool {
+	_, old := st.r.Past(digest)
+	for _, j := range st.seen.Journal {
+		old = old || j.Digest == digest
+	}
+	return st.r.Open && !old && digest != st.r.Baseline && keys != nil && statefile.Verify(kept, stateKey(keys)) == nil
 }
 
 // Accept takes what lies there as right, on the admin's word.
@@ -492,10 +568,10 @@ func (g *Guard) Accept(ctx context.Context, d libvirt.Domain, f *domain.Facts) (
 	if f.TPM == nil {
 		return "", errors.New("the VM has no emulated TPM")
 	}
-	if err := g.off(d, f); err != nil {
+	defer g.lock(f.UUID)()
+	if err := g.off(ctx, d, f); err != nil {
 		return "", err
 	}
-	defer g.lock(f.UUID)()
 	store, err := g.List(ctx)
 	if err != nil {
 		return "", err
@@ -513,7 +589,7 @@ func (g *Guard) Accept(ctx context.Context, d libvirt.Domain, f *domain.Facts) (
 		return "", lifecycle.Prepare(r, s, g.policy()).Refusal
 	case !s.State.Exists:
 		return "", reason.Refuse(reason.VTPMMissing, "'virt-trust repair' puts the kept state back", "there is no vTPM state to accept")
-	case s.State.Digest == r.Baseline:
+	case s.State.Digest == lifecycle.Newest(r, s.Journal):
 		return "the vTPM state is the one that the list holds", nil
 	}
 	if r.KeyOwner == list.Ours {
@@ -526,13 +602,7 @@ func (g *Guard) Accept(ctx context.Context, d libvirt.Domain, f *domain.Facts) (
 			return "", reason.Refuse(reason.VTPMChanged, "'virt-trust repair' puts the kept state back", "the vTPM state was not written under this VM's key: nothing could load it")
 		}
 	}
-	n := r.Clone()
-	n.Open, n.State = false, list.Stored
-	for _, j := range s.Journal {
-		n.SetBaseline(j.Digest, j.Time)
-	}
-	n.SetBaseline(s.State.Digest, g.unix())
-	n.Changed = g.unix()
+	n := lifecycle.Settled(r, s.State.Digest, s.Journal, g.unix())
 	if err := g.keepState(r.UUID, dir); err != nil {
 		return "", err
 	}
@@ -613,10 +683,20 @@ func (g *Guard) rebuildOne(ctx context.Context, uuid string) (*list.Record, erro
 		return nil, err
 	}
 	r, keys, err := g.recordFrom(ctx, payload, uuid, uuid, l.Instance, dir)
+	keys.Wipe()
+	if kept, e := g.kept(uuid, keptState); e == nil && (err != nil || !dir.Exists()) {
+		// Its start is refused then, and 'virt-trust repair' puts the kept one back:
+		// without a baseline it would silently get a blank vTPM.
+		seen := &statedir.Seen{Dir: l.Instance, Name: dir.Name, Data: kept, Digest: statedir.Digest(dir.Name, kept)}
+		r, keys, err = g.recordFrom(ctx, payload, uuid, uuid, l.Instance, seen)
+		keys.Wipe()
+	}
 	if err != nil {
 		return nil, err
 	}
-	keys.Wipe()
+	if r.Baseline.IsZero() {
+		r.State = list.Created
+	}
 	// Where the image is, its label will be found right at the next start: it
 	// is the one that is kept, and waits.
 	r.PendingLabel = payload
@@ -644,6 +724,9 @@ func (g *Guard) delete(ctx context.Context, store *liststore.Store, r *list.Reco
 	if e := g.stateDeleted(ctx, r); e != nil {
 		err = errors.Join(err, e)
 	}
+	g.mu.Lock()
+	delete(g.verdicts, r.UUID)
+	g.mu.Unlock()
 	g.report(r.UUID, r.Name, "undefine", noted, "", "the vTPM's record and wrapped keys were erased: "+why, journal.VMDeleted)
 	g.changed(r.UUID)
 	return err

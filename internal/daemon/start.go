@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"sync"
 	"time"
 
@@ -122,6 +123,10 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 	delete(g.restore, f.UUID)
 	g.mu.Unlock()
 	st, err := g.prepare(ctx, f)
+	if r := reason.As(err); r != nil && g.cfg.Mode == "audit" && !g.guarded(f.UUID) {
+		g.report(f.UUID, f.Name, "prepare", wouldRefuse, r.Code, r.Text(), journal.WouldRefuse)
+		st, err = &start{f: f, seen: lifecycle.Seen{Instance: f.StateDir(g.cfg.Swtpm.StateRoot)}, d: lifecycle.Decision{Plan: lifecycle.Pass}}, nil
+	}
 	if err != nil {
 		return err
 	}
@@ -146,13 +151,12 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 	if st.r.LabelDigest == r.LabelDigest && !r.LabelDigest.IsZero() && st.seen.Label.Path != "" {
 		r.LabelPath = st.seen.Label.Path
 	}
-	if st.d.Plan == lifecycle.StartRecovered && st.d.Refusal == nil { // not in audit mode
+	// What was noted stays known also when audit mode starts an older state.
+	for _, j := range st.seen.Journal {
+		r.SetBaseline(j.Digest, j.Time)
+	}
+	if st.d.Plan == lifecycle.StartRecovered && st.d.Refusal == nil {
 		r.SetBaseline(st.seen.State.Digest, g.unix())
-		for _, j := range st.seen.Journal {
-			if j.Digest != r.Baseline {
-				r.Remember(j.Digest, j.Time)
-			}
-		}
 	}
 	r.AdoptFrom = list.Digest{}
 	if err = st.store.Commit(liststore.Change{Put: r}); err != nil {
@@ -177,6 +181,17 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 	}
 	g.changed(f.UUID)
 	return nil
+}
+
+// guarded reports whether a VM needs keys of ours to start, as far as can be
+// told without the list.
+func (g *Guard) guarded(uuid string) bool {
+	if store := g.peek(); store != nil {
+		r := store.Get(uuid)
+		return r != nil && r.State != list.Released
+	}
+	_, err := os.Lstat(g.keepDir(uuid))
+	return err == nil
 }
 
 // prepare carries out whatever must be done before a VM's record is opened.
