@@ -22,6 +22,7 @@ type caller struct {
 	exe    string
 	parent int
 	cgroup string
+	traced bool // by a debugger, which sees what the process gets
 }
 
 // identify resolves a caller. What /proc says of a process id may be said of
@@ -80,6 +81,11 @@ func (c *caller) readProc() (err error) {
 	if c.parent, err = strconv.Atoi(string(f[1])); err != nil {
 		return err
 	}
+	status, err := os.ReadFile(filepath.Join(dir, "status"))
+	if err != nil {
+		return err
+	}
+	c.traced = !bytes.Contains(status, []byte("\nTracerPid:\t0\n"))
 	b, err := os.ReadFile(filepath.Join(dir, "cgroup"))
 	c.cgroup = string(b)
 	return err

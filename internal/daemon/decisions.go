@@ -39,6 +39,7 @@ type decisions struct {
 	path string
 	f    *os.File
 	size int64
+	torn bool // the last line may lack its end
 	last []Decision
 }
 
@@ -59,10 +60,12 @@ func openDecisions(path string) (*decisions, error) {
 		return nil, err
 	}
 	st, err := d.f.Stat()
-	if err == nil {
-		d.size = st.Size()
+	if err != nil {
+		d.f.Close()
+		return nil, err
 	}
-	return d, err
+	d.size, d.torn = st.Size(), st.Size() > 0
+	return d, nil
 }
 
 func (d *decisions) read(name string) error {
@@ -106,12 +109,16 @@ func (d *decisions) add(e Decision) {
 		if err := os.Rename(d.path, d.path+".1"); err == nil {
 			if f, err := os.OpenFile(d.path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600); err == nil {
 				d.f.Close()
-				d.f, d.size = f, 0
+				d.f, d.size, d.torn = f, 0, false
 			}
 		}
 	}
-	n, _ := d.f.Write(append(b, '\n')) // a full disk must not stop a VM
-	d.size += int64(n)
+	b = append(b, '\n')
+	if d.torn { // an empty line does no harm
+		b = append([]byte{'\n'}, b...)
+	}
+	n, _ := d.f.Write(b) // a full disk must not stop a VM
+	d.size, d.torn = d.size+int64(n), n < len(b)
 }
 
 // recent gives the newest, oldest first.

@@ -28,7 +28,7 @@ type grant struct {
 	setup    int // descriptor of the process that redeemed as swtpm_setup, or -1
 }
 
-// open opens a grant after prepare.
+// open opens a grant after prepare, in place of one that is open still.
 func (g *Guard) open(st *start, cgroup string) {
 	gr := &grant{
 		uuid: st.f.UUID, cgroup: cgroup, expires: g.now().Add(g.grantLifetime()), redeemed: map[string]bool{}, setup: -1,
@@ -92,7 +92,13 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 	if program != "swtpm" && program != "swtpm_setup" {
 		return nil, reason.Refuse(reason.PolicyForbids, "", "there are no grants for the program %q", program)
 	}
+	if len(path) > maxStatePath {
+		return nil, reason.Refuse(reason.PolicyForbids, "use a shorter one", "a state path of %d bytes is too long", len(path))
+	}
 	path = filepath.Clean(path)
+	if err := g.watchFirst(path); err != nil {
+		return nil, err
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	gr := g.grants[path]
@@ -122,11 +128,6 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 			r.Close()
 			return nil, err
 		}
-		// From here on the folder is there, and what swtpm writes is noted.
-		if err := g.watch.Add(path); err != nil {
-			r.Close()
-			return nil, err
-		}
 	}
 	gr.redeemed[program] = true
 	if program == "swtpm_setup" {
@@ -138,6 +139,22 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 	}
 	g.log.WithFields(who).Debug("vTPM keys granted")
 	return r, nil
+}
+
+// maxStatePath bounds, in bytes, what a wrapper may ask for.
+const maxStatePath = 4096
+
+// watchFirst sees to it that what swtpm writes in a folder is noted: libvirt
+// has made the folder by now. A file system may hang, and so g.mu is not held.
+func (g *Guard) watchFirst(path string) error {
+	g.mu.Lock()
+	gr := g.grants[path]
+	watched := gr != nil && g.sessions[gr.uuid] != nil
+	g.mu.Unlock()
+	if !watched {
+		return nil
+	}
+	return g.watch.Add(path)
 }
 
 func (g *Guard) noKeys(what, mend string) error {

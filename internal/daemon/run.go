@@ -21,6 +21,7 @@ import (
 
 	"virt-trust/internal/bus"
 	"virt-trust/internal/domain/libvirt"
+	"virt-trust/internal/domain/swtpmargs"
 	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/platform/config"
 	"virt-trust/internal/platform/journal"
@@ -61,7 +62,7 @@ func Run(ctx context.Context, o Options) error {
 
 	s := &Service{
 		conn: conn, programs: o.Programs, swtpmUID: uint32(uid), version: o.Version, log: o.Log,
-		slots: make(chan struct{}, maxCalls), signals: make(chan func(), 1024), known: map[string]bool{}, host: tpm,
+		slots: make(chan struct{}, maxCalls), others: make(chan struct{}, maxCalls), signals: make(chan func(), 1024), known: map[string]bool{}, host: tpm,
 	}
 	if s.g, err = NewGuard(o.Config, o.Dirs, tpm, o.Log, s.vmChanged); err != nil {
 		return err
@@ -78,11 +79,26 @@ func Run(ctx context.Context, o Options) error {
 	go s.sendSignals(ctx)
 	go s.watchLibvirt(ctx)
 	go s.keepUp(ctx)
+	go s.watchdog(ctx)
 	select {
 	case <-ctx.Done():
+		s.drain()
 		return nil
 	case <-conn.Context().Done():
 		return errors.New("the system bus closed the connection")
+	}
+}
+
+// drain lets the hooks and wrappers that are under way come to their end, for
+// no longer than a TPM needs: a VM that is just starting should start.
+func (s *Service) drain() {
+	late := time.After(10 * time.Second)
+	for range cap(s.slots) {
+		select {
+		case s.slots <- struct{}{}:
+		case <-late:
+			return
+		}
 	}
 }
 
@@ -97,9 +113,16 @@ func (s *Service) sendSignals(ctx context.Context) {
 	}
 }
 
+// openLimit is below the unit's TimeoutStartSec.
+const openLimit = 150 * time.Second
+
 // openList opens the list and takes up running VMs; what fails is tried again.
 func (s *Service) openList(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, time.Duration(s.g.cfg.TPM.Timeout))
+	limit := min(time.Duration(s.g.cfg.TPM.Timeout), openLimit)
+	if s.g.tpm.BindKeyName() == nil {
+		limit = openLimit // keys are to be made
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	before := s.g.peek()
 	err := s.g.resume(ctx)
@@ -135,8 +158,8 @@ func (s *Service) openList(ctx context.Context) {
 	e.Error("VMs with a vTPM cannot start: the vTPM list is not open, or running VMs could not be taken up")
 }
 
-// keepUp does what time asks for: the watchdog, another try at the list, and
-// the records of starts that libvirt never finished.
+// keepUp does what time asks for: another try at the list, and the records of
+// starts that libvirt never finished.
 func (s *Service) keepUp(ctx context.Context) {
 	const pace = 5 * time.Second
 	t := time.NewTicker(pace)
@@ -147,10 +170,6 @@ func (s *Service) keepUp(ctx context.Context) {
 			return
 		case <-t.C:
 		}
-		// Locks that never come back would be a bug; then systemd starts it anew.
-		s.g.mu.Lock()
-		s.g.mu.Unlock() //nolint:staticcheck // to take it is the test
-		_, _ = sddaemon.SdNotify(false, sddaemon.SdNotifyWatchdog)
 		if s.g.peek() == nil {
 			s.openList(ctx)
 			if s.g.peek() != nil {
@@ -159,6 +178,29 @@ func (s *Service) keepUp(ctx context.Context) {
 		} else if n%12 == 0 {
 			s.g.sweep(ctx)
 		}
+	}
+}
+
+// watchdog tells systemd that the locks through which every call goes come
+// back; they are never held across anything slow. A TPM or a file system that
+// hangs is no reason to be started anew.
+func (s *Service) watchdog(ctx context.Context) {
+	t := time.NewTicker(5 * time.Second)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		s.g.mu.Lock()
+		s.g.mu.Unlock() //nolint:staticcheck // to take it is the test
+		s.mu.Lock()
+		s.mu.Unlock() //nolint:staticcheck // as above
+		if store := s.g.peek(); store != nil {
+			store.Generation()
+		}
+		_, _ = sddaemon.SdNotify(false, sddaemon.SdNotifyWatchdog)
 	}
 }
 
@@ -176,7 +218,20 @@ func (g *Guard) sweep(ctx context.Context) {
 			stale = append(stale, s.uuid)
 		}
 	}
+	unwatched := []*list.Record{}
+	for _, r := range store.All() {
+		if r.Open && g.sessions[r.UUID] == nil {
+			unwatched = append(unwatched, r)
+		}
+	}
 	g.mu.Unlock()
+	for _, r := range unwatched {
+		if used, err := statedir.InUse(r.Instance); err == nil && used {
+			if err := g.resumeOne(ctx, store, r.UUID); err != nil {
+				g.log.WithField(journal.VM, r.UUID).WithError(err).Warn("taking up a running VM")
+			}
+		}
+	}
 	for _, id := range stale {
 		func() {
 			defer g.lock(id)()
@@ -305,6 +360,12 @@ func (s *Service) reconcile(ctx context.Context, c *libvirt.Client) error {
 		has[d.UUID] = true
 		s.renamed(d.UUID, d.Name)
 	}
+	if len(domains) == 0 && len(store.All()) > 1 {
+		// Keys that are erased do not come back. A libvirt that knows no VM at all
+		// has more likely lost its own folder.
+		s.log.Warn("libvirt has no VM at all: the records of the vTPM list are left as they are")
+		return nil
+	}
 	for _, r := range store.All() {
 		if !has[r.UUID] {
 			s.ended(ctx, r.UUID, "libvirt does not have the VM any more")
@@ -338,15 +399,32 @@ func (s *Service) ended(ctx context.Context, uuid, why string) {
 	if r == nil {
 		return
 	}
+	if g.starting(uuid) {
+		return // it was defined anew meanwhile
+	}
 	if used, err := statedir.InUse(r.Instance); used || err != nil {
 		return // it runs on, as a transient VM
 	}
 	if seen, err := statedir.Look(r.Instance); err != nil || seen.Exists() {
 		return // kept, with --keep-tpm or persistent_state
 	}
+	if !g.mounted(r.Instance) {
+		return // its keys must be there when it comes back
+	}
 	if err := g.delete(ctx, store, r, why); err != nil {
 		s.log.WithField(journal.VM, uuid).WithError(err).Error("deleting a vTPM's record")
 	}
+}
+
+// mounted tells a vTPM's folder that was deleted from one whose file system is
+// not there.
+func (g *Guard) mounted(instance string) bool {
+	above := g.cfg.Swtpm.StateRoot
+	if _, ok := swtpmargs.UUIDFromStatePath(above, instance); !ok {
+		above = filepath.Dir(instance)
+	}
+	_, err := os.Stat(above)
+	return err == nil
 }
 
 func (s *Service) renamed(uuid, name string) {
@@ -400,6 +478,10 @@ func (g *Guard) listState() (state, problem string, generation uint64, count int
 // lastRefusal and lastVerdict keep a VM's last verdict between two openings of
 // its record, in memory: refusals must not be able to wear the list.
 func (g *Guard) lastRefusal(uuid string, r *reason.Refusal) {
+	store := g.peek()
+	if store == nil || store.Get(uuid) == nil {
+		return // of VMs without a record there could be any number
+	}
 	g.mu.Lock()
 	g.verdicts[uuid] = r
 	g.mu.Unlock()
@@ -420,8 +502,8 @@ const statusAge = 2 * time.Second
 
 // hostProperties asks the TPM, but not more often than it changes.
 func (s *Service) hostProperties() dict {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.statusMu.Lock()
+	defer s.statusMu.Unlock()
 	if s.status.state != nil && time.Since(s.status.at) < statusAge {
 		return s.status.state
 	}

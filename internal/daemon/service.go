@@ -43,15 +43,18 @@ type Service struct {
 	swtpmUID uint32
 	version  string
 	log      *logrus.Entry
-	slots    chan struct{}
+	slots    chan struct{} // of libvirt's hooks and wrappers
+	others   chan struct{} // of all other callers, who must not keep VMs from starting
 	signals  chan func()
 
 	mu      sync.Mutex
 	known   map[string]bool // VMs that have an object
-	status  hostStatus
-	problem string // the last that kept the list from being opened
+	problem string          // the last that kept the list from being opened
 
-	host *hosttpm.Host
+	host     *hosttpm.Host
+	statusMu sync.Mutex // held while the TPM is asked
+	status   hostStatus
+	denied   rate
 }
 
 // maxCalls bounds the calls that are worked on at once. libvirt's default is
@@ -86,9 +89,13 @@ func (s *Service) serve(sender dbus.Sender, method string, who access, limit tim
 	}()
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
+	slots := s.others
+	if who == hookOnly || who == wrapperOnly {
+		slots = s.slots
+	}
 	select {
-	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
+	case slots <- struct{}{}:
+		defer func() { <-slots }()
 	case <-ctx.Done():
 		return s.fail(method, reason.Refuse(reason.TPMBusy, "try again", "too many calls are under way"))
 	}
@@ -117,7 +124,7 @@ func (s *Service) admit(ctx context.Context, c *caller, method string, who acces
 			return reason.Refuse(reason.PolicyForbids, "let libvirt call it", "the hook was not called by libvirt")
 		}
 	case wrapperOnly:
-		if c.uid != s.swtpmUID || c.exe != s.programs.Wrapper {
+		if c.uid != s.swtpmUID || c.exe != s.programs.Wrapper || c.traced {
 			return reason.Refuse(reason.PolicyForbids, "let libvirt start swtpm", "grants are for virt-trust's wrapper, run as libvirt's swtpm user")
 		}
 	case polkitAction:
@@ -175,6 +182,9 @@ func (s *Service) manager() map[string]any {
 			derr = s.serve(sender, "RedeemGrant", wrapperOnly, redeemDeadline, func(ctx context.Context, c *caller) error {
 				r, err := s.g.Redeem(program, path, c)
 				if err != nil {
+					if s.denied.over(time.Now()) {
+						return err // whoever asks again and again must not crowd out what is in the log
+					}
 					s.g.report("", path, "redeem", refused, codeOf(err), textOf(err), journal.Refused)
 					return err
 				}
@@ -250,6 +260,24 @@ func (s *Service) manager() map[string]any {
 			})
 		},
 	}
+}
+
+// rate bounds how often something is done: ten times a minute.
+type rate struct {
+	mu   sync.Mutex
+	from time.Time
+	n    int
+}
+
+// over counts, and reports whether it was too often.
+func (r *rate) over(now time.Time) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if now.Sub(r.from) >= time.Minute {
+		r.from, r.n = now, 0
+	}
+	r.n++
+	return r.n > 10
 }
 
 func codeOf(err error) reason.Code {
@@ -341,8 +369,14 @@ func (s *Service) hook(ctx context.Context, c *caller, op domain.Operation, doc,
 	}
 	switch op {
 	case domain.OpPrepare:
-		if err = s.wrapperOnPath(f, path); err == nil {
+		err = s.wrapperOnPath(f, path)
+		switch r := reason.As(err); {
+		case err == nil:
 			err = s.g.Prepare(ctx, f, c.cgroup)
+		case r != nil && s.g.cfg.Mode == "audit" && !s.g.guarded(f.UUID):
+			// libvirt will run its own swtpm: the VM must stay as it is.
+			s.g.report(f.UUID, f.Name, string(op), wouldRefuse, r.Code, r.Text(), journal.WouldRefuse)
+			return nil
 		}
 	case domain.OpStart:
 		err = s.g.Launched(f)
@@ -393,7 +427,7 @@ func (s *Service) wrapperOnPath(f *domain.Facts, path string) error {
 			return nil
 		}
 	}
-	if wrapperFirst(path, s.programs.Wrapper) || s.g.cfg.Mode == "audit" {
+	if wrapperFirst(path, s.programs.Wrapper) {
 		return nil
 	}
 	return reason.Refuse(reason.PolicyForbids, "run 'systemctl restart libvirtd' (or virtqemud), which leaves running VMs alone",
