@@ -79,7 +79,8 @@ func start(t *testing.T) *libvirtd {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	watchdog := time.AfterFunc(3*time.Minute, func() { cmd.Process.Kill() }) // and no test waits for ever
+	t.Cleanup(func() { watchdog.Stop(); cmd.Process.Kill(); cmd.Wait() })
 	d := &libvirtd{t, fmt.Sprintf("/proc/%d/root", cmd.Process.Pid), in, out}
 	for range 300 {
 		if conn, err := net.Dial("unix", d.socket()); err == nil {
