@@ -6,7 +6,7 @@
 # make check    the fast part of it, as anyone
 # make demo     a guarded VM on a private test host, and an attack on it
 # make bench    guarded against plain libvirt, as ratios
-# make soak     starts, stops and crashes for a long time
+# make soak     starts, stops and crashes for SOAK (1h)
 # make fuzz     every fuzzer for FUZZTIME (10m)
 # make clean
 
@@ -25,6 +25,7 @@ datadir = $(prefix)/share
 unitdir = $(prefix)/lib/systemd/system
 sysconfdir = /etc
 FUZZTIME ?= 10m
+SOAK ?= 1h
 
 GO ?= go
 GOFLAGS_BUILD = -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
@@ -100,8 +101,9 @@ bench: deb
 	$(GO) build -o bin/lab ./internal/lab/cmd/lab
 	bin/lab bench
 
-soak:
-	VIRT_TRUST_LAB=1 VIRT_TRUST_SOAK=1 $(GO) test -count=1 -timeout 24h -run Soak -v ./internal/lab/...
+soak: deb
+	internal/lab/install-packages.sh
+	VIRT_TRUST_LAB=1 VIRT_TRUST_SOAK=$(SOAK) $(GO) test -count=1 -timeout 24h -run '^TestSoak$$' -v ./internal/lab
 
 # go test takes one fuzzer of one package at a time
 fuzz:
