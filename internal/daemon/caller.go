@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/godbus/dbus/v5"
 	"golang.org/x/sys/unix"
@@ -122,4 +123,33 @@ func authorized(ctx context.Context, conn *dbus.Conn, c *caller, action string) 
 	err := conn.Object("org.freedesktop.PolicyKit1", "/org/freedesktop/PolicyKit1/Authority").CallWithContext(ctx,
 		"org.freedesktop.PolicyKit1.Authority.CheckAuthorization", 0, subject, action, map[string]string{}, interactive, "").Store(&result)
 	return result.Authorized, err
+}
+
+// startOf gives when a process was started, to a hundredth of a second:
+// starttime of /proc/PID/stat after btime of /proc/stat (proc(5)).
+func startOf(pid int) (time.Time, error) {
+	stat, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
+	if err != nil {
+		return time.Time{}, err
+	}
+	f := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
+	all, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return time.Time{}, err
+	}
+	const fields, userHZ = 20, 100 // starttime is the 20th after the name; USER_HZ is 100 on Linux
+	_, rest, found := bytes.Cut(all, []byte("\nbtime "))
+	if len(f) < fields || !found {
+		return time.Time{}, errors.New("/proc does not say when processes started")
+	}
+	line, _, _ := bytes.Cut(rest, []byte("\n"))
+	boot, err := strconv.ParseInt(string(line), 10, 64)
+	if err != nil {
+		return time.Time{}, err
+	}
+	ticks, err := strconv.ParseInt(string(f[fields-1]), 10, 64)
+	if err != nil {
+		return time.Time{}, err
+	}
+	return time.Unix(boot, 0).Add(time.Duration(ticks) * time.Second / userHZ), nil
 }

@@ -568,8 +568,22 @@ func (s *Service) libvirtState() string {
 				return "restart-needed"
 			}
 		}
+		if s.sawRemoval(pid) {
+			return "restart-needed"
+		}
 	}
 	return "active"
+}
+
+// sawRemoval reports whether a process was there when the package was removed.
+// libvirt then looks for swtpm anew, finds the system's, and stays with that.
+func (s *Service) sawRemoval(pid int) bool {
+	mark, err := os.Stat(s.programs.Removed)
+	if err != nil {
+		return false
+	}
+	started, err := startOf(pid)
+	return err == nil && started.Before(mark.ModTime())
 }
 
 // lookupUser resolves a user's numbers.

@@ -33,6 +33,7 @@ type Programs struct {
 	Hook    string // /usr/libexec/virt-trust/virt-trust-hook
 	Wrapper string // /usr/libexec/virt-trust/virt-trust-wrapper
 	Script  string // /etc/libvirt/hooks/qemu.d/50-virt-trust
+	Removed string // /run/virt-trust.removed: when the package was removed since boot, if it was
 }
 
 // Service offers a Guard on D-Bus (org.virttrust1(5)).
@@ -369,7 +370,7 @@ func (s *Service) hook(ctx context.Context, c *caller, op domain.Operation, doc,
 	}
 	switch op {
 	case domain.OpPrepare:
-		err = s.wrapperOnPath(f, path)
+		err = s.wrapperInUse(f, path, c.parent)
 		switch r := reason.As(err); {
 		case err == nil:
 			err = s.g.Prepare(ctx, f, c.cgroup)
@@ -420,18 +421,22 @@ func (s *Service) verdict(f *domain.Facts, op domain.Operation, err error) {
 	s.g.lastRefusal(f.UUID, r)
 }
 
-// wrapperOnPath refuses a start for which libvirt would run swtpm itself.
-func (s *Service) wrapperOnPath(f *domain.Facts, path string) error {
+// wrapperInUse refuses a start for which libvirt, the process with this id and
+// PATH, would run swtpm itself.
+func (s *Service) wrapperInUse(f *domain.Facts, path string, libvirtd int) error {
 	if store := s.g.peek(); store != nil {
 		if r := store.Get(f.UUID); r != nil && r.State == list.Released {
 			return nil
 		}
 	}
-	if wrapperFirst(path, s.programs.Wrapper) {
-		return nil
+	const mend = "run 'systemctl restart libvirtd' (or virtqemud), which leaves running VMs alone"
+	if !wrapperFirst(path, s.programs.Wrapper) {
+		return reason.Refuse(reason.PolicyForbids, mend, "libvirt was started without virt-trust's wrapper on its PATH")
 	}
-	return reason.Refuse(reason.PolicyForbids, "run 'systemctl restart libvirtd' (or virtqemud), which leaves running VMs alone",
-		"libvirt was started without virt-trust's wrapper on its PATH")
+	if s.sawRemoval(libvirtd) {
+		return reason.Refuse(reason.PolicyForbids, mend, "virt-trust was removed and installed again since libvirt was started, which may know swtpm's own path by now")
+	}
+	return nil
 }
 
 // wrapperFirst reports whether the first swtpm on a PATH is the wrapper.
