@@ -687,8 +687,11 @@ func TestAdoption(t *testing.T) {
 	t.Run("upgrade with a running VM", func(t *testing.T) {
 		h, running := host.In(t), running.In(host.In(t))
 		running.Start()
-		pid := h.Must("systemctl", "show", "-P", "MainPID", "libvirtd")
+		pid, own := h.Must("systemctl", "show", "-P", "MainPID", "libvirtd"), h.Must("systemctl", "show", "-P", "MainPID", "virt-trustd")
 		h.InstallDeb(deb)
+		if now := h.Must("systemctl", "show", "-P", "MainPID", "virt-trustd"); now == own {
+			t.Errorf("the upgrade did not restart virt-trustd")
+		}
 		if now := h.Must("systemctl", "show", "-P", "MainPID", "libvirtd"); now != pid {
 			t.Errorf("the upgrade restarted libvirtd")
 		}
