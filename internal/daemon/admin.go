@@ -319,10 +319,14 @@ func (g *Guard) adoptKnown(ctx context.Context, st *start, fresh bool) (string, 
 		switch d := lifecycle.State(r, s, g.policy()); d.Plan {
 		case lifecycle.Start, lifecycle.StartRecovered:
 			r = lifecycle.Settled(r, s.State.Digest, s.Journal, g.unix())
-		case lifecycle.Refuse:
-			return "", d.Refusal
+		case lifecycle.FinishAdoption:
+			if r, err = g.finishAdoption(ctx, st); err != nil {
+				return "", err
+			}
+		case lifecycle.RestoreKept:
+			return "", reason.Refuse(reason.VTPMChanged, "'virt-trust repair' puts the kept state back", "a crash had left the vTPM state unreadable")
 		default:
-			return "", reason.Refuse(reason.VTPMChanged, "start the VM once, which finishes it", "an adoption of this VM was cut short")
+			return "", d.Refusal
 		}
 	}
 	if err := g.relabel(st.store, r, keys, s.Label); err != nil {

@@ -249,7 +249,8 @@ func (g *Guard) carryOut(ctx context.Context, st *start) (again bool, err error)
 	case lifecycle.CreateForeign:
 		return true, g.createForeign(ctx, st)
 	case lifecycle.FinishAdoption:
-		return true, g.finishAdoption(ctx, st)
+		_, err := g.finishAdoption(ctx, st)
+		return true, err
 	}
 	if st.r.KeyOwner == list.Libvirts {
 		return false, g.approved(ctx)
@@ -392,16 +393,18 @@ func (g *Guard) takeIn(r *list.Record, st *start, keys *secret.Buffer, plain []b
 }
 
 // finishAdoption goes on where takeIn, or the way back of Release, was cut off.
-func (g *Guard) finishAdoption(ctx context.Context, st *start) error {
-	if kept, err := g.kept(st.r.UUID, keptState); err == nil && statedir.Digest(st.dir.Name, kept) == st.r.Baseline {
-		return statedir.Replace(st.seen.Instance, kept, true)
+// It gives the record as it is then.
+func (g *Guard) finishAdoption(ctx context.Context, st *start) (*list.Record, error) {
+	r := st.r.Clone()
+	if kept, err := g.kept(r.UUID, keptState); err == nil && statedir.Digest(st.dir.Name, kept) == r.Baseline {
+		return r, statedir.Replace(st.seen.Instance, kept, true)
 	}
-	keys, err := g.unwrap(ctx, st.r.WrappedKeys)
+	keys, err := g.unwrap(ctx, r.WrappedKeys)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer keys.Wipe()
-	return g.takeIn(st.r.Clone(), st, keys, st.dir.Data)
+	return r, g.takeIn(r, st, keys, st.dir.Data)
 }
 
 // createForeign takes a VM into the list whose state key is libvirt's.
