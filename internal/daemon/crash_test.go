@@ -206,7 +206,7 @@ func TestKilledAtEachStep(t *testing.T) {
 			h := newHouse(t)
 			f := tt.set(h)
 			h.g.Close()
-			before := filepath.Join(t.TempDir(), "before")
+			before := filepath.Join(folder(t), "before")
 			copyTree(t, h.root, before)
 			steps := h.steps(tt.op)
 			if len(steps) < 3 {

@@ -207,6 +207,9 @@ func (s *Service) watchdog(ctx context.Context) {
 // sweep closes records of starts that libvirt gave up without a word.
 func (g *Guard) sweep(ctx context.Context) {
 	store := g.peek()
+	if store == nil {
+		return
+	}
 	g.mu.Lock()
 	var stale []string
 	for id, s := range g.sessions {

@@ -1,0 +1,150 @@
+package daemon
+
+import (
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virt-trust/internal/vtpm/reason"
+)
+
+// lockAsQEMU takes the lock of who reads an image and lets others do so.
+func lockAsQEMU(t testing.TB, f *os.File) {
+	t.Helper()
+	l := unix.Flock_t{Type: unix.F_RDLCK, Whence: io.SeekStart, Start: 100, Len: 1}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestGrants(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	f, _, _ := h.ran(uuidA)
+	other, _, _ := h.ran(uuidB)
+	if _, err := h.g.Release(background, off(other), other); err != nil {
+		t.Fatal(err)
+	}
+	redeem := func(program, path string, c *caller) (string, error) {
+		r, err := h.g.Redeem(program, path, c)
+		if err != nil {
+			return "", err
+		}
+		defer r.Close()
+		if r.State == nil {
+			return "pass", nil
+		}
+		return "keys", nil
+	}
+	gets := func(want string) func(string, error) {
+		return func(got string, err error) {
+			t.Helper()
+			if got != want || err != nil {
+				t.Errorf("%q, %v; want %q", got, err, want)
+			}
+		}
+	}
+	no := func(_ string, err error) { t.Helper(); refuses(t, err, reason.KeyNotReleased) }
+	elsewhere := &caller{pid: os.Getpid(), cgroup: "0::/user.slice\n"}
+
+	// Without a start under way.
+	no(redeem("swtpm", h.dir(uuidA), libvirts()))
+	no(redeem("swtpm_setup", h.dir(uuidA)+"/../tpm2/", libvirts()))
+	no(redeem("swtpm", filepath.Join(h.root, "swtpm", "cccccccc-0000-4000-8000-000000000003", "tpm2"), libvirts()))
+	gets("pass")(redeem("swtpm", "/somewhere/else", libvirts()))
+	if _, err := h.g.Redeem("swtpm", strings.Repeat("/x", 4000), libvirts()); reason.As(err) == nil {
+		t.Error("a path without an end:", err)
+	}
+	if _, err := h.g.Redeem("cat", h.dir(uuidA), libvirts()); reason.As(err) == nil {
+		t.Error("a grant for cat:", err)
+	}
+
+	if err := h.prepare(f); err != nil {
+		t.Fatal(err)
+	}
+	no(redeem("swtpm", h.dir(uuidA), elsewhere))
+	no(redeem("swtpm", h.dir(uuidB), libvirts()))
+	gets("keys")(redeem("swtpm", h.dir(uuidA)+"/", libvirts()))
+	no(redeem("swtpm", h.dir(uuidA), libvirts())) // twice
+	if err := h.g.Launched(f); err != nil {
+		t.Fatal(err)
+	}
+	h.g.Started(f)
+	no(redeem("swtpm_setup", h.dir(uuidA), libvirts())) // it runs: nothing is open
+	h.stop(f)
+
+	// Late.
+	if err := h.prepare(f); err != nil {
+		t.Fatal(err)
+	}
+	h.later(time.Duration(h.g.cfg.Grant.Lifetime) + time.Second)
+	no(redeem("swtpm", h.dir(uuidA), libvirts()))
+	h.stop(f)
+
+	// A clock that goes backwards gives nobody more time than it says.
+	if err := h.prepare(f); err != nil {
+		t.Fatal(err)
+	}
+	h.stop(f)
+	no(redeem("swtpm", h.dir(uuidA), libvirts()))
+
+	// swtpm_setup and the swtpm that it runs, then libvirt's.
+	if err := h.prepare(f); err != nil {
+		t.Fatal(err)
+	}
+	c := exec.Command("sleep", "60")
+	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	gets("keys")(redeem("swtpm_setup", h.dir(uuidA), &caller{pid: c.Process.Pid, cgroup: cgroup}))
+	gets("pass")(redeem("swtpm", h.dir(uuidA), libvirts()))
+	gets("pass")(redeem("swtpm", h.dir(uuidA), libvirts()))
+	no(redeem("swtpm_setup", h.dir(uuidA), libvirts()))
+	c.Process.Kill()
+	c.Wait()
+	gets("keys")(redeem("swtpm", h.dir(uuidA), libvirts()))
+	no(redeem("swtpm", h.dir(uuidA), libvirts()))
+	h.stop(f)
+
+	// A released VM.
+	if err := h.prepare(other); err != nil {
+		t.Fatal(err)
+	}
+	gets("pass")(redeem("swtpm", h.dir(uuidB), libvirts()))
+	if err := h.g.Launched(other); err != nil {
+		t.Error(err)
+	}
+	h.g.Started(other)
+}
+
+// The descriptors are sealed and hold 64 hexadecimal digits.
+func TestRedemption(t *testing.T) {
+	h := newHouse(t)
+	f, _, _ := h.ran(uuidA)
+	if err := h.prepare(f); err != nil {
+		t.Fatal(err)
+	}
+	r, err := h.g.Redeem("swtpm", h.dir(uuidA), libvirts())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	for _, k := range []*os.File{r.State, r.Transfer} {
+		b := must[[]byte](t)(io.ReadAll(k))
+		if len(b) != 64 || strings.Trim(string(b), "0123456789abcdef") != "" {
+			t.Errorf("%d bytes", len(b))
+		}
+		if _, err := k.WriteAt([]byte{'0'}, 0); !errors.Is(err, unix.EPERM) {
+			t.Error("it can be written:", err)
+		}
+	}
+}
