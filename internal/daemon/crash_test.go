@@ -268,7 +268,6 @@ func guarded(h *house, f *domain.Facts) {
 	if err := h.g.Launched(f); err != nil {
 		h.t.Fatal(err)
 	}
-	h.g.Started(f)
 	h.stop(f)
 	h.belongs(f)
 	h.noPlain(f.UUID)

@@ -48,6 +48,9 @@ type TPM interface {
 type Dirs struct {
 	State string // /var/lib/virt-trust
 	Run   string // /run/virt-trust
+	// Domains is where libvirt keeps the definitions of persistent VMs:
+	// /etc/libvirt/qemu. A hook cannot ask libvirt, which waits for it.
+	Domains string
 }
 
 // Guard ties vTPMs to their host and their VMs.

@@ -784,7 +784,6 @@ func TestLibvirtsOwnEncryption(t *testing.T) {
 	if err := h.g.Launched(f); err != nil {
 		t.Fatal(err)
 	}
-	h.g.Started(f)
 	h.write(uuidA, theirs)
 	h.noted(uuidA)
 	old := h.read(uuidA)
@@ -939,7 +938,6 @@ func TestManyAtOnce(t *testing.T) {
 			r.Close()
 		}
 		h.g.Launched(f)
-		h.g.Started(f)
 		b := h.read(id)
 		os.WriteFile(h.state(id)+"x", b, 0o600)
 		os.Rename(h.state(id)+"x", h.state(id))

@@ -60,10 +60,7 @@ func Run(ctx context.Context, o Options) error {
 	}
 	defer conn.Close()
 
-	s := &Service{
-		conn: conn, programs: o.Programs, swtpmUID: uint32(uid), version: o.Version, log: o.Log,
-		slots: make(chan struct{}, maxCalls), others: make(chan struct{}, maxCalls), signals: make(chan func(), 1024), known: map[string]bool{}, host: tpm,
-	}
+	s := newService(conn, o, uint32(uid), tpm)
 	if s.g, err = NewGuard(o.Config, o.Dirs, tpm, o.Log, s.vmChanged); err != nil {
 		return err
 	}
@@ -79,13 +76,21 @@ func Run(ctx context.Context, o Options) error {
 	go s.sendSignals(ctx)
 	go s.watchLibvirt(ctx)
 	go s.keepUp(ctx)
-	go s.watchdog(ctx)
+	go s.watchdog(ctx, 5*time.Second)
 	select {
 	case <-ctx.Done():
 		s.drain()
 		return nil
 	case <-conn.Context().Done():
 		return errors.New("the system bus closed the connection")
+	}
+}
+
+func newService(conn *dbus.Conn, o Options, swtpmUID uint32, tpm *hosttpm.Host) *Service {
+	return &Service{
+		conn: conn, programs: o.Programs, swtpmUID: swtpmUID, version: o.Version, log: o.Log,
+		slots: make(chan struct{}, maxCalls), others: make(chan struct{}, maxCalls), signals: make(chan func(), 1024),
+		known: map[string]bool{}, host: tpm,
 	}
 }
 
@@ -184,8 +189,8 @@ func (s *Service) keepUp(ctx context.Context) {
 // watchdog tells systemd that the locks through which every call goes come
 // back; they are never held across anything slow. A TPM or a file system that
 // hangs is no reason to be started anew.
-func (s *Service) watchdog(ctx context.Context) {
-	t := time.NewTicker(5 * time.Second)
+func (s *Service) watchdog(ctx context.Context, pace time.Duration) {
+	t := time.NewTicker(pace)
 	defer t.Stop()
 	for {
 		select {

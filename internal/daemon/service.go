@@ -381,10 +381,9 @@ func (s *Service) hook(ctx context.Context, c *caller, op domain.Operation, doc,
 		}
 	case domain.OpStart:
 		err = s.g.Launched(f)
-	case domain.OpStarted:
-		s.g.Started(f)
-	case domain.OpStopped:
-		// swtpm is gone, but `release` comes when QEMU's image is free as well.
+	case domain.OpStarted, domain.OpStopped:
+		// The script does not even ask. The grant ended at `start`; and `release`
+		// comes when not only swtpm is gone, but QEMU's image free as well.
 	case domain.OpRelease:
 		err = s.g.Stopped(ctx, f, managedSaveExists(f.Name))
 	case domain.OpRestore:

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -158,7 +160,7 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 	if st.d.Plan == lifecycle.StartRecovered && st.d.Refusal == nil {
 		r.SetBaseline(st.seen.State.Digest, g.unix())
 	}
-	r.AdoptFrom = list.Digest{}
+	r.AdoptFrom, r.Ephemeral = list.Digest{}, g.ephemeral(f)
 	if err = st.store.Commit(liststore.Change{Put: r}); err != nil {
 		return err
 	}
@@ -246,6 +248,8 @@ func (g *Guard) carryOut(ctx context.Context, st *start) (again bool, err error)
 		return true, g.create(ctx, st, nil)
 	case lifecycle.AdoptPlain:
 		return true, g.create(ctx, st, st.dir.Data)
+	case lifecycle.CreateAnew:
+		return true, g.delete(ctx, st.store, st.r, "the transient VM had ended")
 	case lifecycle.CreateForeign:
 		return true, g.createForeign(ctx, st)
 	case lifecycle.FinishAdoption:
@@ -537,7 +541,7 @@ func (g *Guard) settleAll() {
 	}
 }
 
-// Launched is asked between swtpm's start and QEMU's: a swtpm that has not
+// Launched ends a start: it is asked between swtpm's start and QEMU's: a swtpm that has not
 // redeemed its grant did not come through the wrapper, and has no keys.
 func (g *Guard) Launched(f *domain.Facts) error {
 	defer g.lock(f.UUID)()
@@ -546,39 +550,39 @@ func (g *Guard) Launched(f *domain.Facts) error {
 	ok := gr != nil && gr.uuid == f.UUID && (gr.pass || gr.redeemed["swtpm"])
 	s := g.sessions[f.UUID]
 	g.mu.Unlock()
-	if g.cfg.Mode != "enforce" {
+	if !ok && g.cfg.Mode != "enforce" {
 		return nil
 	}
 	if !ok {
 		return reason.Refuse(reason.KeyNotReleased, "restart libvirtd (or virtqemud), which leaves running VMs alone, and try again",
 			"libvirt did not start swtpm through virt-trust's wrapper")
 	}
+	g.closeGrant(f.UUID) // all of it is redeemed
 	if s == nil {
 		return nil
 	}
 	// swtpm loads its state when QEMU asks it to, which is after this: whoever
 	// exchanged it since prepare was too early.
-	if sound, err := g.settle(s); !sound {
+	if sound, err := g.settle(s); !sound && g.cfg.Mode == "enforce" {
 		return reason.Refuse(reason.VTPMChanged, "start the VM again", "the vTPM state in %s was replaced while the VM was being started", s.dir)
 	} else if err != nil {
 		g.log.WithField(journal.VM, s.uuid).WithError(err).Warn("making a vTPM's state durable")
 	}
+	g.setState(f.UUID, list.Running)
 	return nil
 }
 
-// Started notes that a VM runs. Its grant ends.
-func (g *Guard) Started(f *domain.Facts) {
-	defer g.lock(f.UUID)()
-	g.closeGrant(f.UUID)
-	g.mu.Lock()
-	s := g.sessions[f.UUID]
-	g.mu.Unlock()
-	if s == nil {
-		return
+// ephemeral reports whether libvirt removes a VM's vTPM when the VM stops: it
+// does with those that are transient, if they do not ask for the contrary.
+func (g *Guard) ephemeral(f *domain.Facts) bool {
+	if f.TPM.PersistentState || strings.ContainsRune(f.Name, '/') {
+		return false
 	}
-	// The first state of a new vTPM may have been written before the watch.
-	g.settled(s.dir)
-	g.setState(f.UUID, list.Running)
+	if _, err := os.Stat(g.dirs.Domains); err != nil {
+		return false
+	}
+	_, err := os.Lstat(filepath.Join(g.dirs.Domains, f.Name+".xml"))
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 func (g *Guard) setState(uuid string, st list.State) {
@@ -622,6 +626,10 @@ func (g *Guard) Stopped(ctx context.Context, f *domain.Facts, suspended bool) er
 	g.mu.Lock()
 	watched := g.sessions[f.UUID] != nil
 	g.mu.Unlock()
+	if e := g.ephemeral(f); e != r.Ephemeral { // undefined or defined while it ran
+		r = r.Clone()
+		r.Ephemeral = e
+	}
 	if watched {
 		return g.rest(ctx, store, r, suspended)
 	}
