@@ -48,7 +48,7 @@ func run() error {
 	defer stop()
 	return daemon.Run(ctx, daemon.Options{
 		Config: cfg, Version: version, Log: journal.New("virt-trustd").WithContext(ctx),
-		Dirs: daemon.Dirs{State: "/var/lib/virt-trust", Run: "/run/virt-trust"},
+		Dirs: daemon.Dirs{State: "/var/lib/virt-trust", Run: "/run/virt-trust", Domains: "/etc/libvirt/qemu"},
 		Programs: daemon.Programs{
 			Hook: "/usr/libexec/virt-trust/virt-trust-hook", Wrapper: "/usr/libexec/virt-trust/virt-trust-wrapper",
 			Script: "/etc/libvirt/hooks/qemu.d/50-virt-trust", Removed: "/run/virt-trust.removed",

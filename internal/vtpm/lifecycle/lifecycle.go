@@ -87,6 +87,7 @@ const (
 	RestoreKept     Plan = "restore-kept"    // after a crash: put the kept state back, then ask again
 	StartRecovered  Plan = "start-recovered" // after a crash: the state is newer than the list, and authentic
 	StartFresh      Plan = "start-fresh"     // known, but has never had any state: libvirt makes it
+	CreateAnew      Plan = "create-anew"     // a transient VM's vTPM went with it: as Create, in place of the old record
 	StartNewLabel   Plan = "start-new-label" // all is right, and the image can take the label that waits
 	StartFirstLabel Plan = "start-label"     // the VM has an image that can carry a label only now
 	Pass            Plan = "pass"            // released: none of ours
@@ -270,6 +271,8 @@ func State(r *list.Record, s Seen, p Policy) Decision {
 		return Decision{Plan: StartRecovered}
 	case !st.Exists && r.Baseline.IsZero() && len(s.Journal) == 0:
 		return Decision{Plan: StartFresh}
+	case !st.Exists && r.Ephemeral:
+		return Decision{Plan: CreateAnew}
 	case !st.Exists:
 		return refuse(reason.VTPMMissing, keep+", or "+cmd("adopt", s.Name, "--new")+" gives the VM a new, empty vTPM", "%s has no vTPM state", s.Instance)
 	case st.OtherVM != "":

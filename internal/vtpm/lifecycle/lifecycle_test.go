@@ -64,6 +64,8 @@ func TestPrepare(t *testing.T) {
 		{"edited, asked", same, func(s *Seen) { s.State.Digest, s.State.Auth = newer, Forged }, adopt, Refuse, reason.VTPMChanged},
 		{"truncated", same, func(s *Seen) { s.State.Digest, s.State.Kind = newer, statefile.Damaged }, adopt, Refuse, reason.VTPMChanged},
 		{"deleted", same, func(s *Seen) { s.State = StateSeen{} }, adopt, Refuse, reason.VTPMMissing},
+		{"gone with its transient VM", func(r *list.Record) *list.Record { r.Ephemeral = true; return r }, func(s *Seen) { s.State = StateSeen{} }, adopt, CreateAnew, ""},
+		{"a transient VM's, edited", func(r *list.Record) *list.Record { r.Ephemeral = true; return r }, func(s *Seen) { s.State.Digest, s.State.Auth = newer, Forged }, adopt, Refuse, reason.VTPMChanged},
 		{"another VM's", same, func(s *Seen) { s.State.Digest, s.State.OtherVM = newer, "b" }, adopt, Refuse, reason.VTPMChanged},
 		{"replaced by a plain one", same, func(s *Seen) { s.State.Digest, s.State.Kind = newer, statefile.Plain }, adopt, Refuse, reason.VTPMChanged},
 		{"older copy", same, func(s *Seen) { s.State.Digest = older }, adopt, Refuse, reason.VTPMRolledBack},

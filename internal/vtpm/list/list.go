@@ -110,6 +110,9 @@ type Record struct {
 	LastVerdict string `cbor:"19,keyasint,omitempty"`
 	LastReason  string `cbor:"20,keyasint,omitempty"`
 	LastWhat    string `cbor:"21,keyasint,omitempty"`
+
+	// Ephemeral: the VM is transient, and libvirt removes its vTPM when it stops.
+	Ephemeral bool `cbor:"22,keyasint,omitempty"`
 }
 
 // Clone copies the record deeply.
