@@ -144,7 +144,7 @@ func (g *Guard) Adopt(ctx context.Context, d libvirt.Domain, f *domain.Facts, fr
 		return "", err
 	}
 	st := &start{f: f, store: store, r: store.Get(f.UUID)}
-	if st.dir, st.seen, err = g.see(f, st.r, store); err != nil {
+	if st.dir, st.seen, err = g.see(ctx, f, st.r, store); err != nil {
 		return "", err
 	}
 	released := st.r != nil && st.r.State == list.Released
@@ -275,7 +275,7 @@ func (g *Guard) relabel(store *liststore.Store, r *list.Record, keys *secret.Buf
 	if err := store.Commit(liststore.Change{Put: r}); err != nil {
 		return err
 	}
-	n, why, err := g.writePending(r, r.LabelPath)
+	n, why, err := g.writePending(ctx, r, r.LabelPath)
 	if err != nil {
 		return err
 	}
@@ -479,7 +479,7 @@ func (g *Guard) Repair(ctx context.Context, d libvirt.Domain, f *domain.Facts) (
 	if st.r == nil || st.r.State == list.Released {
 		return "", reason.Refuse(reason.VTPMUnknown, "'virt-trust adopt' takes it in", "the vTPM list does not know this VM")
 	}
-	if st.dir, st.seen, err = g.see(f, st.r, store); err != nil {
+	if st.dir, st.seen, err = g.see(ctx, f, st.r, store); err != nil {
 		return "", err
 	}
 	if filepath.Clean(st.r.Instance) != filepath.Clean(st.seen.Instance) {
@@ -584,7 +584,7 @@ func (g *Guard) Accept(ctx context.Context, d libvirt.Domain, f *domain.Facts) (
 	if r == nil || r.State == list.Released {
 		return "", reason.Refuse(reason.VTPMUnknown, "'virt-trust adopt' takes it in", "the vTPM list does not know this VM")
 	}
-	dir, s, err := g.see(f, r, store)
+	dir, s, err := g.see(ctx, f, r, store)
 	if err != nil {
 		return "", err
 	}

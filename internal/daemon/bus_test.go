@@ -601,8 +601,8 @@ func TestWatchdog(t *testing.T) {
 	}
 }
 
-// BenchmarkHook is a hook call's own time with 1,000 records: without the TPM,
-// for which the fake one's decryption stands in, and reported apart.
+// BenchmarkHook is a hook call with 1,000 records. own-ms/op is its time
+// without the decryption, for which the fake TPM stands in.
 func BenchmarkHook(b *testing.B) {
 	h := newHouse(b)
 	f := h.vm(uuidA, true)
@@ -643,5 +643,6 @@ func BenchmarkHook(b *testing.B) {
 		h.stop(f)
 		b.StartTimer()
 	}
-	b.ReportMetric(float64(tpm.Microseconds())/float64(b.N)*2/1000, "ms-of-it-TPM/op")
+	// The TPM was asked twice: once to know how long it takes.
+	b.ReportMetric((b.Elapsed()-2*tpm).Seconds()*1000/float64(b.N), "own-ms/op")
 }

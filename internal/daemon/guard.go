@@ -183,6 +183,7 @@ func pcrs(p []uint) string {
 // List opens the vTPM list, or gives the one that is open after seeing to it
 // that the file is still what was written last.
 func (g *Guard) List(ctx context.Context) (*liststore.Store, error) {
+	defer step(ctx, tookList)()
 	g.openList.Lock()
 	defer g.openList.Unlock()
 	g.mu.Lock()
@@ -257,7 +258,9 @@ func transferKey(keys *secret.Buffer) []byte { return keys.Bytes()[secret.KeySiz
 
 // unwrap asks the TPM for a VM's keys.
 func (g *Guard) unwrap(ctx context.Context, wrapped []byte) (*secret.Buffer, error) {
+	unwrapped := step(ctx, tookTPM)
 	b, err := g.tpm.UnwrapKeys(ctx, wrapped)
+	unwrapped()
 	if err != nil {
 		return nil, g.tpmRefusal(err)
 	}
@@ -281,7 +284,7 @@ func imagePath(f *domain.Facts) (string, error) {
 }
 
 // see looks at all that a decision about this VM rests on.
-func (g *Guard) see(f *domain.Facts, r *list.Record, store *liststore.Store) (*statedir.Seen, lifecycle.Seen, error) {
+func (g *Guard) see(ctx context.Context, f *domain.Facts, r *list.Record, store *liststore.Store) (*statedir.Seen, lifecycle.Seen, error) {
 	s := lifecycle.Seen{UUID: f.UUID, Name: f.Name, Instance: f.StateDir(g.cfg.Swtpm.StateRoot), KeyOwner: list.Ours}
 	if f.TPM.SecretUUID != "" {
 		s.KeyOwner = list.Libvirts
@@ -289,7 +292,9 @@ func (g *Guard) see(f *domain.Facts, r *list.Record, store *liststore.Store) (*s
 	if f.TPM.StateIsFile {
 		return nil, s, reason.Refuse(reason.PolicyForbids, "use a state directory: <source type='dir'>", "a vTPM whose state is a single file is not guarded")
 	}
+	looked := step(ctx, tookState)
 	dir, err := statedir.Look(s.Instance)
+	looked()
 	if err != nil {
 		return nil, s, fmt.Errorf("looking at the vTPM state: %w", err)
 	}
@@ -310,7 +315,10 @@ func (g *Guard) see(f *domain.Facts, r *list.Record, store *liststore.Store) (*s
 	if s.State.Exists && s.KeyOwner == list.Libvirts {
 		s.State.Auth = lifecycle.NoKey
 	}
-	if s.Label, err = g.seeLabel(f); err != nil {
+	read := step(ctx, tookLabel)
+	s.Label, err = g.seeLabel(f)
+	read()
+	if err != nil {
 		return nil, s, err
 	}
 	if r != nil {
@@ -388,10 +396,11 @@ func (g *Guard) sealLabel(r *list.Record, keys *secret.Buffer) ([]byte, error) {
 // writePending writes a record's waiting label to its image. It gives the
 // record as it is then, which the caller commits, and what kept the label from
 // being written, if anything did.
-func (g *Guard) writePending(r *list.Record, path string) (*list.Record, string, error) {
+func (g *Guard) writePending(ctx context.Context, r *list.Record, path string) (*list.Record, string, error) {
 	if len(r.PendingLabel) == 0 || path == "" {
 		return r, "", nil
 	}
+	defer step(ctx, tookLabel)()
 	n := r.Clone()
 	err := imagefile.WriteLabel(path, r.PendingLabel)
 	var unsupported *imagefile.UnsupportedError

@@ -96,7 +96,7 @@ func (g *Guard) note(s *session, r *list.Record, d list.Digest) error {
 		rand.Read(nonce)
 		return list.SealEntry(key, nonce, r.UUID, r.Generation, uint64(seq), p)
 	}
-	if len(s.noted) >= maxJournal || len(s.noted) == 0 {
+	rewrite := func() error {
 		keep := s.noted
 		if len(keep) > list.MaxHistory {
 			keep = keep[len(keep)-list.MaxHistory:]
@@ -116,11 +116,17 @@ func (g *Guard) note(s *session, r *list.Record, d list.Digest) error {
 		s.noted = noted
 		return nil
 	}
+	if len(s.noted) >= maxJournal || len(s.noted) == 0 {
+		return rewrite()
+	}
 	e, err := seal(len(s.noted), p)
 	if err != nil {
 		return err
 	}
 	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if errors.Is(err, fs.ErrNotExist) { // someone removed it
+		return rewrite()
+	}
 	if err != nil {
 		return err
 	}

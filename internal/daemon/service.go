@@ -361,6 +361,8 @@ func (s *Service) checkLabel(payload []byte) dict {
 
 // hook handles a libvirt hook event. Only what may refuse gives an error.
 func (s *Service) hook(ctx context.Context, c *caller, op domain.Operation, doc, path string) error {
+	ctx, took := timed(ctx)
+	all := step(ctx, tookAll)
 	f, err := domain.Parse([]byte(doc))
 	if err != nil {
 		return err
@@ -396,18 +398,19 @@ func (s *Service) hook(ctx context.Context, c *caller, op domain.Operation, doc,
 	case domain.OpMigrate:
 		err = reason.Refuse(reason.VMElsewhere, "move it while it is off, or run it on its host", "the VM's vTPM lives on the host that it comes from, and cannot be handed over yet")
 	}
+	all()
 	if op == domain.OpPrepare || op == domain.OpMigrate || (op == domain.OpStart && err != nil) {
-		s.verdict(f, op, err)
+		s.verdict(f, op, err, took)
 	}
 	return err
 }
 
 // verdict makes a decision known.
-func (s *Service) verdict(f *domain.Facts, op domain.Operation, err error) {
+func (s *Service) verdict(f *domain.Facts, op domain.Operation, err error, took took) {
 	r := reason.As(err)
 	switch {
 	case err == nil:
-		s.g.report(f.UUID, f.Name, string(op), allow, "", "", journal.KeysGranted)
+		s.g.report(f.UUID, f.Name, string(op), allow, "", "", journal.KeysGranted, took.fields())
 		return
 	case r == nil:
 		s.g.report(f.UUID, f.Name, string(op), refused, "", err.Error(), journal.Refused)
@@ -462,10 +465,13 @@ func managedSaveExists(name string) bool {
 }
 
 // report puts a decision into the log and the journal. event may be empty.
-func (g *Guard) report(uuid, name, op, verdict string, code reason.Code, what string, event journal.Event) {
+func (g *Guard) report(uuid, name, op, verdict string, code reason.Code, what string, event journal.Event, more ...logrus.Fields) {
 	what = reason.OneLine(what)
 	g.journal.add(Decision{UUID: uuid, Name: name, Operation: op, Verdict: verdict, Reason: code, What: what})
 	e := g.log.WithFields(logrus.Fields{journal.VM: uuid, journal.VMName: name, journal.Operation: op, "verdict": verdict})
+	for _, f := range more {
+		e = e.WithFields(f)
+	}
 	if code != "" {
 		e = e.WithField(journal.Reason, string(code))
 	}

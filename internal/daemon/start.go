@@ -68,7 +68,7 @@ func (g *Guard) decide(ctx context.Context, f *domain.Facts, p lifecycle.Policy,
 	st := &start{f: f, store: store, r: store.Get(f.UUID)}
 	auth, restored := lifecycle.NotAsked, false
 	for range 4 {
-		if st.dir, st.seen, err = g.see(f, st.r, store); err != nil {
+		if st.dir, st.seen, err = g.see(ctx, f, st.r, store); err != nil {
 			break
 		}
 		if auth != lifecycle.NotAsked {
@@ -161,7 +161,10 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 		r.SetBaseline(st.seen.State.Digest, g.unix())
 	}
 	r.AdoptFrom, r.Ephemeral = list.Digest{}, g.ephemeral(f)
-	if err = st.store.Commit(liststore.Change{Put: r}); err != nil {
+	committed := step(ctx, tookList)
+	err = st.store.Commit(liststore.Change{Put: r})
+	committed()
+	if err != nil {
 		return err
 	}
 	// The journal of another opening is none of this one: it can go, and a
@@ -281,7 +284,7 @@ func (g *Guard) carryOut(ctx context.Context, st *start) (again bool, err error)
 				return false, err
 			}
 		}
-		n, why, err := g.writePending(r, st.seen.Label.Path)
+		n, why, err := g.writePending(ctx, r, st.seen.Label.Path)
 		if err != nil {
 			return false, err
 		}
@@ -356,13 +359,14 @@ func (g *Guard) create(ctx context.Context, st *start, plain []byte) error {
 	} else if err := st.store.Commit(liststore.Change{Put: r}); err != nil {
 		return err
 	}
-	n, why, err := g.writePending(r, st.seen.Label.Path)
+	n, why, err := g.writePending(ctx, r, st.seen.Label.Path)
 	if err != nil {
 		return err
 	}
 	if why != "" {
 		st.notes = append(st.notes, note{text: why})
 	}
+	n = n.Clone()
 	n.AdoptFrom = list.Digest{}
 	if err := st.store.Commit(liststore.Change{Put: n}); err != nil {
 		return err
@@ -686,7 +690,7 @@ func (g *Guard) rest(ctx context.Context, store *liststore.Store, r *list.Record
 	}
 	// Now that QEMU is gone, a label that waited can be written.
 	if len(n.PendingLabel) > 0 && n.LabelPath != "" {
-		m, why, err := g.writePending(n, n.LabelPath)
+		m, why, err := g.writePending(ctx, n, n.LabelPath)
 		if err != nil || why != "" {
 			g.log.WithField(journal.VM, r.UUID).WithError(err).Warn("the label still waits: " + why)
 		}

@@ -158,7 +158,14 @@ func (r *Record) Past(d Digest) (Past, bool) {
 // List is the vTPM list in memory.
 type List struct {
 	Generation uint64
-	Records    map[string]*Record // by UUID
+	Records    map[string]*Record // by UUID; a record that has been encoded is not to be changed
+
+	encoded map[*Record]cbor.RawMessage // what Encode made last
+}
+
+// Next gives the list of the next generation, with the same records.
+func (l *List) Next() *List {
+	return &List{Generation: l.Generation + 1, Records: maps.Clone(l.Records), encoded: l.encoded}
 }
 
 // New makes an empty list.
@@ -252,10 +259,21 @@ func (l *List) Encode(listKey, nonce []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	records := make([]*Record, 0, len(l.Records))
+	// Of a thousand records one is new: what has been encoded stays.
+	records := make([]cbor.RawMessage, 0, len(l.Records))
+	encoded := make(map[*Record]cbor.RawMessage, len(l.Records))
 	for _, id := range slices.Sorted(maps.Keys(l.Records)) {
-		records = append(records, l.Records[id])
+		r := l.Records[id]
+		b, ok := l.encoded[r]
+		if !ok {
+			if b, err = encMode.Marshal(r); err != nil {
+				return nil, err
+			}
+		}
+		encoded[r] = b
+		records = append(records, b)
 	}
+	l.encoded = encoded
 	body, err := encMode.Marshal(records)
 	if err != nil {
 		return nil, err

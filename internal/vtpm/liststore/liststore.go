@@ -231,11 +231,10 @@ func (s *Store) Commit(changes ...Change) error {
 }
 
 func (s *Store) commit(changes []Change) error {
-	old := s.list()
-	l := &list.List{Generation: old.Generation + 1, Records: maps.Clone(old.Records)}
+	l := s.list().Next()
 	for _, c := range changes {
 		if c.Put != nil {
-			l.Records[c.Put.UUID] = c.Put
+			l.Records[c.Put.UUID] = c.Put.Clone() // the caller may change its own
 		} else {
 			delete(l.Records, c.Delete)
 		}

@@ -43,6 +43,23 @@ func TestCommit(t *testing.T) {
 	}
 }
 
+// A record that was committed is the store's own.
+func TestCommitKeepsNoCallersRecord(t *testing.T) {
+	s, dir, run := newStore(t)
+	c := put("a")
+	if err := s.Commit(c); err != nil {
+		t.Fatal(err)
+	}
+	c.Put.Name = "changed"
+	if err := s.Commit(put("b")); err != nil {
+		t.Fatal(err)
+	}
+	onDisk, err := Open(dir, run, key)
+	if err != nil || s.Get("a").Name != "vm a" || onDisk.Get("a").Name != "vm a" {
+		t.Fatal(s.Get("a").Name, err)
+	}
+}
+
 func TestManyCommitsAtOnce(t *testing.T) {
 	s, dir, run := newStore(t)
 	var wg sync.WaitGroup
