@@ -203,7 +203,7 @@ func (g *Guard) recoverRecord(ctx context.Context, st *start) (string, error) {
 			continue
 		}
 		defer keys.Wipe()
-		return "the record of the encrypted vTPM state was made again from its label", g.relabel(st.store, r, keys, st.seen.Label)
+		return "the record of the encrypted vTPM state was made again from its label", g.relabel(ctx, st.store, r, keys, st.seen.Label)
 	}
 	return "", reason.Refuse(reason.KeyNotReleased, "adopt it on the host that it comes from, or move the state away",
 		"the encrypted state in %s cannot be taken in: %s", st.seen.Instance, why)
@@ -255,7 +255,7 @@ func (g *Guard) recordFrom(ctx context.Context, payload []byte, uuid, name, inst
 }
 
 // relabel gives a record a new label, in the image if that can carry one.
-func (g *Guard) relabel(store *liststore.Store, r *list.Record, keys *secret.Buffer, l lifecycle.LabelSeen) error {
+func (g *Guard) relabel(ctx context.Context, store *liststore.Store, r *list.Record, keys *secret.Buffer, l lifecycle.LabelSeen) error {
 	r = r.Clone()
 	payload, err := g.sealLabel(r, keys)
 	if err != nil {
@@ -329,7 +329,7 @@ func (g *Guard) adoptKnown(ctx context.Context, st *start, fresh bool) (string, 
 			return "", d.Refusal
 		}
 	}
-	if err := g.relabel(st.store, r, keys, s.Label); err != nil {
+	if err := g.relabel(ctx, st.store, r, keys, s.Label); err != nil {
 		return "", err
 	}
 	return "the VM's image has a new label", g.dropJournal(r.UUID)
@@ -507,7 +507,7 @@ func (g *Guard) Repair(ctx context.Context, d libvirt.Domain, f *domain.Facts) (
 	}
 	if relabel {
 		l.Present = false // what is there now is nobody's predecessor
-		if err := g.relabel(store, st.r, keys, l); err != nil {
+		if err := g.relabel(ctx, store, st.r, keys, l); err != nil {
 			return "", err
 		}
 		done = append(done, "the label was written again")

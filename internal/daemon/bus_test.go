@@ -262,10 +262,11 @@ func TestContract(t *testing.T) {
 			t.Errorf("%s: %q\nwant %q", path, got, want)
 		}
 		var have []string
-		var all dict
-		if err := o.call(path, "org.freedesktop.DBus.Properties.GetAll", iface).Store(&all); err != nil {
-			t.Fatal(path, err)
+		reply := o.call(path, "org.freedesktop.DBus.Properties.GetAll", iface)
+		if reply.Err != nil {
+			t.Fatal(path, reply.Err)
 		}
+		all := reply.Body[0].(map[string]dbus.Variant) // Store would make other signatures
 		for k, v := range all {
 			have = append(have, fmt.Sprintf("property %s %s read", k, v.Signature()))
 			var one dbus.Variant
@@ -476,7 +477,7 @@ func TestSignals(t *testing.T) {
 	}
 	o.stop(f)
 	o.put(uuidA, []byte("garbage"))
-	o.s.verdict(f, domain.OpPrepare, o.prepare(f))
+	o.s.verdict(f, domain.OpPrepare, o.prepare(f), nil)
 	if s := await(bus.ManagerInterface+".Refused", bus.Path, "sssss"); s.Body[0] != uuidA || s.Body[3] != string(reason.VTPMChanged) {
 		t.Error(s.Body)
 	}

@@ -183,7 +183,7 @@ func pcrs(p []uint) string {
 // List opens the vTPM list, or gives the one that is open after seeing to it
 // that the file is still what was written last.
 func (g *Guard) List(ctx context.Context) (*liststore.Store, error) {
-	defer step(ctx, tookList)()
+	defer lap(ctx, tookList)()
 	g.openList.Lock()
 	defer g.openList.Unlock()
 	g.mu.Lock()
@@ -258,7 +258,7 @@ func transferKey(keys *secret.Buffer) []byte { return keys.Bytes()[secret.KeySiz
 
 // unwrap asks the TPM for a VM's keys.
 func (g *Guard) unwrap(ctx context.Context, wrapped []byte) (*secret.Buffer, error) {
-	unwrapped := step(ctx, tookTPM)
+	unwrapped := lap(ctx, tookTPM)
 	b, err := g.tpm.UnwrapKeys(ctx, wrapped)
 	unwrapped()
 	if err != nil {
@@ -292,7 +292,7 @@ func (g *Guard) see(ctx context.Context, f *domain.Facts, r *list.Record, store 
 	if f.TPM.StateIsFile {
 		return nil, s, reason.Refuse(reason.PolicyForbids, "use a state directory: <source type='dir'>", "a vTPM whose state is a single file is not guarded")
 	}
-	looked := step(ctx, tookState)
+	looked := lap(ctx, tookState)
 	dir, err := statedir.Look(s.Instance)
 	looked()
 	if err != nil {
@@ -315,7 +315,7 @@ func (g *Guard) see(ctx context.Context, f *domain.Facts, r *list.Record, store 
 	if s.State.Exists && s.KeyOwner == list.Libvirts {
 		s.State.Auth = lifecycle.NoKey
 	}
-	read := step(ctx, tookLabel)
+	read := lap(ctx, tookLabel)
 	s.Label, err = g.seeLabel(f)
 	read()
 	if err != nil {
@@ -400,7 +400,7 @@ func (g *Guard) writePending(ctx context.Context, r *list.Record, path string) (
 	if len(r.PendingLabel) == 0 || path == "" {
 		return r, "", nil
 	}
-	defer step(ctx, tookLabel)()
+	defer lap(ctx, tookLabel)()
 	n := r.Clone()
 	err := imagefile.WriteLabel(path, r.PendingLabel)
 	var unsupported *imagefile.UnsupportedError

@@ -537,6 +537,11 @@ func (s *Service) hostProperties() dict {
 	if k := s.host.AKPublic(); k != nil {
 		d["AKPublic"] = dbus.MakeVariant(publicPEM(k))
 	}
+	counts, times := map[string]uint64{}, map[string]uint64{}
+	for name, t := range s.host.Timings() {
+		counts[name], times[name] = uint64(t.Count), uint64(t.Total.Microseconds())
+	}
+	d["CommandCounts"], d["CommandTimes"] = dbus.MakeVariant(counts), dbus.MakeVariant(times)
 	d["PCRSelection"], d["DifferingPCRs"] = dbus.MakeVariant(selection), dbus.MakeVariant(differing)
 	s.status = hostStatus{time.Now(), d}
 	return d

@@ -362,7 +362,7 @@ func (s *Service) checkLabel(payload []byte) dict {
 // hook handles a libvirt hook event. Only what may refuse gives an error.
 func (s *Service) hook(ctx context.Context, c *caller, op domain.Operation, doc, path string) error {
 	ctx, took := timed(ctx)
-	all := step(ctx, tookAll)
+	all := lap(ctx, tookAll)
 	f, err := domain.Parse([]byte(doc))
 	if err != nil {
 		return err

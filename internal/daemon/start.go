@@ -161,7 +161,7 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 		r.SetBaseline(st.seen.State.Digest, g.unix())
 	}
 	r.AdoptFrom, r.Ephemeral = list.Digest{}, g.ephemeral(f)
-	committed := step(ctx, tookList)
+	committed := lap(ctx, tookList)
 	err = st.store.Commit(liststore.Change{Put: r})
 	committed()
 	if err != nil {
