@@ -75,8 +75,8 @@ func carryOutInChild(op, root string) int {
 // lost when power fails, too, is package liststore's and imagefile's to test.)
 const changing = "rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,pwrite64,ftruncate"
 
-// step is one such call: the n-th of its name.
-type step struct {
+// cutAt is one such call: the n-th of its name.
+type cutAt struct {
 	call string
 	n    int
 }
@@ -94,7 +94,7 @@ func (h *house) inChild(op string, options ...string) (stderr string, err error)
 }
 
 // steps carries an operation out and gives what it did, in order.
-func (h *house) steps(op string) (all []step) {
+func (h *house) steps(op string) (all []cutAt) {
 	h.t.Helper()
 	trace := filepath.Join(h.t.TempDir(), "trace")
 	if words, err := h.inChild(op, "-o", trace, "-e", "trace="+changing); err != nil {
@@ -109,7 +109,7 @@ func (h *house) steps(op string) (all []step) {
 		}
 		if pid == main && ok {
 			count[call]++
-			all = append(all, step{call, count[call]})
+			all = append(all, cutAt{call, count[call]})
 		}
 	}
 	return all
@@ -117,7 +117,7 @@ func (h *house) steps(op string) (all []step) {
 
 // cutShort carries an operation out in a child that is killed at a step,
 // before the step is done.
-func (h *house) cutShort(op string, at step) {
+func (h *house) cutShort(op string, at cutAt) {
 	h.t.Helper()
 	words, err := h.inChild(op, "-o", "/dev/null", "-e", "trace="+at.call, "-e", fmt.Sprintf("inject=%s:signal=SIGKILL:when=%d", at.call, at.n))
 	var exit *exec.ExitError
