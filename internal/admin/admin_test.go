@@ -91,7 +91,7 @@ func TestUnreachable(t *testing.T) {
 func TestUsage(t *testing.T) {
 	for _, args := range [][]string{
 		{}, {"fly"}, {"status", "x"}, {"status", "--fly"}, {"show"}, {"show", "a", "b"}, {"label"}, {"label", "show"}, {"log", "-n", "-1"},
-		{"adopt"}, {"adopt", "web", "--all"}, {"release"}, {"check"}, {"repair"}, {"repair", "web", "--list"}, {"repair", ""},
+		{"adopt"}, {"adopt", "web", "--all"}, {"adopt", "--new", "--all"}, {"release"}, {"check"}, {"repair"}, {"repair", "web", "--list"}, {"repair", ""},
 		{"accept", "web"}, {"accept", "--rolled-back"}, {"reason", "no-such"}, {"version", "x"},
 	} {
 		if stdout, stderr, code := run(t, args...); code != ExitUsage || stdout != "" || !strings.HasPrefix(stderr, "virt-trust: ") {
@@ -211,6 +211,7 @@ func TestChanges(t *testing.T) {
 		calls []string
 	}{
 		{[]string{"adopt", "web"}, ExitDone, []string{"Adopt web"}},
+		{[]string{"adopt", "--new", "web"}, ExitDone, []string{"Adopt web new:true"}},
 		{[]string{"release", web}, ExitDone, []string{"Release " + web}},
 		{[]string{"repair", "web"}, ExitDone, []string{"Repair web"}},
 		{[]string{"repair", "--list"}, ExitDone, []string{"Repair"}},

@@ -82,16 +82,25 @@ func (c *Command) changeCommands() []*cobra.Command {
 
 // changeCommand makes adopt and release, which take a VM or --all.
 func (c *Command) changeCommand(use, method, short, long string) *cobra.Command {
-	var all bool
+	var all, fresh bool
 	cmd := &cobra.Command{
 		Use: use + " VM | --all", Short: short, Long: long,
 		Args: vmOrAll(&all), ValidArgsFunction: completeVMs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if all {
+			switch {
+			case all && fresh:
+				return &exit{ExitUsage, errors.New("--new is for one VM")}
+			case all:
 				return c.every(cmd.Context(), method)
+			case fresh:
+				return c.one(cmd.Context(), method, args[0], map[string]dbus.Variant{"new": dbus.MakeVariant(true)})
 			}
 			return c.one(cmd.Context(), method, args[0], nil)
 		},
+	}
+	if method == "Adopt" {
+		cmd.Use = use + " [--new] VM | --all"
+		cmd.Flags().BoolVar(&fresh, "new", false, "give the VM a new, empty vTPM in place of one that is lost")
 	}
 	which := map[string]string{"Adopt": "all VMs with vTPM state that the list does not know", "Release": "all VMs of the list"}
 	cmd.Flags().BoolVar(&all, "all", false, which[method])

@@ -47,7 +47,7 @@ var advice = map[reason.Code][2]string{
 	},
 	reason.VTPMMissing: {
 		"The list holds a vTPM for this VM, but its folder is empty. swtpm would make a blank one without a word.",
-		"'virt-trust repair VM' puts the kept state back. For a new, empty vTPM: 'virt-trust adopt VM'; what was sealed in the old one is then lost.",
+		"'virt-trust repair VM' puts the kept state back. For a new, empty vTPM: 'virt-trust adopt --new VM'; what was sealed in the old one is then lost.",
 	},
 	reason.LabelMissing: {
 		"The VM's image carries no label any more: it was replaced, converted, or put under an overlay, or its disk was detached.",
@@ -63,11 +63,11 @@ var advice = map[reason.Code][2]string{
 	},
 	reason.LabelOtherHost: {
 		"The image comes from another host, whose TPM alone can unwrap the keys in the label.",
-		"Start the VM on its own host, or release it there before it is moved. 'virt-trust adopt VM' gives it a new vTPM on this host.",
+		"Start the VM on its own host, or release it there before it is moved. 'virt-trust adopt --new VM' gives it a new vTPM on this host.",
 	},
 	reason.KeyNotReleased: {
 		"No vTPM keys are handed out: there is no launch grant (swtpm was started by hand, twice or too late, or libvirt does not use the wrapper or hook yet), or the host's TPM was cleared or replaced, and its keys are gone.",
-		"Start the VM through libvirt. After an installation: 'systemctl restart libvirtd', which running VMs do not notice. After a cleared or replaced TPM nobody can read the list and the vTPMs any more: 'systemctl stop virt-trustd', remove /var/lib/virt-trust, 'systemctl start virt-trustd'; then bring back plain vTPM states from a backup made before adoption, or give the VMs new, empty ones with 'virt-trust adopt VM'.",
+		"Start the VM through libvirt. After an installation: 'systemctl restart libvirtd', which running VMs do not notice. After a cleared or replaced TPM nobody can read the list and the vTPMs any more: 'systemctl stop virt-trustd', remove /var/lib/virt-trust, 'systemctl start virt-trustd'; then bring back plain vTPM states from a backup made before adoption, or give the VMs new, empty ones with 'virt-trust adopt --new VM'.",
 	},
 	reason.LauncherNotApproved: {
 		"QEMU, firmware, swtpm or a library of it is not one of the approved files.",
