@@ -1,8 +1,10 @@
 package main
 
 import (
+	"encoding/json"
 	"flag"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -101,6 +103,8 @@ func hookTime(h *lab.Host) {
 // start and end, between the bus's sight of the call and of its answer.
 func stepTimes(h *lab.Host) {
 	const runs = 10
+	before := tpmCommands(h)
+	since := strings.TrimSpace(h.Shell("date +%s"))
 	h.Shell(fmt.Sprintf(`dbus-monitor --system --profile >/root/bus & bus=$!; sleep 0.3
 		for i in $(seq %d); do virsh -q start --paused tpm; virsh -q destroy tpm; done
 		sleep 0.3; kill $bus`, runs))
@@ -111,7 +115,7 @@ func stepTimes(h *lab.Host) {
 	}
 	calls := map[call]open{}
 	took := map[string][]time.Duration{}
-	hooks := []string{"hook prepare", "hook start", "hook started", "hook stopped", "hook release"}
+	hooks := []string{"hook prepare", "hook start", "hook release"}
 	next := 0
 	for line := range strings.Lines(string(h.ReadFile("/root/bus"))) {
 		// type, time, serial, sender, destination, then path, interface, member of a call or the serial that an answer is to
@@ -141,6 +145,68 @@ func stepTimes(h *lab.Host) {
 			fmt.Printf("  %-16s   not seen\n", step)
 		}
 	}
+	prepareTimes(h, since)
+
+	fmt.Printf("\nTPM commands of a warm start and end (put a real TPM's times in their place):\n")
+	after := tpmCommands(h)
+	for _, name := range slices.Sorted(maps.Keys(after)) {
+		count, total := after[name].count-before[name].count, after[name].total-before[name].total
+		if count > 0 {
+			fmt.Printf("  %-24s %5.1f times %6.2f ms each\n", name, count/runs, total/count/1000)
+		}
+	}
+}
+
+// prepareTimes prints the parts of prepare, as the journal has them.
+func prepareTimes(h *lab.Host, since string) {
+	parts := map[string][]time.Duration{}
+	for line := range strings.Lines(h.Must("journalctl", "-o", "json", "-t", "virt-trustd", "--since", "@"+since, "VIRT_TRUST_OPERATION=prepare")) {
+		var entry map[string]any
+		if json.Unmarshal([]byte(line), &entry) != nil {
+			continue
+		}
+		for field, value := range entry {
+			name, ok := strings.CutPrefix(field, "VIRT_TRUST_TOOK_")
+			text, isText := value.(string)
+			us, err := strconv.Atoi(text)
+			if ok && isText && err == nil {
+				name = strings.ToLower(strings.TrimSuffix(name, "_US"))
+				parts[name] = append(parts[name], time.Duration(us)*time.Microsecond)
+			}
+		}
+	}
+	fmt.Printf("\nthe parts of prepare:\n")
+	for _, p := range []struct{ name, what string }{
+		{"tpm", "TPM: unwrapping the keys"}, {"state", "vTPM state: reading, hashing"}, {"label", "label: reading"},
+		{"list", "vTPM list: check, commit"}, {"all", "all"},
+	} {
+		if d := parts[p.name]; len(d) > 0 {
+			fmt.Printf("  %-28s %6.2f ms\n", p.what, ms(median(d)))
+		} else {
+			fmt.Printf("  %-28s   not seen\n", p.what)
+		}
+	}
+}
+
+type commandTime struct{ count, total float64 } // total in microseconds
+
+// tpmCommands reads virt-trustd's counts of TPM commands.
+func tpmCommands(h *lab.Host) map[string]commandTime {
+	read := func(property string) map[string]float64 {
+		var v struct{ Data map[string]float64 }
+		out := h.Must("busctl", "--json=short", "get-property", "org.virttrust1", "/org/virttrust1/host", "org.virttrust1.Host", property)
+		if err := json.Unmarshal([]byte(out), &v); err != nil {
+			return nil
+		}
+		return v.Data
+	}
+	time.Sleep(3 * time.Second) // the properties of a host are renewed every other second
+	times := read("CommandTimes")
+	all := map[string]commandTime{}
+	for name, count := range read("CommandCounts") {
+		all[name] = commandTime{count, times[name]}
+	}
+	return all
 }
 
 // memory prints what virt-trustd holds with many VMs in its list.
