@@ -273,6 +273,20 @@ func TestLife(t *testing.T) {
 		})
 	}
 
+	t.Run("a TPM 1.2", func(t *testing.T) {
+		g := host.In(t).NewVM(VM{Name: "old", TPM: true, TPMVersion: "1.2", Disk: "qcow2"})
+		for range 2 {
+			if r := g.TryStart(); r.Code != 0 {
+				t.Fatal(r.Stderr)
+			}
+			g.Destroy()
+		}
+		// Bytes 4 and 5 of swtpm's header are flags: encrypted, with 256 bits.
+		if state := g.h.ReadFile("/var/lib/libvirt/swtpm/" + g.UUID + "/tpm1.2/tpm-00.permall"); state[5] != 9 {
+			t.Errorf("flags of the state: %#x", state[5])
+		}
+	})
+
 	t.Run("many at once", func(t *testing.T) {
 		h := host.In(t)
 		const n = 8
