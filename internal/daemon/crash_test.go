@@ -97,7 +97,7 @@ func (h *house) inChild(op string, options ...string) (stderr string, err error)
 func (h *house) steps(op string) (all []cutAt) {
 	h.t.Helper()
 	trace := filepath.Join(h.t.TempDir(), "trace")
-	if words, err := h.inChild(op, "-o", trace, "-e", "trace="+changing); err != nil {
+	if words, err := h.inChild(op, "-o", trace, "-e", "signal=none", "-e", "trace="+changing); err != nil {
 		h.t.Fatalf("%s: %v: %s", op, err, words)
 	}
 	main, count := "", map[string]int{}

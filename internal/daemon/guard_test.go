@@ -91,6 +91,21 @@ func TestAdoption(t *testing.T) {
 	h.belongs(f)
 }
 
+// What plain swtpm left when it was killed goes with the plain state, also when
+// an admin adopts.
+func TestAdoptionDiscards(t *testing.T) {
+	h := newHouse(t)
+	f := h.vm(uuidA, true)
+	torn := filepath.Join(h.dir(uuidA), "TMP2-00.permall")
+	copyFile(t, h.state(uuidA), torn)
+	must[string](t)(h.g.Adopt(background, off(f), f, false))
+	h.noPlain(uuidA)
+	// And what Release left at its last step.
+	copyFile(t, filepath.Join(made.dir, "tpm2", "tpm2-00.permall"), filepath.Join(h.dir(uuidA), ".virt-trust.new"))
+	h.start(f)
+	h.noPlain(uuidA)
+}
+
 // Each way in which a VM, its label and its vTPM can fail to belong together is
 // refused with its code, changes nothing, and has a way back that works.
 func TestRefusals(t *testing.T) {
