@@ -181,9 +181,17 @@ func (g *Guard) adoptUnknown(ctx context.Context, st *start, fresh bool) (string
 	case statefile.Plain:
 		return "the plain vTPM state was encrypted and taken into the list", g.create(ctx, st, st.dir.Data)
 	case statefile.Damaged:
-		return "", reason.Refuse(reason.VTPMUnknown, "bring it back from a backup, or remove the folder", "the state in %s is damaged", st.seen.Instance)
+		if fresh {
+			return g.startOver(ctx, st)
+		}
+		return "", reason.Refuse(reason.VTPMUnknown, "bring it back from a backup, or give the VM a new, empty vTPM with 'virt-trust adopt --new'",
+			"the state in %s is damaged", st.seen.Instance)
 	case statefile.Encrypted:
-		return g.recoverRecord(ctx, st)
+		what, err := g.recoverRecord(ctx, st)
+		if fresh && reason.As(err) != nil {
+			return g.startOver(ctx, st)
+		}
+		return what, err
 	}
 	if l.Present && l.Damaged == "" && l.VM == st.f.UUID && !fresh {
 		return "", reason.Refuse(reason.VTPMMissing, "bring it back from a backup, or give the VM a new, empty vTPM with 'virt-trust adopt --new'",
@@ -205,8 +213,36 @@ func (g *Guard) recoverRecord(ctx context.Context, st *start) (string, error) {
 		defer keys.Wipe()
 		return "the record of the encrypted vTPM state was made again from its label", g.relabel(ctx, st.store, r, keys, st.seen.Label)
 	}
-	return "", reason.Refuse(reason.KeyNotReleased, "adopt it on the host that it comes from, or move the state away",
+	return "", reason.Refuse(reason.KeyNotReleased, "start it on the host that it comes from, or give the VM a new, empty vTPM with 'virt-trust adopt --new'",
 		"the encrypted state in %s cannot be taken in: %s", st.seen.Instance, why)
+}
+
+// startOver gives a VM a new, empty vTPM in place of one that nothing can be
+// done with. What lies there is set aside, not destroyed: its key may come back
+// with another TPM.
+func (g *Guard) startOver(ctx context.Context, st *start) (string, error) {
+	if err := g.approved(ctx); err != nil {
+		return "", err
+	}
+	aside := filepath.Join(g.dirs.State, "set-aside")
+	if err := os.MkdirAll(aside, 0o700); err != nil {
+		return "", err
+	}
+	name := filepath.Join(aside, fmt.Sprintf("%s.%d.%s", st.f.UUID, g.unix(), st.dir.Name))
+	if err := liststore.WriteFile(name, st.dir.Data, 0o600); err != nil {
+		return "", err
+	}
+	if err := statedir.Remove(st.seen.Instance); err != nil {
+		return "", err
+	}
+	if st.r != nil {
+		if err := g.delete(ctx, st.store, st.r, "a new vTPM was asked for"); err != nil {
+			return "", err
+		}
+		st.r = nil
+	}
+	st.dir.Data = nil
+	return "the VM has a new vTPM; the old state was set aside as " + name, g.create(ctx, st, nil)
 }
 
 // labelsFor gives the payloads that may hold a VM's keys.
@@ -326,6 +362,9 @@ func (g *Guard) adoptKnown(ctx context.Context, st *start, fresh bool) (string, 
 		case lifecycle.RestoreKept:
 			return "", reason.Refuse(reason.VTPMChanged, "'virt-trust repair' puts the kept state back", "a crash had left the vTPM state unreadable")
 		default:
+			if fresh && r.KeyOwner == list.Ours {
+				return g.startOver(ctx, st)
+			}
 			return "", d.Refusal
 		}
 	}

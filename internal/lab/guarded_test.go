@@ -606,6 +606,23 @@ func TestHostState(t *testing.T) {
 		host.PowerCut()
 		starts(t, g)
 	})
+	t.Run("an update that changes PCRs", func(t *testing.T) {
+		host := host.In(t)
+		g := g.In(host)
+		host.Must("virt-trust", "release", "--all")
+		host.Shell("systemctl stop virt-trustd && rm -r /var/lib/virt-trust")
+		host.ExtendPCR(4)
+		host.Must("systemctl", "start", "virt-trustd")
+		starts(t, g) // adopted on the way
+		if !known(host, g) {
+			t.Error("not in the new list")
+		}
+		host.Reboot() // back in the first state, which the new keys do not know
+		refused(t, g, reason.HostNotApproved)
+		host.ExtendPCR(4)
+		host.Must("systemctl", "restart", "virt-trustd")
+		starts(t, g)
+	})
 	t.Run("the image on another host", func(t *testing.T) {
 		host := host.In(t)
 		other := guarded(t, HostOptions{Name: "other"})
@@ -632,9 +649,22 @@ func TestHostState(t *testing.T) {
 			t.Errorf("exit %d, %s", r.Code, r.Stderr)
 			g.Destroy()
 		}
-		t.Logf("%s", r.Stderr)
 		if fingerprint(g) != before {
 			t.Errorf("state or image altered")
+		}
+		// The way back: new keys, and what cannot be read any more is set aside.
+		host.Shell("systemctl stop virt-trustd && rm -r /var/lib/virt-trust && systemctl start virt-trustd")
+		refused(t, g, reason.LabelOtherHost)
+		if r := host.Run("virt-trust", "adopt", g.Name); r.Code != 3 {
+			t.Errorf("adoption of what cannot be read: exit %d, %s%s", r.Code, r.Stdout, r.Stderr)
+		}
+		host.Must("virt-trust", "adopt", "--new", g.Name)
+		g.Start()
+		seals(t, g)
+		g.Destroy()
+		starts(t, g)
+		if aside := host.Must("ls", "/var/lib/virt-trust/set-aside"); !strings.Contains(aside, g.UUID) {
+			t.Errorf("set aside: %q", aside)
 		}
 	})
 }
