@@ -129,9 +129,9 @@ func (g *Guard) Check(ctx context.Context, f *domain.Facts) (note string, err er
 	return note, nil
 }
 
-// Adopt takes a VM that is off into the list as it is. fresh gives it a new,
-// empty vTPM where its own is lost.
-func (g *Guard) Adopt(ctx context.Context, d libvirt.Domain, f *domain.Facts, fresh bool) (what string, err error) {
+// atRest looks at a VM, sees to it that it is off, and has something done about
+// it under its lock.
+func (g *Guard) atRest(ctx context.Context, d libvirt.Domain, f *domain.Facts, do func(*start) (string, error)) (string, error) {
 	if f.TPM == nil {
 		return "", errors.New("the VM has no emulated TPM")
 	}
@@ -147,6 +147,24 @@ func (g *Guard) Adopt(ctx context.Context, d libvirt.Domain, f *domain.Facts, fr
 	if st.dir, st.seen, err = g.see(ctx, f, st.r, store); err != nil {
 		return "", err
 	}
+	return do(st)
+}
+
+// known is for what only VMs in the list can have done to them.
+func known(st *start) error {
+	if st.r == nil || st.r.State == list.Released {
+		return reason.Refuse(reason.VTPMUnknown, "'virt-trust adopt' takes it in", "the vTPM list does not know this VM")
+	}
+	return nil
+}
+
+// Adopt takes a VM that is off into the list as it is. fresh gives it a new,
+// empty vTPM where its own is lost.
+func (g *Guard) Adopt(ctx context.Context, d libvirt.Domain, f *domain.Facts, fresh bool) (what string, err error) {
+	return g.atRest(ctx, d, f, func(st *start) (string, error) { return g.adopt(ctx, st, fresh) })
+}
+
+func (g *Guard) adopt(ctx context.Context, st *start, fresh bool) (what string, err error) {
 	released := st.r != nil && st.r.State == list.Released
 	if released {
 		st.r = nil
@@ -155,7 +173,7 @@ func (g *Guard) Adopt(ctx context.Context, d libvirt.Domain, f *domain.Facts, fr
 		return "", lifecycle.Prepare(st.r, st.seen, g.policy()).Refusal
 	}
 	if released {
-		if err := store.Commit(liststore.Change{Delete: f.UUID}); err != nil {
+		if err := st.store.Commit(liststore.Change{Delete: st.f.UUID}); err != nil {
 			return "", err
 		}
 	}
@@ -170,8 +188,8 @@ func (g *Guard) Adopt(ctx context.Context, d libvirt.Domain, f *domain.Facts, fr
 	if err != nil {
 		return "", err
 	}
-	g.report(f.UUID, f.Name, "adopt", allow, "", what, journal.VMAdopted)
-	g.changed(f.UUID)
+	g.report(st.f.UUID, st.f.Name, "adopt", allow, "", what, journal.VMAdopted)
+	g.changed(st.f.UUID)
 	return what, nil
 }
 
@@ -503,24 +521,14 @@ func ownLabel(uuid string) func([]byte) bool {
 
 // Repair puts back what the list expects of a VM that is off.
 func (g *Guard) Repair(ctx context.Context, d libvirt.Domain, f *domain.Facts) (what string, err error) {
-	if f.TPM == nil {
-		return "", errors.New("the VM has no emulated TPM")
-	}
-	defer g.lock(f.UUID)()
-	if err := g.off(ctx, d, f); err != nil {
+	return g.atRest(ctx, d, f, func(st *start) (string, error) { return g.repair(ctx, st) })
+}
+
+func (g *Guard) repair(ctx context.Context, st *start) (what string, err error) {
+	if err := known(st); err != nil {
 		return "", err
 	}
-	store, err := g.List(ctx)
-	if err != nil {
-		return "", err
-	}
-	st := &start{f: f, store: store, r: store.Get(f.UUID)}
-	if st.r == nil || st.r.State == list.Released {
-		return "", reason.Refuse(reason.VTPMUnknown, "'virt-trust adopt' takes it in", "the vTPM list does not know this VM")
-	}
-	if st.dir, st.seen, err = g.see(ctx, f, st.r, store); err != nil {
-		return "", err
-	}
+	f, store := st.f, st.store
 	if filepath.Clean(st.r.Instance) != filepath.Clean(st.seen.Instance) {
 		return "", reason.Refuse(reason.VTPMChanged, "put it back, or run 'virt-trust adopt'", "the VM's state folder was %s and is now %s", st.r.Instance, st.seen.Instance)
 	}
@@ -608,25 +616,14 @@ func (g *Guard) unnoted(st *start, keys *secret.Buffer, kept []byte, digest list
 
 // Accept takes what lies there as right, on the admin's word.
 func (g *Guard) Accept(ctx context.Context, d libvirt.Domain, f *domain.Facts) (what string, err error) {
-	if f.TPM == nil {
-		return "", errors.New("the VM has no emulated TPM")
-	}
-	defer g.lock(f.UUID)()
-	if err := g.off(ctx, d, f); err != nil {
+	return g.atRest(ctx, d, f, func(st *start) (string, error) { return g.accept(ctx, st) })
+}
+
+func (g *Guard) accept(ctx context.Context, st *start) (what string, err error) {
+	if err := known(st); err != nil {
 		return "", err
 	}
-	store, err := g.List(ctx)
-	if err != nil {
-		return "", err
-	}
-	r := store.Get(f.UUID)
-	if r == nil || r.State == list.Released {
-		return "", reason.Refuse(reason.VTPMUnknown, "'virt-trust adopt' takes it in", "the vTPM list does not know this VM")
-	}
-	dir, s, err := g.see(ctx, f, r, store)
-	if err != nil {
-		return "", err
-	}
+	f, r, s := st.f, st.r, st.seen
 	switch {
 	case len(s.State.Strange) > 0:
 		return "", lifecycle.Prepare(r, s, g.policy()).Refusal
@@ -641,15 +638,15 @@ func (g *Guard) Accept(ctx context.Context, d libvirt.Domain, f *domain.Facts) (
 			return "", err
 		}
 		defer keys.Wipe()
-		if authenticate(dir, keys) != lifecycle.Authentic {
+		if authenticate(st.dir, keys) != lifecycle.Authentic {
 			return "", reason.Refuse(reason.VTPMChanged, "'virt-trust repair' puts the kept state back", "the vTPM state was not written under this VM's key: nothing could load it")
 		}
 	}
 	n := lifecycle.Settled(r, s.State.Digest, s.Journal, g.unix())
-	if err := g.keepState(r.UUID, dir); err != nil {
+	if err := g.keepState(r.UUID, st.dir); err != nil {
 		return "", err
 	}
-	if err := store.Commit(liststore.Change{Put: n}); err != nil {
+	if err := st.store.Commit(liststore.Change{Put: n}); err != nil {
 		return "", err
 	}
 	what = "an older vTPM state was accepted on the admin's word"

@@ -687,6 +687,9 @@ func TestAdoption(t *testing.T) {
 	h.Must("virsh", "secret-define", "/root/secret.xml")
 	h.Must("virsh", "secret-set-value", secret, "--base64", "bGlidmlydCdzIG93biBwYXNzcGhyYXNl")
 	own := sealed(t, h, VM{Name: "own", TPM: true, Disk: "qcow2", Secret: secret})
+	saved := sealed(t, h, VM{Name: "saved", TPM: true, Disk: "qcow2"})
+	saved.Start()
+	h.Must("virsh", "managedsave", saved.Name)
 	running := guests[2]
 	running.Start()
 
@@ -712,6 +715,18 @@ func TestAdoption(t *testing.T) {
 			}
 			starts(t, g)
 		}
+	})
+	t.Run("a VM that was saved before goes on", func(t *testing.T) {
+		saved := saved.In(host.In(t))
+		if r := saved.TryStart(); r.Code != 0 {
+			t.Fatal(r.Stderr)
+		}
+		unseals(t, saved)
+		saved.Destroy()
+		if now := saved.h.ReadFile(saved.StateDir() + "/tpm2-00.permall"); bytes.Contains(now, Mask(secretOf(saved))) {
+			t.Errorf("%s still is plain", saved.Name)
+		}
+		starts(t, saved)
 	})
 	t.Run("libvirt's own encryption stays", func(t *testing.T) {
 		own := own.In(host.In(t))
@@ -747,7 +762,7 @@ func TestAdoption(t *testing.T) {
 		h.Must("virt-trust", "release", "--all")
 		h.Must("dpkg", "--purge", "virt-trust")
 		h.Must("systemctl", "restart", "libvirtd")
-		for _, g := range append(guests, own) {
+		for _, g := range append(guests, own, saved) {
 			starts(t, g.In(h))
 		}
 		for _, path := range []string{"/var/lib/virt-trust", "/etc/virt-trust", "/run/virt-trust", "/usr/libexec/virt-trust"} {
