@@ -974,3 +974,56 @@ func TestManyAtOnce(t *testing.T) {
 	go h.g.settled(h.dir(uuidA))
 	h.g.Close()
 }
+
+// A vTPM that nothing can be done with does not lock its VM out for ever: on
+// the admin's word it is set aside, whole, and the VM gets a new one.
+func TestStartOver(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		damage func(h *house, whole []byte) (left []byte)
+		code   reason.Code
+	}{
+		{"forged", func(h *house, whole []byte) []byte {
+			whole[len(whole)/2] ^= 1
+			return whole
+		}, reason.VTPMChanged},
+		{"unknown and encrypted for another host", func(h *house, whole []byte) []byte {
+			f := h.facts(uuidA)
+			if _, err := h.g.Release(background, off(f), f); err != nil {
+				t.Fatal(err)
+			}
+			return whole
+		}, reason.VTPMUnknown},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := newHouse(t)
+			f, _, _ := h.ran(uuidA)
+			left := tt.damage(h, bytes.Clone(h.read(uuidA)))
+			h.put(uuidA, left)
+			if tt.code == reason.VTPMUnknown {
+				if err := h.g.peek().Commit(liststore.Change{Delete: uuidA}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			refuses(t, h.prepare(f), tt.code)
+			h.untouched(func() {
+				if _, err := h.g.Adopt(background, off(f), f, false); reason.As(err) == nil {
+					t.Errorf("adopted: %v", err)
+				}
+			})
+			if _, err := h.g.Adopt(background, off(f), f, true); err != nil {
+				t.Fatal(err)
+			}
+			aside, err := filepath.Glob(filepath.Join(h.g.dirs.State, "set-aside", uuidA+".*"))
+			if err != nil || len(aside) != 1 {
+				t.Fatalf("set aside: %v, %v", aside, err)
+			}
+			if b, err := os.ReadFile(aside[0]); err != nil || !bytes.Equal(b, left) {
+				t.Errorf("what was set aside is not what there was: %v", err)
+			}
+			if err := h.prepare(f); err != nil {
+				t.Errorf("no new start: %v", err)
+			}
+		})
+	}
+}
