@@ -47,7 +47,7 @@ func TestRefusals(t *testing.T) {
 		"[tpm]\npcrs = [10]":                       "changes while the host runs",
 		"[tpm]\npcrs = [15]":                       "changes while the host runs",
 		"[tpm]\npcrs = [16]":                       "reset by anyone",
-		"[tpm]\npcrs = [-1]": "there is no PCR",
+		"[tpm]\npcrs = [-1]":                       "there is no PCR",
 		"[tpm]\nbank = \"sha1\"":                   "sha1",
 		"[tpm]\ndevice = \"tpm0\"":                 "absolute",
 		"[tpm]\ntimeout = \"10ms\"":                "between",
