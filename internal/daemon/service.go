@@ -21,6 +21,7 @@ import (
 	"virt-trust/internal/bus"
 	"virt-trust/internal/domain"
 	"virt-trust/internal/domain/libvirt"
+	"virt-trust/internal/domain/swtpmargs"
 	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/vtpm/label"
@@ -102,7 +103,9 @@ func (s *Service) serve(sender dbus.Sender, method string, who access, limit tim
 	}
 	c, err := identify(ctx, s.conn, string(sender))
 	if err == nil {
-		err = s.admit(ctx, c, method, who)
+		if err = s.admit(ctx, c, method, who); err != nil {
+			s.deny("", c.exe, method, err)
+		}
 	}
 	if err == nil {
 		err = body(ctx, c)
@@ -183,10 +186,8 @@ func (s *Service) manager() map[string]any {
 			derr = s.serve(sender, "RedeemGrant", wrapperOnly, redeemDeadline, func(ctx context.Context, c *caller) error {
 				r, err := s.g.Redeem(program, path, c)
 				if err != nil {
-					if s.denied.over(time.Now()) {
-						return err // whoever asks again and again must not crowd out what is in the log
-					}
-					s.g.report("", path, "redeem", refused, codeOf(err), textOf(err), journal.Refused)
+					uuid, _ := swtpmargs.UUIDFromStatePath(s.g.cfg.Swtpm.StateRoot, path)
+					s.deny(uuid, path, "redeem", err)
 					return err
 				}
 				action = "pass"
@@ -281,6 +282,21 @@ func (r *rate) over(now time.Time) bool {
 	return r.n > 10
 }
 
+// deny makes known that someone was refused something; name is a VM's, or who or
+// what it was about. Whoever asks again and again does not crowd out what else
+// is in the log.
+func (s *Service) deny(uuid, name, operation string, err error) {
+	r := reason.As(err)
+	if errors.Is(err, errDenied) {
+		r = reason.Refuse(reason.PolicyForbids, "", "%s is for others", operation)
+	}
+	if r == nil || s.denied.over(time.Now()) {
+		return
+	}
+	s.g.report(uuid, name, operation, refused, r.Code, r.Text(), journal.Refused)
+	s.emit(bus.Path, bus.ManagerInterface+".Refused", uuid, name, operation, string(r.Code), r.Text())
+}
+
 func codeOf(err error) reason.Code {
 	if r := reason.As(err); r != nil {
 		return r.Code
@@ -312,6 +328,7 @@ func (s *Service) verb(method string, who access, body func(context.Context, lib
 			what, err := body(ctx, d, f, options)
 			result["what"] = dbus.MakeVariant(what)
 			if method != "Check" {
+				s.deny(f.UUID, f.Name, strings.ToLower(method), err)
 				return err
 			}
 			// A dry run's refusal is its answer.
