@@ -116,6 +116,9 @@ func (c *Command) follow(ctx context.Context, limit uint32) error {
 		case <-ctx.Done():
 			return nil
 		case _, open := <-signals:
+			if !open && ctx.Err() != nil {
+				return nil // the end of ctx closes the connection, too
+			}
 			if !open {
 				return bus.Unreachable("the connection was closed")
 			}
