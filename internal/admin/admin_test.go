@@ -222,10 +222,11 @@ func TestChanges(t *testing.T) {
 		{[]string{"adopt", "--all"}, ExitDone, []string{"Adopt " + lone}},
 		{[]string{"release", "--all"}, ExitRefused, []string{"Release " + bad, "Release " + web}},
 	} {
-		f.calls = nil
+		f.called()
 		stdout, stderr, code := run(t, tt.args...)
-		if code != tt.code || !slices.Equal(f.calls, tt.calls) {
-			t.Errorf("%v: exit %d, want %d; called %q; %s%s", tt.args, code, tt.code, f.calls, stdout, stderr)
+		calls := f.called()
+		if code != tt.code || !slices.Equal(calls, tt.calls) {
+			t.Errorf("%v: exit %d, want %d; called %q; %s%s", tt.args, code, tt.code, calls, stdout, stderr)
 		}
 		js, _, code := run(t, append(tt.args, "--json")...)
 		if slices.Contains(tt.args, "--all") {
@@ -250,8 +251,9 @@ func TestReleased(t *testing.T) {
 	f := serve(t, func(f *fake) { f.vms[0]["State"] = "released" })
 	run(t, "release", "--all")
 	run(t, "adopt", "--all")
-	if want := []string{"Release " + bad, "Adopt " + web, "Adopt " + lone}; !slices.Equal(f.calls, want) {
-		t.Errorf("called %q", f.calls)
+	calls := f.called()
+	if want := []string{"Release " + bad, "Adopt " + web, "Adopt " + lone}; !slices.Equal(calls, want) {
+		t.Errorf("called %q", calls)
 	}
 }
 
@@ -335,7 +337,7 @@ func TestLogFollow(t *testing.T) {
 	if l := next(); !strings.Contains(l, "allow") {
 		t.Errorf("%q", l)
 	}
-	f.decisions = append(f.decisions, decision(2, "refuse"))
+	f.decide(decision(2, "refuse"))
 	if err := f.conn.Emit(bus.Path, bus.ManagerInterface+".Refused", web, "web", "prepare", "vtpm-changed", "what"); err != nil {
 		t.Fatal(err)
 	}

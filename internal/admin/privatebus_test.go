@@ -10,6 +10,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -124,9 +125,27 @@ type fake struct {
 	vms           []map[string]any
 	check         map[string]map[string]any // by VM
 	refuse        map[string]*reason.Refusal
-	decisions     []map[string]any
 	label         map[string]any
-	calls         []string // of what changes something: "Method VM option"
+
+	mu        sync.Mutex // of what follows: each call has its goroutine
+	decisions []map[string]any
+	calls     []string // of what changes something: "Method VM option"
+}
+
+// called gives the calls since it was asked last.
+func (f *fake) called() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	c := f.calls
+	f.calls = nil
+	return c
+}
+
+// decide adds a decision.
+func (f *fake) decide(d map[string]any) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.decisions = append(f.decisions, d)
 }
 
 func newFake() *fake {
@@ -187,7 +206,9 @@ func (f *fake) serve(t *testing.T, address string) {
 	fail := func(name, text string) *dbus.Error { return dbus.NewError(name, []any{text}) }
 	change := func(method string) any {
 		return func(vm string, options map[string]dbus.Variant) (map[string]dbus.Variant, *dbus.Error) {
+			f.mu.Lock()
 			f.calls = append(f.calls, strings.TrimSpace(fmt.Sprint(method, " ", vm, " ", strings.Trim(fmt.Sprint(options), "map[]"))))
+			f.mu.Unlock()
 			if r := f.refuse[vm]; r != nil {
 				return nil, fail(bus.ErrorRefused, r.Error())
 			}
@@ -226,6 +247,8 @@ func (f *fake) serve(t *testing.T, address string) {
 		},
 		"Log": func(limit uint32, _ map[string]dbus.Variant) ([]map[string]dbus.Variant, *dbus.Error) {
 			out := []map[string]dbus.Variant{}
+			f.mu.Lock()
+			defer f.mu.Unlock()
 			for _, d := range f.decisions[max(0, len(f.decisions)-int(limit)):] {
 				out = append(out, variants(d))
 			}
