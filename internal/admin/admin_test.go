@@ -280,7 +280,9 @@ func TestLabel(t *testing.T) {
 		t.Fatal(err)
 	}
 	for verdict, want := range map[string]int{"right": ExitDone, "other": ExitRefused, "unknown": ExitNotAppraised} {
+		f.mu.Lock()
 		f.label["verdict"] = verdict
+		f.mu.Unlock()
 		js, _, code := run(t, "label", "show", image, "--json")
 		if l := decode[Label](t, js); code != want || l.VM != web || l.Generation != 7 || l.Verdict != verdict || l.ThisHost == nil || !*l.ThisHost {
 			t.Errorf("%s: exit %d, %+v", verdict, code, l)

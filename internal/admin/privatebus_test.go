@@ -125,9 +125,9 @@ type fake struct {
 	vms           []map[string]any
 	check         map[string]map[string]any // by VM
 	refuse        map[string]*reason.Refusal
-	label         map[string]any
 
 	mu        sync.Mutex // of what follows: each call has its goroutine
+	label     map[string]any
 	decisions []map[string]any
 	calls     []string // of what changes something: "Method VM option"
 }
@@ -255,6 +255,8 @@ func (f *fake) serve(t *testing.T, address string) {
 			return out, nil
 		},
 		"CheckLabel": func([]byte, map[string]dbus.Variant) (map[string]dbus.Variant, *dbus.Error) {
+			f.mu.Lock()
+			defer f.mu.Unlock()
 			return variants(f.label), nil
 		},
 	}
