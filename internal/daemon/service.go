@@ -297,20 +297,6 @@ func (s *Service) deny(uuid, name, operation string, err error) {
 	s.emit(bus.Path, bus.ManagerInterface+".Refused", uuid, name, operation, string(r.Code), r.Text())
 }
 
-func codeOf(err error) reason.Code {
-	if r := reason.As(err); r != nil {
-		return r.Code
-	}
-	return ""
-}
-
-func textOf(err error) string {
-	if r := reason.As(err); r != nil {
-		return r.Text()
-	}
-	return err.Error()
-}
-
 // verb makes a method that is about one VM, which libvirt knows.
 func (s *Service) verb(method string, who access, body func(context.Context, libvirt.Domain, *domain.Facts, dict) (string, error)) func(string, dict, dbus.Sender) (dict, *dbus.Error) {
 	return func(vm string, options dict, sender dbus.Sender) (dict, *dbus.Error) {
