@@ -480,14 +480,19 @@ func (g *Guard) settle(s *session) (sound bool, err error) {
 	if r == nil || !r.Open {
 		return true, nil
 	}
+	newest := lifecycle.Newest(r, s.noted)
+	// What has been noted was made durable before that: no start waits for it.
+	if seen, err := statedir.Look(s.dir); err == nil && seen.Exists() && seen.Digest == newest {
+		return true, nil
+	}
 	seen, err := statedir.Settle(s.dir)
-	if errors.Is(err, fs.ErrNotExist) && lifecycle.Newest(r, s.noted).IsZero() {
+	if errors.Is(err, fs.ErrNotExist) && newest.IsZero() {
 		return true, nil // libvirt makes it later
 	}
 	if err != nil {
 		return !errors.Is(err, fs.ErrNotExist), err
 	}
-	if seen.Digest == lifecycle.Newest(r, s.noted) {
+	if seen.Digest == newest {
 		return true, nil
 	}
 	if !g.plausible(s, r, seen) {
