@@ -200,13 +200,18 @@ func (c *client) with(k *keySet, o *object, use func(tpm2.TPMHandle) error) erro
 
 // unseal gives the data that o seals under the host's policy.
 func (c *client) unseal(k *keySet, o *object) ([]byte, error) {
+	return c.unsealBy(k, o, c.underPolicy)
+}
+
+// unsealBy is unseal with a session that satisfies the policy in under's way.
+func (c *client) unsealBy(k *keySet, o *object, under func(*keySet, func(tpm2.Session) error) error) ([]byte, error) {
 	session, err := c.secretly(k)
 	if err != nil {
 		return nil, err
 	}
 	var out []byte
 	err = c.with(k, o, func(h tpm2.TPMHandle) error {
-		return c.underPolicy(k, func(auth tpm2.Session) error {
+		return under(k, func(auth tpm2.Session) error {
 			r, err := tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: h, Name: tpm2.TPM2BName{Buffer: o.name}, Auth: auth}}.Execute(c, session)
 			if err != nil {
 				return fmt.Errorf("unsealing: %w", err)
@@ -309,21 +314,46 @@ func isPolicyStep(err error) bool {
 // satisfy gives the commands that bring a policy session to the host's policy
 // by way of a.
 func (c *client) satisfy(k *keySet, a *policy.Approved) tpm2.PolicyCallback {
-	return func(_ transport.TPM, session tpm2.TPMISHPolicy, _ tpm2.TPM2BNonce) error {
-		ticket, err := c.ticket(k, a)
+	return c.authorized(k, a.Policy, a.Signature, func(session tpm2.TPMISHPolicy) error {
+		_, err := tpm2.PolicyPCR{PolicySession: session, Pcrs: selection(a.Bank, a.Indexes())}.Execute(c)
 		if err == nil {
-			_, err = tpm2.PolicyPCR{PolicySession: session, Pcrs: selection(a.Bank, a.Indexes())}.Execute(c)
+			err = c.policyCounter(session, counter{k.epochIndex, k.epochName}, a.Epoch)
 		}
+		return err
+	})
+}
+
+// counter is an NV index that counts.
+type counter struct {
+	index tpm2.TPMHandle
+	name  []byte
+}
+
+func (n counter) handle() tpm2.NamedHandle {
+	return tpm2.NamedHandle{Handle: n.index, Name: tpm2.TPM2BName{Buffer: n.name}}
+}
+
+// policyCounter is PolicyNV: n has value.
+func (c *client) policyCounter(session tpm2.TPMISHPolicy, n counter, value uint64) error {
+	_, err := tpm2.PolicyNV{
+		AuthHandle: tpm2.AuthHandle{Handle: n.index, Name: tpm2.TPM2BName{Buffer: n.name}, Auth: tpm2.PasswordAuth(nil)},
+		NVIndex:    n.handle(), PolicySession: session,
+		OperandB: tpm2.TPM2BOperand{Buffer: binary.BigEndian.AppendUint64(nil, value)}, Operation: tpm2.TPMEOEq,
+	}.Execute(c)
+	return err
+}
+
+// authorized gives the commands that bring a policy session to the host's
+// policy by way of a signed one, which steps satisfies.
+func (c *client) authorized(k *keySet, digest, signature []byte, steps func(tpm2.TPMISHPolicy) error) tpm2.PolicyCallback {
+	return func(_ transport.TPM, session tpm2.TPMISHPolicy, _ tpm2.TPM2BNonce) error {
+		ticket, err := c.ticket(k, digest, signature)
 		if err == nil {
-			_, err = tpm2.PolicyNV{
-				AuthHandle:    k.epochAuth(),
-				NVIndex:       tpm2.NamedHandle{Handle: k.epochIndex, Name: tpm2.TPM2BName{Buffer: k.epochName}},
-				PolicySession: session, OperandB: tpm2.TPM2BOperand{Buffer: binary.BigEndian.AppendUint64(nil, a.Epoch)}, Operation: tpm2.TPMEOEq,
-			}.Execute(c)
+			err = steps(session)
 		}
 		if err == nil {
 			_, err = tpm2.PolicyAuthorize{
-				PolicySession: session, ApprovedPolicy: tpm2.TPM2BDigest{Buffer: a.Policy}, PolicyRef: tpm2.TPM2BDigest{Buffer: []byte(policy.Ref)},
+				PolicySession: session, ApprovedPolicy: tpm2.TPM2BDigest{Buffer: digest}, PolicyRef: tpm2.TPM2BDigest{Buffer: []byte(policy.Ref)},
 				KeySign: tpm2.TPM2BName{Buffer: k.policyName}, CheckTicket: ticket,
 			}.Execute(c)
 		}
@@ -335,15 +365,15 @@ func (c *client) satisfy(k *keySet, a *policy.Approved) tpm2.PolicyCallback {
 	}
 }
 
-// ticket has the TPM verify a's signature, once until the TPM is cleared.
-func (c *client) ticket(k *keySet, a *policy.Approved) (tpm2.TPMTTKVerified, error) {
-	if t, ok := c.tickets[string(a.Policy)]; ok {
+// ticket has the TPM verify a policy's signature, once until the TPM is cleared.
+func (c *client) ticket(k *keySet, approved, signature []byte) (tpm2.TPMTTKVerified, error) {
+	if t, ok := c.tickets[string(approved)]; ok {
 		return t, nil
 	}
 	var none tpm2.TPMTTKVerified
 	var r, s big.Int
 	var seq cryptobyte.String
-	der := cryptobyte.String(a.Signature)
+	der := cryptobyte.String(signature)
 	if !der.ReadASN1(&seq, asn1.SEQUENCE) || !seq.ReadASN1Integer(&r) || !seq.ReadASN1Integer(&s) {
 		return none, errors.New("signature of an approved policy is not ASN.1")
 	}
@@ -353,7 +383,7 @@ func (c *client) ticket(k *keySet, a *policy.Approved) (tpm2.TPMTTKVerified, err
 		return none, fmt.Errorf("loading the policy key: %w", err)
 	}
 	defer c.flush(key.ObjectHandle)
-	digest := policy.AuthorizedHash(a.Policy)
+	digest := policy.AuthorizedHash(approved)
 	v, err := tpm2.VerifySignature{
 		KeyHandle: key.ObjectHandle, Digest: tpm2.TPM2BDigest{Buffer: digest[:]},
 		Signature: tpm2.TPMTSignature{SigAlg: tpm2.TPMAlgECDSA, Signature: tpm2.NewTPMUSignature(tpm2.TPMAlgECDSA, &tpm2.TPMSSignatureECC{
@@ -368,7 +398,7 @@ func (c *client) ticket(k *keySet, a *policy.Approved) (tpm2.TPMTTKVerified, err
 	if c.tickets == nil {
 		c.tickets = map[string]tpm2.TPMTTKVerified{}
 	}
-	c.tickets[string(a.Policy)] = v.Validation
+	c.tickets[string(approved)] = v.Validation
 	return v.Validation, nil
 }
 
@@ -448,16 +478,23 @@ func selects(l tpm2.TPMLPCRSelection, i uint) bool {
 
 // readEpoch reads the epoch counter.
 func (c *client) readEpoch(k *keySet) (uint64, error) {
-	r, err := tpm2.NVRead{
-		AuthHandle: k.epochAuth(),
-		NVIndex:    tpm2.NamedHandle{Handle: k.epochIndex, Name: tpm2.TPM2BName{Buffer: k.epochName}},
-		Size:       8,
-	}.Execute(c)
+	v, err := c.readCounter(counter{k.epochIndex, k.epochName})
 	if err != nil {
 		return 0, fmt.Errorf("reading the epoch counter: %w", err)
 	}
+	return v, nil
+}
+
+func (c *client) readCounter(n counter) (uint64, error) {
+	r, err := tpm2.NVRead{
+		AuthHandle: tpm2.AuthHandle{Handle: n.index, Name: tpm2.TPM2BName{Buffer: n.name}, Auth: tpm2.PasswordAuth(nil)},
+		NVIndex:    n.handle(), Size: 8,
+	}.Execute(c)
+	if err != nil {
+		return 0, err
+	}
 	if len(r.Data.Buffer) != 8 {
-		return 0, fmt.Errorf("%w: epoch counter of %d bytes", ErrFailed, len(r.Data.Buffer))
+		return 0, fmt.Errorf("%w: counter of %d bytes", ErrFailed, len(r.Data.Buffer))
 	}
 	return binary.BigEndian.Uint64(r.Data.Buffer), nil
 }

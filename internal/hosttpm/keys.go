@@ -116,10 +116,6 @@ func (c certification) verify(ak *ecdsa.PublicKey, name []byte) error {
 	return nil
 }
 
-func (k *keySet) epochAuth() tpm2.AuthHandle {
-	return tpm2.AuthHandle{Handle: k.epochIndex, Name: tpm2.TPM2BName{Buffer: k.epochName}, Auth: tpm2.PasswordAuth(nil)}
-}
-
 // indexes gives the PCRs of a bank that any approved policy looks at.
 func (k *keySet) indexes(bank string) []uint {
 	var all []uint
@@ -253,7 +249,9 @@ func sealedTemplate(authPolicy []byte) tpm2.TPMTPublic {
 	}
 }
 
-func epochTemplate(index tpm2.TPMHandle) tpm2.TPMSNVPublic {
+// counterTemplate is a plain counter: not an orderly one, which jumps after a
+// crash.
+func counterTemplate(index tpm2.TPMHandle) tpm2.TPMSNVPublic {
 	return tpm2.TPMSNVPublic{
 		NVIndex: index, NameAlg: tpm2.TPMAlgSHA256, DataSize: 8,
 		Attributes: tpm2.TPMANV{OwnerWrite: true, AuthRead: true, OwnerRead: true, NoDA: true, NT: tpm2.TPMNTCounter},

@@ -125,63 +125,6 @@ func (c *client) makeKeys(cfg Config, now time.Time) (*keySet, error) {
 	return k, k.complete()
 }
 
-// approve signs a state with the policy key.
-func approve(key *ecdsa.PrivateKey, s policy.State, epoch uint64, epochName []byte, now time.Time, note string) (*policy.Approved, error) {
-	digest, err := policy.Digest(s, epoch, epochName)
-	if err != nil {
-		return nil, err
-	}
-	h := policy.AuthorizedHash(digest)
-	sig, err := ecdsa.SignASN1(rand.Reader, key, h[:])
-	if err != nil {
-		return nil, err
-	}
-	return &policy.Approved{
-		State: s, Epoch: epoch, EpochName: epochName, Policy: digest, Signature: sig,
-		Time: now.UTC().Truncate(time.Second), Note: note,
-	}, nil
-}
-
-// PCRs reads the PCRs that Config names, as they are now.
-func (h *Host) PCRs(ctx context.Context) (policy.State, error) {
-	return do(ctx, h, func(c *client) (policy.State, error) { return c.readPCRs(h.cfg.Bank, h.cfg.PCRs) })
-}
-
-// Approve adds s to the approved states. The policy key is itself bound to
-// them: the host must be in one that is approved already.
-func (h *Host) Approve(ctx context.Context, s policy.State, note string) error {
-	if _, err := h.set(); err != nil {
-		return err
-	}
-	_, err := do(ctx, h, func(c *client) (struct{}, error) {
-		k := *h.keys.Load()
-		scalar, err := c.unseal(&k, k.policyKey)
-		if err != nil {
-			return struct{}{}, err
-		}
-		defer secret.Wipe(scalar)
-		key, err := ecdsa.ParseRawPrivateKey(elliptic.P256(), scalar)
-		if err != nil || !key.PublicKey.Equal(k.policyPublic) {
-			return struct{}{}, fmt.Errorf("%w: the policy key is not the one of the policy", ErrFailed)
-		}
-		epoch, err := c.readEpoch(&k)
-		if err != nil {
-			return struct{}{}, err
-		}
-		a, err := approve(key, s, epoch, k.epochName, time.Now(), note)
-		if err != nil {
-			return struct{}{}, err
-		}
-		if err := h.store.addPolicy(a); err != nil {
-			return struct{}{}, fmt.Errorf("%w: saving an approved policy: %w", ErrFailed, err)
-		}
-		k.policies = append([]*policy.Approved{a}, k.policies...)
-		h.keys.Store(&k)
-		return struct{}{}, nil
-	})
-	return err
-}
-
 // takeSRK takes the storage root key at its standard handle, and makes it
 // where there is none.
 func (c *client) takeSRK(k *keySet) error {
@@ -228,14 +171,24 @@ func (c *client) makeSRK(want []byte) error {
 	return ownerError(err)
 }
 
-// takeEpoch takes the epoch counter: the first handle of our range that is free
-// or that already holds such a counter. A counter never goes back, not even
-// when it is deleted and defined anew (Part 3, 31.3), so that one left by an
-// earlier attempt is as good as a new one.
+// takeEpoch takes the epoch counter.
 func (c *client) takeEpoch(k *keySet) error {
+	n, err := c.takeCounter(firstEpochIndex, lastEpochIndex)
+	if err != nil {
+		return fmt.Errorf("epoch counter: %w", err)
+	}
+	k.epochIndex, k.epochName = n.index, n.name
+	return nil
+}
+
+// takeCounter takes the first handle of a range that is free or that already
+// holds such a counter. A counter never goes back, not even when it is deleted
+// and defined anew (Part 3, 31.3), so that one left by an earlier attempt is as
+// good as a new one.
+func (c *client) takeCounter(first, last tpm2.TPMHandle) (counter, error) {
 	owner := tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)}
-	for index := firstEpochIndex; index <= lastEpochIndex; index++ {
-		want := epochTemplate(index)
+	for index := first; index <= last; index++ {
+		want := counterTemplate(index)
 		r, err := tpm2.NVReadPublic{NVIndex: index}.Execute(c)
 		if isRC(err, tpm2.TPMRCHandle) {
 			if _, err = (tpm2.NVDefineSpace{AuthHandle: owner, PublicInfo: tpm2.New2B(want)}).Execute(c); err == nil {
@@ -244,11 +197,11 @@ func (c *client) takeEpoch(k *keySet) error {
 			err = ownerError(err)
 		}
 		if err != nil {
-			return fmt.Errorf("epoch counter: %w", err)
+			return counter{}, err
 		}
 		public, err := r.NVPublic.Contents()
 		if err != nil {
-			return fmt.Errorf("epoch counter: %w", err)
+			return counter{}, err
 		}
 		written := public.Attributes.Written
 		want.Attributes.Written = written
@@ -256,19 +209,24 @@ func (c *client) takeEpoch(k *keySet) error {
 			continue // somebody else's
 		}
 		if !written {
-			if _, err := (tpm2.NVIncrement{AuthHandle: owner, NVIndex: tpm2.NamedHandle{Handle: index, Name: r.NVName}}).Execute(c); err != nil {
-				return fmt.Errorf("epoch counter: %w", ownerError(err))
+			if err := c.increment(counter{index, r.NVName.Buffer}); err != nil {
+				return counter{}, err
 			}
 			want.Attributes.Written = true // and with it the Name changes
 		}
 		name, err := tpm2.NVName(&want)
 		if err != nil {
-			return fmt.Errorf("epoch counter: %w", err)
+			return counter{}, err
 		}
-		k.epochIndex, k.epochName = index, name.Buffer
-		return nil
+		return counter{index, name.Buffer}, nil
 	}
-	return fmt.Errorf("%w: all NV indexes from %#x to %#x are taken", ErrFailed, uint32(firstEpochIndex), uint32(lastEpochIndex))
+	return counter{}, fmt.Errorf("%w: all NV indexes from %#x to %#x are taken", ErrFailed, uint32(first), uint32(last))
+}
+
+func (c *client) increment(n counter) error {
+	owner := tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)}
+	_, err := tpm2.NVIncrement{AuthHandle: owner, NVIndex: n.handle()}.Execute(c)
+	return ownerError(err)
 }
 
 // ownerError explains what a TPM with an owner password answers.

@@ -264,12 +264,12 @@ func TestApprovals(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := h.Approve(t.Context(), next, "new kernel"); !errors.Is(err, ErrPolicy) {
+	if err := h.Approve(t.Context(), "new kernel", next); !errors.Is(err, ErrPolicy) {
 		t.Fatalf("a state that is not approved approves itself: %v", err)
 	}
 	e.reset()
 	works(t, h)
-	if err := h.Approve(t.Context(), next, "new kernel"); err != nil {
+	if err := h.Approve(t.Context(), "new kernel", next); err != nil {
 		t.Fatal(err)
 	}
 	works(t, h)
@@ -714,7 +714,8 @@ func TestPolicyDigests(t *testing.T) {
 				t.Fatal(err)
 			}
 			_, err = tpm2.PolicyNV{
-				AuthHandle: k.epochAuth(), NVIndex: tpm2.NamedHandle{Handle: k.epochIndex, Name: tpm2.TPM2BName{Buffer: k.epochName}},
+				AuthHandle:    tpm2.AuthHandle{Handle: k.epochIndex, Name: tpm2.TPM2BName{Buffer: k.epochName}, Auth: tpm2.PasswordAuth(nil)},
+				NVIndex:       tpm2.NamedHandle{Handle: k.epochIndex, Name: tpm2.TPM2BName{Buffer: k.epochName}},
 				PolicySession: trial.Handle(), OperandB: tpm2.TPM2BOperand{Buffer: big.NewInt(int64(epoch)).FillBytes(make([]byte, 8))}, Operation: tpm2.TPMEOEq,
 			}.Execute(tpm)
 			if err != nil {

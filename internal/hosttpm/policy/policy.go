@@ -86,6 +86,19 @@ func (s State) Check() error {
 // Indexes gives the state's PCR indexes, ascending.
 func (s State) Indexes() []uint { return slices.Sorted(maps.Keys(s.PCRs)) }
 
+// ID names a state for people and files: 16 hexadecimal digits that depend on
+// nothing but bank, PCR numbers and values. A state keeps its ID when it is signed
+// again for another epoch.
+func (s State) ID() string {
+	h := sha256.New()
+	h.Write([]byte("virt-trust/state/v1\x00" + s.Bank))
+	for _, i := range s.Indexes() {
+		h.Write([]byte{0, byte(i)})
+		h.Write(s.PCRs[i])
+	}
+	return hex.EncodeToString(h.Sum(nil)[:8])
+}
+
 // Differing gives the PCRs of s whose values in now are others or missing,
 // ascending.
 func (s State) Differing(now State) []uint {
@@ -118,12 +131,20 @@ func Digest(s State, epoch uint64, epochName []byte) ([]byte, error) {
 	selection = append(selection, byte(len(selected)))
 	selection = append(selection, selected[:]...)
 	digest := extend(make([]byte, sha256.Size), ccPolicyPCR, selection, values.Sum(nil))
+	return counterEquals(digest, epoch, epochName), nil
+}
 
-	operand := binary.BigEndian.AppendUint64(nil, epoch)
-	operand = binary.BigEndian.AppendUint16(operand, 0) // offset
-	operand = binary.BigEndian.AppendUint16(operand, opEqual)
-	args := sha256.Sum256(operand)
-	return extend(digest, ccPolicyNV, args[:], epochName), nil
+// counterEquals extends a policyDigest by PolicyNV (23.9): the counter whose Name
+// is name has value.
+func counterEquals(digest []byte, value uint64, name []byte) []byte {
+	args := sha256.Sum256(operands(binary.BigEndian.AppendUint64(nil, value), 0, opEqual))
+	return extend(digest, ccPolicyNV, args[:], name)
+}
+
+// operands is what PolicyNV and PolicyCounterTimer hash: operandB ‖ offset ‖
+// operation.
+func operands(b []byte, offset, operation uint16) []byte {
+	return binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(b, offset), operation)
 }
 
 // Authorize is the policyDigest of PolicyAuthorize (23.16) for the key that has
