@@ -344,7 +344,7 @@ func (g *Guard) adoptKnown(ctx context.Context, st *start, fresh bool) (string, 
 	if st.r.KeyOwner != s.KeyOwner {
 		return "", lifecycle.Prepare(st.r, s, g.policy()).Refusal
 	}
-	if !s.State.Exists && !st.r.Baseline.IsZero() {
+	if !s.State.Exists && !lifecycle.Newest(st.r, s.Journal).IsZero() {
 		if !fresh {
 			return "", reason.Refuse(reason.VTPMMissing, "'virt-trust repair' puts the kept state back, 'virt-trust adopt --new' gives the VM a new, empty vTPM",
 				"%s has no vTPM state", s.Instance)
@@ -545,19 +545,22 @@ func (g *Guard) repair(ctx context.Context, st *start) (what string, err error) 
 		}
 		defer keys.Wipe()
 	}
+	// The label first: where the state cannot be put back, its own ways are not
+	// to be barred by a label that is wrong too.
 	var done []string
-	if newest := lifecycle.Newest(st.r, st.seen.Journal); st.seen.State.Digest != newest && !newest.IsZero() {
-		if err := g.putBack(st, keys); err != nil {
-			return "", err
-		}
-		done = append(done, "the vTPM state was put back")
-	}
 	if relabel {
 		l.Present = false // what is there now is nobody's predecessor
 		if err := g.relabel(ctx, store, st.r, keys, l); err != nil {
 			return "", err
 		}
+		st.r = store.Get(f.UUID)
 		done = append(done, "the label was written again")
+	}
+	if newest := lifecycle.Newest(st.r, st.seen.Journal); st.seen.State.Digest != newest && !newest.IsZero() {
+		if err := g.putBack(st, keys); err != nil {
+			return "", err
+		}
+		done = append(done, "the vTPM state was put back")
 	}
 	if len(done) == 0 {
 		what = "there was nothing to repair"
@@ -607,11 +610,7 @@ func (g *Guard) putBack(st *start, keys *secret.Buffer) error {
 // unnoted reports whether a kept state was written in the last instant before
 // a crash: it is this VM's, and none that is known.
 func (g *Guard) unnoted(st *start, keys *secret.Buffer, kept []byte, digest list.Digest) bool {
-	_, old := st.r.Past(digest)
-	for _, j := range st.seen.Journal {
-		old = old || j.Digest == digest
-	}
-	return st.r.Open && !old && digest != st.r.Baseline && keys != nil && statefile.Verify(kept, stateKey(keys)) == nil
+	return st.r.Open && !lifecycle.Familiar(st.r, st.seen.Journal, digest) && keys != nil && statefile.Verify(kept, stateKey(keys)) == nil
 }
 
 // Accept takes what lies there as right, on the admin's word.

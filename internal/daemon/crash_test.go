@@ -20,11 +20,24 @@ import (
 	"virt-trust/internal/vtpm/imagefile"
 	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/reason"
+	"virt-trust/internal/vtpm/statedir"
 )
 
 // operations are what a kill -9 may cut short, each on VM A.
 var operations = map[string]func(ctx context.Context, g *Guard, f *domain.Facts) error{
 	"prepare": func(ctx context.Context, g *Guard, f *domain.Facts) error { return g.Prepare(ctx, f, cgroup) },
+	"write": func(ctx context.Context, g *Guard, f *domain.Facts) error {
+		store, err := g.List(ctx)
+		if err != nil {
+			return err
+		}
+		r := store.Get(f.UUID)
+		s := &session{uuid: f.UUID, dir: r.Instance}
+		if s.noted, err = g.readJournal(r); err == nil {
+			_, err = g.settle(s)
+		}
+		return err
+	},
 	"stop": func(ctx context.Context, g *Guard, f *domain.Facts) error {
 		store, err := g.List(ctx)
 		if err != nil {
@@ -153,6 +166,25 @@ func TestKilledAtEachStep(t *testing.T) {
 			h.noted(uuidA)
 			return f
 		}, guarded},
+		{"a write", "write", func(h *house) *domain.Facts {
+			f := h.vm(uuidA, true)
+			h.write(uuidA, h.start(f))
+			h.noted(uuidA)
+			key := h.g.sessions[uuidA].keys
+			h.g.watch.Close()
+			h.write(uuidA, stateKey(key))
+			return f
+		}, func(h *house, f *domain.Facts) {
+			// The power goes while swtpm writes once more.
+			must[any](h.t)(h.g.List(context.Background()))
+			written := h.read(uuidA)
+			noted := must[[]list.Past](h.t)(h.g.readJournal(h.g.peek().Get(uuidA)))
+			h.put(uuidA, make([]byte, len(written)))
+			guarded(h, f)
+			if noted[len(noted)-1].Digest == statedir.Digest("tpm2-00.permall", written) && !bytes.Equal(h.read(uuidA), written) {
+				h.t.Error("what was noted is lost")
+			}
+		}},
 		{"a first label", "prepare", func(h *house) *domain.Facts {
 			f := h.vm(uuidA, true)
 			os.Rename(h.image(uuidA), h.image(uuidA)+".away")

@@ -34,6 +34,8 @@ import (
 	"virt-trust/internal/domain/libvirt"
 	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/vtpm/lifecycle"
+	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/reason"
 	"virt-trust/internal/vtpm/statedir"
 	"virt-trust/internal/vtpm/statefile"
@@ -477,17 +479,30 @@ func (h *house) read(uuid string) []byte {
 	return must[[]byte](h.t)(os.ReadFile(h.state(uuid)))
 }
 
-// noted waits until what lies there is in the journal and kept.
+// noted waits until what lies there is kept and in the journal.
 func (h *house) noted(uuid string) {
 	h.t.Helper()
 	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
-		kept, err := h.g.kept(uuid, keptState)
-		now, err2 := os.ReadFile(h.state(uuid))
-		if err == nil && err2 == nil && bytes.Equal(kept, now) {
+		dir, err := statedir.Look(h.dir(uuid))
+		if err == nil && h.newest(uuid) == dir.Digest && h.g.keptDigest(uuid, dir.Name) == dir.Digest {
 			return
 		}
 	}
 	h.t.Fatalf("the state is not noted; log:\n%s", h.logged())
+}
+
+// newest is the newest state that a running VM is known to have.
+func (h *house) newest(uuid string) list.Digest {
+	h.g.mu.Lock()
+	s := h.g.sessions[uuid]
+	h.g.mu.Unlock()
+	r := h.g.peek().Get(uuid)
+	if s == nil {
+		return r.Baseline
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return lifecycle.Newest(r, s.noted)
 }
 
 // start does what libvirt does until the VM runs, and gives its keys.

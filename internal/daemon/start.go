@@ -161,6 +161,11 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 		r.SetBaseline(st.seen.State.Digest, g.unix())
 	}
 	r.AdoptFrom, r.Ephemeral = list.Digest{}, g.ephemeral(f)
+	if st.dir.Exists() {
+		if err = g.keepState(r.UUID, st.dir); err != nil {
+			return err
+		}
+	}
 	committed := lap(ctx, tookList)
 	err = st.store.Commit(liststore.Change{Put: r})
 	committed()
@@ -441,9 +446,6 @@ func (g *Guard) openSession(st *start) error {
 	g.sessions[s.uuid] = s
 	g.mu.Unlock()
 	if st.dir.Exists() {
-		if err := g.keepState(s.uuid, st.dir); err != nil {
-			return err
-		}
 		return g.watch.Add(s.dir)
 	}
 	return nil // libvirt makes the folder later: Redeem watches it
@@ -498,11 +500,13 @@ func (g *Guard) settle(s *session) (sound bool, err error) {
 	if !g.plausible(s, r, seen) {
 		return false, nil
 	}
-	if err := g.note(s, r, seen.Digest); err != nil {
-		return true, fmt.Errorf("noting it: %w", err)
-	}
+	// Kept before it is noted: what is kept is never behind the journal, so that
+	// no crash between the two leaves the newest state without a second copy.
 	if err := g.keepState(s.uuid, seen); err != nil {
 		return true, fmt.Errorf("keeping it: %w", err)
+	}
+	if err := g.note(s, r, seen.Digest); err != nil {
+		return true, fmt.Errorf("noting it: %w", err)
 	}
 	return true, nil
 }
@@ -515,11 +519,7 @@ const unwrapLater = 5 * time.Second
 // Called with the session's lock held.
 func (g *Guard) plausible(s *session, r *list.Record, seen *statedir.Seen) bool {
 	log := g.log.WithField(journal.VM, s.uuid).WithField(journal.VMName, r.Name)
-	_, old := r.Past(seen.Digest)
-	old = old || seen.Digest == r.Baseline // which something was written after
-	for _, p := range s.noted {
-		old = old || p.Digest == seen.Digest
-	}
+	old := lifecycle.Familiar(r, s.noted, seen.Digest) // and something was written after it
 	if !old && r.KeyOwner == list.Ours && s.keys == nil {
 		ctx, cancel := context.WithTimeout(context.Background(), unwrapLater)
 		defer cancel()

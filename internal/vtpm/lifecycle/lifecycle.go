@@ -10,6 +10,7 @@ package lifecycle
 import (
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -255,7 +256,11 @@ func State(r *list.Record, s Seen, p Policy) Decision {
 		keep = cmd("repair", s.Name) + " puts the kept state back"
 	}
 	backup := "bring " + s.Instance + " back from a backup"
-	if keep == "" {
+	never := r.Baseline.IsZero() && len(s.Journal) == 0
+	switch {
+	case never:
+		keep = "remove it: the VM has never run with it, and gets a new one"
+	case keep == "":
 		keep = backup
 	}
 
@@ -269,7 +274,7 @@ func State(r *list.Record, s Seen, p Policy) Decision {
 		return Decision{Plan: Start}
 	case s.Restored && current(r, s, st.Digest):
 		return Decision{Plan: StartRecovered}
-	case !st.Exists && r.Baseline.IsZero() && len(s.Journal) == 0:
+	case !st.Exists && never:
 		return Decision{Plan: StartFresh}
 	case !st.Exists && r.Ephemeral:
 		return Decision{Plan: CreateAnew}
@@ -277,10 +282,11 @@ func State(r *list.Record, s Seen, p Policy) Decision {
 		return refuse(reason.VTPMMissing, keep+", or "+cmd("adopt", s.Name, "--new")+" gives the VM a new, empty vTPM", "%s has no vTPM state", s.Instance)
 	case st.OtherVM != "":
 		return refuse(reason.VTPMChanged, keep, "the vTPM state is that of VM %s", st.OtherVM)
-	case st.Kind == statefile.Damaged && r.Open && !s.Kept.IsZero() && current(r, s, s.Kept):
+	case st.Kind == statefile.Damaged && r.Open && !s.Kept.IsZero() && (current(r, s, s.Kept) || !Familiar(r, s.Journal, s.Kept)):
+		// One that is kept and not noted is authenticated when it is back.
 		return Decision{Plan: RestoreKept, Note: "a crash had left the state file unreadable; the state kept before it was put back"}
-	case st.Kind == statefile.Damaged && r.Baseline.IsZero() && len(s.Journal) == 0:
-		return refuse(reason.VTPMChanged, "remove it: the VM has never run with it, and gets a new one", "the vTPM state in %s was not made to its end", s.Instance)
+	case st.Kind == statefile.Damaged && never:
+		return refuse(reason.VTPMChanged, keep, "the vTPM state in %s was not made to its end", s.Instance)
 	case st.Kind == statefile.Damaged:
 		return refuse(reason.VTPMChanged, keep, "the vTPM state is damaged: swtpm would not load it")
 	case st.Kind == statefile.Plain && r.KeyOwner == list.Ours:
@@ -326,6 +332,12 @@ func current(r *list.Record, s Seen, d list.Digest) bool {
 	return d == r.Baseline
 }
 
+// Familiar reports whether d is a state that the list, or a journal, knows.
+func Familiar(r *list.Record, journal []list.Past, d list.Digest) bool {
+	_, past := r.Past(d)
+	return past || d == r.Baseline || slices.ContainsFunc(journal, func(p list.Past) bool { return p.Digest == d })
+}
+
 // Rest gives the record of a VM that has stopped. digest is that of its state
 // folder (zero: there is no state), auth whether it was written under the VM's
 // key. A state that is an old one, or nobody's, does not become the baseline:
@@ -340,14 +352,14 @@ func Rest(r *list.Record, digest list.Digest, auth Auth, journal []list.Past, su
 	}
 	n.Changed = now
 
-	newest := r.Baseline
+	// Asked of the record as it was: what was noted since drops the oldest of
+	// its history.
+	old := Familiar(r, journal, digest)
 	for _, j := range journal {
 		n.SetBaseline(j.Digest, j.Time)
-		newest = j.Digest
 	}
-	_, old := n.Past(digest)
 	switch {
-	case digest == newest:
+	case digest == Newest(r, journal):
 	case digest.IsZero():
 		note = "the vTPM state has gone"
 	case old:

@@ -89,6 +89,12 @@ func TestPrepare(t *testing.T) {
 		{"crash used to forge", open, func(s *Seen) { s.State.Digest, s.State.Auth = newer, Forged }, adopt, Refuse, reason.VTPMChanged},
 		{"power cut left zeros", open, func(s *Seen) { s.State.Kind, s.State.Digest = statefile.Damaged, newer }, adopt, RestoreKept, ""},
 		{"power cut left zeros, kept is old", open, func(s *Seen) { s.State.Kind, s.State.Digest, s.Kept = statefile.Damaged, newer, older }, adopt, Refuse, reason.VTPMChanged},
+		{"power cut left zeros, kept was not noted yet", open, func(s *Seen) {
+			s.State.Kind, s.State.Digest, s.Kept, s.Journal = statefile.Damaged, newer, list.Digest{9}, []list.Past{{Digest: list.Digest{8}}}
+		}, adopt, RestoreKept, ""},
+		{"what was kept and not noted is authenticated", open, func(s *Seen) {
+			s.State.Digest, s.Kept, s.Journal, s.Restored = list.Digest{9}, list.Digest{9}, []list.Past{{Digest: list.Digest{8}}}, true
+		}, adopt, Authenticate, ""},
 		{"zeros without a crash", same, func(s *Seen) { s.State.Kind, s.State.Digest = statefile.Damaged, newer }, adopt, Refuse, reason.VTPMChanged},
 		{"first start cut short", first, func(s *Seen) { s.State, s.Kept = StateSeen{}, list.Digest{} }, adopt, StartFresh, ""},
 		{"first start cut short after manufacture", first, func(s *Seen) { s.State.Auth = Authentic }, adopt, StartRecovered, ""},
@@ -197,6 +203,32 @@ func TestRest(t *testing.T) {
 				t.Fatalf("the next start: %s %v", d.Plan, d.Refusal)
 			}
 		})
+	}
+}
+
+// What was noted while a VM ran drops the oldest of its history: which of them
+// was put in the state's place is asked before.
+func TestRestForgetsNothingTooEarly(t *testing.T) {
+	r := open(known())
+	var journal []list.Past
+	for i := range list.MaxHistory {
+		journal = append(journal, list.Past{Digest: list.Digest{100, byte(i)}, Time: 9})
+	}
+	for _, digest := range []list.Digest{older, base, journal[0].Digest} {
+		if n, note := Rest(r, digest, Authentic, journal, false, 100); n.Baseline != journal[len(journal)-1].Digest || note == "" {
+			t.Errorf("%s, which is an old one, became the baseline", digest)
+		}
+	}
+}
+
+// A VM that has never run has nothing to be brought back.
+func TestWayBackOfAVMThatNeverRan(t *testing.T) {
+	for _, kind := range []statefile.Kind{statefile.Plain, statefile.Encrypted, statefile.Damaged} {
+		s := atRest()
+		s.State.Kind, s.State.Digest, s.State.Auth, s.Kept = kind, newer, Forged, list.Digest{}
+		if d := Prepare(first(known()), s, Policy{}); d.Refusal == nil || !strings.HasPrefix(d.Refusal.Mend, "remove it: ") {
+			t.Errorf("%s: %v", kind, d.Refusal)
+		}
 	}
 }
 
