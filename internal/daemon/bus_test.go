@@ -626,6 +626,7 @@ func BenchmarkHook(b *testing.B) {
 	}
 	xml := fmt.Sprintf(domainXML, f.Name, f.UUID, h.image(uuidA), "")
 	s := &Service{g: h.g, log: h.g.log, signals: make(chan func(), 1024), known: map[string]bool{}}
+	s.wasReady.Store(true) // there is no TPM behind it to ask
 	s.programs.Wrapper = filepath.Join(h.root, "bin", "swtpm")
 	os.Mkdir(filepath.Dir(s.programs.Wrapper), 0o755)
 	os.WriteFile(s.programs.Wrapper, nil, 0o755)

@@ -131,11 +131,12 @@ func (s *Service) openList(ctx context.Context) {
 	defer cancel()
 	before := s.g.peek()
 	err := s.g.resume(ctx)
+	s.noticeHost()
 	if store := s.g.peek(); before == nil && store != nil {
 		for _, r := range store.All() {
 			s.vmChanged(r.UUID)
 		}
-		s.emit(bus.Path, "org.freedesktop.DBus.Properties.PropertiesChanged", bus.ManagerInterface, s.managerProperties(), []string{})
+		s.emit(bus.Path, propertiesChanged, bus.ManagerInterface, s.managerProperties(), []string{})
 		s.log.WithField("generation", store.Generation()).Infof("the vTPM list is open, with %d VMs", len(store.All()))
 	}
 	s.mu.Lock()
@@ -543,6 +544,7 @@ func (s *Service) hostProperties() dict {
 	}
 	d["CommandCounts"], d["CommandTimes"] = dbus.MakeVariant(counts), dbus.MakeVariant(times)
 	d["PCRSelection"], d["DifferingPCRs"] = dbus.MakeVariant(selection), dbus.MakeVariant(differing)
+	s.announceHost(d)
 	s.status = hostStatus{time.Now(), d}
 	return d
 }

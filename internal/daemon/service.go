@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/godbus/dbus/v5"
@@ -56,6 +57,8 @@ type Service struct {
 	host     *hosttpm.Host
 	statusMu sync.Mutex // held while the TPM is asked
 	status   hostStatus
+	asking   atomic.Bool // for noticeHost
+	wasReady atomic.Bool // the TPM, when it was asked last
 	denied   rate
 }
 
@@ -410,6 +413,7 @@ func (s *Service) hook(ctx context.Context, c *caller, op domain.Operation, doc,
 
 // verdict makes a decision known.
 func (s *Service) verdict(f *domain.Facts, op domain.Operation, err error, took took) {
+	s.notice(err)
 	r := reason.As(err)
 	switch {
 	case err == nil:
@@ -722,11 +726,11 @@ func (s *Service) vmChanged(uuid string) {
 	case r != nil && !was:
 		s.emit(bus.Path, "org.freedesktop.DBus.ObjectManager.InterfacesAdded", path, map[string]dict{bus.VMInterface: s.vmProperties(r)})
 	case r != nil:
-		s.emit(path, "org.freedesktop.DBus.Properties.PropertiesChanged", bus.VMInterface, s.vmProperties(r), []string{})
+		s.emit(path, propertiesChanged, bus.VMInterface, s.vmProperties(r), []string{})
 	case was:
 		s.emit(bus.Path, "org.freedesktop.DBus.ObjectManager.InterfacesRemoved", path, []string{bus.VMInterface})
 	}
 	if was != (r != nil) {
-		s.emit(bus.Path, "org.freedesktop.DBus.Properties.PropertiesChanged", bus.ManagerInterface, s.managerProperties(), []string{})
+		s.emit(bus.Path, propertiesChanged, bus.ManagerInterface, s.managerProperties(), []string{})
 	}
 }

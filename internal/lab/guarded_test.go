@@ -213,7 +213,10 @@ func TestLife(t *testing.T) {
 		} {
 			g.Start()
 			h.Shell(script)
-			waitFor(t, "virsh answers after "+script, func() bool { return h.Run("virsh", "list").Code == 0 })
+			h.TakenUp()
+			if state := g.State(); state != "running" {
+				t.Errorf("%s after %s", state, script)
+			}
 			unseals(t, g)
 			g.Ask("churn 3")
 			g.Destroy()

@@ -42,7 +42,7 @@ func TestSoak(t *testing.T) {
 		{"kill virt-trustd", func(g *Guest) { h.Must("systemctl", "kill", "-s", "KILL", "virt-trustd"); g.Destroy() }},
 		{"kill libvirtd", func(g *Guest) {
 			h.Must("systemctl", "kill", "-s", "KILL", "--kill-who=main", "libvirtd")
-			waitFor(t, "virsh answers", func() bool { return h.Run("virsh", "list").Code == 0 })
+			h.TakenUp()
 			g.Destroy()
 		}},
 		{"power cut", func(*Guest) { h.PowerCut() }},

@@ -200,6 +200,22 @@ func (g *Guest) Shutdown() {
 	g.WaitState("shut off")
 }
 
+// TakenUp waits until a libvirtd that was started anew has connected to every
+// running VM again. Before that a destroy kills QEMU under libvirt's own
+// reconnect and is told "domain is not running": plain libvirt does so too. A
+// monitor command has to wait for the reconnect, which holds the VM's job.
+func (h *Host) TakenUp() {
+	h.t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); h.Run("virsh", "list").Code != 0; time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			h.t.Fatalf("%s: libvirtd does not answer", h.opts.Name)
+		}
+	}
+	for _, name := range strings.Fields(h.Must("virsh", "list", "--name")) {
+		h.Must("virsh", "qemu-monitor-command", name, `{"execute":"query-status"}`)
+	}
+}
+
 // Undefine removes the VM, with its vTPM as libvirt has it by default.
 func (g *Guest) Undefine(flags ...string) {
 	g.h.t.Helper()
