@@ -6,7 +6,7 @@
 # make check    the fast part of it, as anyone
 # make demo     a guarded VM on a private test host, and an attack on it
 # make bench    guarded against plain libvirt, as ratios
-# make soak     starts, stops and crashes for SOAK (1h)
+# make soak     starts, stops, crashes and power cuts for SOAK (1h)
 # make fuzz     every fuzzer for FUZZTIME (10m)
 # make clean
 
@@ -103,7 +103,7 @@ bench: deb
 
 soak: deb
 	internal/lab/install-packages.sh
-	VIRT_TRUST_LAB=1 VIRT_TRUST_SOAK=$(SOAK) $(GO) test -count=1 -timeout 24h -run '^TestSoak$$' -v ./internal/lab
+	VIRT_TRUST_LAB=1 VIRT_TRUST_SOAK=$(SOAK) $(GO) test -count=1 -timeout 24h -run '^(TestSoak|TestPowerCut)$$' -v ./internal/lab
 
 # go test takes one fuzzer of one package at a time
 fuzz:

@@ -455,10 +455,10 @@ func (h *Host) Reboot() {
 // real disk does not promise.)
 func (h *Host) PowerCut() {
 	h.t.Helper()
-	freezeTree(h.leader)
+	signalTree(h.leader, syscall.SIGSTOP)
 	image := filepath.Join(h.dir, "disk.img")
-	if out, err := exec.Command("cp", "--sparse=always", image, image+".cut").CombinedOutput(); err != nil {
-		h.t.Fatalf("lab: %v: %s", err, out)
+	if err := h.copyDisk(image + ".cut"); err != nil {
+		h.t.Fatalf("lab: %v", err)
 	}
 	h.kill()
 	if err := os.Rename(image+".cut", image); err != nil {
@@ -469,12 +469,54 @@ func (h *Host) PowerCut() {
 	}
 }
 
-// freezeTree stops a process and all that descend from it.
-func freezeTree(pid int) {
-	syscall.Kill(pid, syscall.SIGSTOP)
+// signalTree signals a process and then all that descend from it.
+func signalTree(pid int, sig syscall.Signal) {
+	syscall.Kill(pid, sig)
 	for _, child := range children(pid) {
-		freezeTree(child)
+		signalTree(child, sig)
 	}
+}
+
+// copyDisk copies the disk of a host whose processes are stopped, as it is at
+// one instant: the kernel may still be writing what they have left to it, so a
+// copy during which anything reached the disk is made anew.
+func (m *machine) copyDisk(to string) error {
+	for range 100 {
+		before, err := m.written()
+		if err != nil {
+			return err
+		}
+		if out, err := exec.Command("cp", "--sparse=always", filepath.Join(m.dir, "disk.img"), to).CombinedOutput(); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		if after, err := m.written(); err == nil && after == before && strings.HasPrefix(after, "0 ") {
+			return nil
+		}
+	}
+	return errors.New("the disk does not come to rest")
+}
+
+// written gives how many requests the host's disk is working on, and how many
+// writes, discards and flushes it has done (Documentation/block/stat.rst).
+func (m *machine) written() (string, error) {
+	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", m.shell))
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(mounts)) {
+		f := strings.Fields(line)
+		if len(f) < 5 || f[4] != filepath.Join(m.dir, "disk") {
+			continue
+		}
+		b, err := os.ReadFile("/sys/dev/block/" + f[2] + "/stat")
+		if err != nil {
+			return "", err
+		}
+		if s := strings.Fields(string(b)); len(s) >= 17 {
+			return s[8] + " " + s[4] + " " + s[11] + " " + s[15], nil
+		}
+	}
+	return "", errors.New("the host's disk is not mounted")
 }
 
 // SearchDisk looks for a pattern in every block of the host's disk, deleted
