@@ -30,7 +30,7 @@ const (
 	policyExt   = ".json"
 
 	maxFile     = 64 << 10
-	maxPolicies = 256
+	maxPolicies = 1024 // dead ones that someone put back included
 	setVersion  = 1
 )
 
@@ -305,15 +305,34 @@ func (s store) addPolicy(a *policy.Approved) error {
 	if err != nil {
 		return err
 	}
-	dir := filepath.Join(s.dir, policiesDir)
-	path := filepath.Join(dir, hex.EncodeToString(a.Policy)+policyExt)
+	return s.replace(s.policyPath(a), b)
+}
+
+func (s store) policyPath(a *policy.Approved) string {
+	return filepath.Join(s.dir, policiesDir, hex.EncodeToString(a.Policy)+policyExt)
+}
+
+// replace writes a file durably, whole or not at all.
+func (s store) replace(path string, b []byte) error {
 	if err := s.write(path+".new", b); err != nil {
 		return err
 	}
 	if err := s.step(path, os.Rename(path+".new", path)); err != nil {
 		return err
 	}
-	return syncDir(dir)
+	return syncDir(filepath.Dir(path))
+}
+
+// remove removes a file durably; one that is not there is no error.
+func (s store) remove(path string) error {
+	err := os.Remove(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err := s.step(path, err); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
 }
 
 // write makes a file and brings it to the disk.
