@@ -75,6 +75,7 @@ func Run(ctx context.Context, o Options) error {
 
 	go s.sendSignals(ctx)
 	go s.watchLibvirt(ctx)
+	go s.watchRemovals(ctx)
 	go s.keepUp(ctx)
 	go s.watchdog(ctx, 5*time.Second)
 	select {

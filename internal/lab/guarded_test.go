@@ -243,6 +243,12 @@ func TestLife(t *testing.T) {
 		kept.Undefine("--keep-tpm")
 		h.Must("virsh", "define", kept.xmlPath())
 		starts(t, kept)
+
+		// Nobody is connected to a libvirtd that has just been started.
+		for range 3 {
+			h.Shell("systemctl restart libvirtd; virsh undefine kept --nvram; virsh define " + kept.xmlPath() + "; virsh start kept --paused")
+			kept.Destroy()
+		}
 	})
 
 	t.Run("transient", func(t *testing.T) {

@@ -1,6 +1,7 @@
 package statedir
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"os"
@@ -70,23 +71,15 @@ func (w *Watcher) run(settled func(string), overflow func()) {
 			return
 		}
 		dirs, lost := map[string]bool{}, false
-		for b := buf[:n]; len(b) >= unix.SizeofInotifyEvent; {
-			wd := int32(binary.NativeEndian.Uint32(b))
-			mask := binary.NativeEndian.Uint32(b[4:])
-			size := unix.SizeofInotifyEvent + int(binary.NativeEndian.Uint32(b[12:]))
-			if size > len(b) {
-				break
-			}
-			name := string(trimNUL(b[unix.SizeofInotifyEvent:size]))
-			b = b[size:]
-			lost = lost || mask&unix.IN_Q_OVERFLOW != 0
+		for _, e := range parseEvents(buf[:n]) {
+			lost = lost || e.mask&unix.IN_Q_OVERFLOW != 0
 			w.mu.Lock()
-			dir, ok := w.wd[wd]
-			if mask&unix.IN_IGNORED != 0 {
-				delete(w.wd, wd)
+			dir, ok := w.wd[e.wd]
+			if e.mask&unix.IN_IGNORED != 0 {
+				delete(w.wd, e.wd)
 			}
 			w.mu.Unlock()
-			if ok && name == StateFile(dir) {
+			if ok && e.name == StateFile(dir) {
 				dirs[dir] = true
 			}
 		}
@@ -97,6 +90,58 @@ func (w *Watcher) run(settled func(string), overflow func()) {
 			overflow()
 		}
 	}
+}
+
+// Removals calls removed with the name of each folder that is removed from dir,
+// until ctx ends or dir is gone itself. Removals that the kernel lost count of
+// are not told.
+func Removals(ctx context.Context, dir string, removed func(name string)) error {
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return fmt.Errorf("inotify: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "inotify")
+	defer f.Close()
+	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_DELETE|unix.IN_DELETE_SELF|unix.IN_MOVE_SELF|unix.IN_ONLYDIR); err != nil {
+		return fmt.Errorf("watching %s: %w", dir, err)
+	}
+	defer context.AfterFunc(ctx, func() { f.Close() })()
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := f.Read(buf)
+		if err != nil {
+			return fmt.Errorf("watching %s: %w", dir, err)
+		}
+		for _, e := range parseEvents(buf[:n]) {
+			switch {
+			case e.mask&(unix.IN_DELETE_SELF|unix.IN_MOVE_SELF|unix.IN_IGNORED) != 0:
+				return fmt.Errorf("%s is gone", dir)
+			case e.mask&unix.IN_DELETE != 0 && e.mask&unix.IN_ISDIR != 0:
+				removed(e.name)
+			}
+		}
+	}
+}
+
+// event is one of inotify(7)'s.
+type event struct {
+	wd   int32
+	mask uint32
+	name string
+}
+
+func parseEvents(b []byte) (all []event) {
+	for len(b) >= unix.SizeofInotifyEvent {
+		size := unix.SizeofInotifyEvent + int(binary.NativeEndian.Uint32(b[12:]))
+		if size > len(b) {
+			break
+		}
+		all = append(all, event{
+			int32(binary.NativeEndian.Uint32(b)), binary.NativeEndian.Uint32(b[4:]), string(trimNUL(b[unix.SizeofInotifyEvent:size])),
+		})
+		b = b[size:]
+	}
+	return all
 }
 
 func trimNUL(b []byte) []byte {
