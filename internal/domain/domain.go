@@ -15,6 +15,7 @@ import (
 	"io"
 	"path"
 	"slices"
+	"strings"
 	"unicode/utf8"
 
 	"libvirt.org/go/libvirtxml"
@@ -34,8 +35,21 @@ type Facts struct {
 	UUID     string // lower case, with dashes
 	Name     string // a user's choice: show it with %q, never use it as a key
 	Emulator string // absolute path, or "" where the XML names none
+	Firmware Firmware
 	TPM      *TPM   // nil: no emulated TPM
 	Disks    []Disk // by boot order, then in document order
+}
+
+// Firmware is what `<os>` says of it. A running or starting domain's XML has the
+// loader, if there is one; a definition may leave the choice to libvirt (Auto).
+type Firmware struct {
+	Arch     string          // of `<type arch=>`: x86_64
+	Machine  string          // of `<type machine=>`: pc-q35-7.2
+	Auto     string          // of `<os firmware=>`: efi, bios, or ""
+	Features map[string]bool // asked for or ruled out: secure-boot, enrolled-keys
+	Loader   string          // the code image's path, or ""
+	Secure   bool            // `<loader secure='yes'>`
+	Template string          // of the NVRAM, or ""
 }
 
 // TPM is an emulated TPM, `<tpm><backend type='emulator'>`.
@@ -171,6 +185,12 @@ func (f *Facts) inDomain(dec *xml.Decoder, e xml.StartElement) error {
 		return text(dec, e, &f.Name)
 	case "uuid":
 		return text(dec, e, &f.UUID)
+	case "os":
+		var x libvirtxml.DomainOS
+		if err := dec.DecodeElement(&x, &e); err != nil {
+			return fmt.Errorf("<os>: %w", err)
+		}
+		return f.Firmware.set(x)
 	case "devices":
 		return children(dec, func(e xml.StartElement) error { return f.inDevices(dec, e) })
 	}
@@ -183,6 +203,31 @@ func text(dec *xml.Decoder, e xml.StartElement, into *string) error {
 		return dec.Skip()
 	}
 	return dec.DecodeElement(into, &e)
+}
+
+func (w *Firmware) set(x libvirtxml.DomainOS) error {
+	w.Auto = x.Firmware
+	if x.Type != nil {
+		w.Arch, w.Machine = x.Type.Arch, x.Type.Machine
+	}
+	if x.FirmwareInfo != nil {
+		w.Features = map[string]bool{}
+		for _, ft := range x.FirmwareInfo.Features {
+			w.Features[ft.Name] = ft.Enabled == "yes"
+		}
+	}
+	if x.Loader != nil {
+		w.Loader, w.Secure = strings.TrimSpace(x.Loader.Path), x.Loader.Secure == "yes"
+	}
+	if x.NVRam != nil {
+		w.Template = x.NVRam.Template
+	}
+	for _, p := range []string{w.Loader, w.Template} {
+		if p != "" && (!path.IsAbs(p) || len(p) > maxName) {
+			return fmt.Errorf("<os>: %.64q is not an absolute path", p)
+		}
+	}
+	return nil
 }
 
 func (f *Facts) inDevices(dec *xml.Decoder, e xml.StartElement) error {

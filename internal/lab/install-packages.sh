@@ -9,7 +9,7 @@ systemd systemd-sysv systemd-container dbus dbus-daemon polkitd
 libvirt-daemon libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients virtinst
 qemu-system-x86 qemu-utils ovmf seabios swtpm swtpm-tools tpm2-tools
 iproute2 e2fsprogs util-linux procps kmod
-openssl strace lintian apparmor man-db dpkg-dev fakeroot
+openssl strace lintian apparmor man-db dpkg-dev fakeroot rpm
 "
 
 missing=
