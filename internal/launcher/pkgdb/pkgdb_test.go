@@ -174,7 +174,11 @@ func FuzzMD5(f *testing.F) {
 
 func FuzzDiversions(f *testing.F) {
 	f.Add([]byte("/a\n/b\np\n"), "/a")
-	f.Fuzz(func(t *testing.T, b []byte, path string) { d := parseDiversions(b); d.original(path); d.lies(path, "p") })
+	f.Fuzz(func(t *testing.T, b []byte, path string) {
+		d := parseDiversions(b)
+		d.original(path)
+		d.lies(path, "p")
+	})
 }
 
 func FuzzRPM(f *testing.F) {
