@@ -6,6 +6,7 @@
 # make check    the fast part of it, as anyone
 # make demo     a guarded VM on a private test host, and an attack on it
 # make bench    guarded against plain libvirt, as ratios
+# make faults   kills, power cuts, broken disks and TPMs at every step: figures
 # make soak     starts, stops, crashes and power cuts for SOAK (1h)
 # make fuzz     every fuzzer for FUZZTIME (10m)
 # make clean
@@ -35,7 +36,7 @@ MAINS = virt-trust:helper/virt-trust virt-trustd:helper/virt-trustd virt-trust-h
 LIBEXEC = virt-trustd virt-trust-hook virt-trust-wrapper
 MAN = $(wildcard packaging/man/*.[1-8])
 
-.PHONY: build install deb lint-deb test check demo bench soak fuzz clean help
+.PHONY: build install deb lint-deb test check faults demo bench soak fuzz clean help
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -89,8 +90,14 @@ test:
 	@[ "$$(id -u)" = 0 ] || { echo "make test boots test hosts, so it needs root; make check does not" >&2; exit 1; }
 	internal/lab/install-packages.sh
 	$(MAKE) check
+	$(MAKE) faults
 	$(MAKE) lint-deb
 	VIRT_TRUST_LAB=1 $(GO) test -count=1 -timeout 50m ./internal/lab/...
+
+faults:
+	@mkdir -p bin
+	@VIRT_TRUST_FAULTS=all $(GO) test -count=1 -v -run '^Test(World|Killed|Disk|Faults|PowerCut|Cut)' ./internal/vtpm/... ./internal/hosttpm ./internal/daemon >bin/faults.log 2>&1 || { cat bin/faults.log; exit 1; }
+	@sed -n 's/.*figures: //p' bin/faults.log
 
 demo: deb
 	internal/lab/demo

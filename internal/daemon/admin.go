@@ -578,6 +578,9 @@ func (g *Guard) repair(ctx context.Context, st *start) (what string, err error) 
 // putBack puts the kept state in its place, and settles the record on it.
 func (g *Guard) putBack(st *start, keys *secret.Buffer) error {
 	kept, err := g.kept(st.f.UUID, keptState)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("reading the kept vTPM state: %w", err)
+	}
 	if err != nil {
 		return reason.Refuse(reason.VTPMMissing, "bring it back from a backup", "the kept vTPM state is gone as well")
 	}
