@@ -2,9 +2,11 @@
 // its label, and the sealed form in which they lie on disk. It is pure: keys,
 // nonces and times come from the caller.
 //
-// The file is a 40-byte header (magic, version, key id, generation, nonce),
-// which is authenticated, then AES-256-GCM over the records in CBOR, core
-// deterministic encoding (RFC 8949, 4.2.1).
+// The file is a 56-byte header (magic, version, length, key id, generation,
+// counter, time up to which raises are paid for, nonce), which is authenticated,
+// then AES-256-GCM over the records in CBOR, core deterministic encoding (RFC
+// 8949, 4.2.1). Version 1, whose header has neither counter nor time, is read
+// and no longer written.
 package list
 
 import (
@@ -158,6 +160,8 @@ func (r *Record) Past(d Digest) (Past, bool) {
 // List is the vTPM list in memory.
 type List struct {
 	Generation uint64
+	Counter    uint64             // see Judge; 0: of a list that was never counted
+	Paid       int64              // see Pace
 	Records    map[string]*Record // by UUID; a record that has been encoded is not to be changed
 
 	encoded map[*Record]cbor.RawMessage // what Encode made last
@@ -165,7 +169,7 @@ type List struct {
 
 // Next gives the list of the next generation, with the same records.
 func (l *List) Next() *List {
-	return &List{Generation: l.Generation + 1, Records: maps.Clone(l.Records), encoded: l.encoded}
+	return &List{Generation: l.Generation + 1, Counter: l.Counter, Paid: l.Paid, Records: maps.Clone(l.Records), encoded: l.encoded}
 }
 
 // New makes an empty list.
@@ -190,13 +194,24 @@ type Header struct {
 	Version    uint16
 	KeyID      [8]byte
 	Generation uint64
+	Counter    uint64
+	Paid       int64
 }
 
 const (
-	magic      = "VTRLIST\n"
-	version    = 1
-	headerSize = 8 + 2 + 2 + 8 + 8 + NonceSize
+	magic        = "VTRLIST\n"
+	version      = 2
+	headerSizeV1 = 8 + 2 + 2 + 8 + 8 + NonceSize
+	headerSize   = headerSizeV1 + 8 + 8
 )
+
+// size is the header's length in bytes.
+func (h Header) size() int {
+	if h.Version == 1 {
+		return headerSizeV1
+	}
+	return headerSize
+}
 
 // Errors of Decode.
 var (
@@ -285,6 +300,8 @@ func (l *List) Encode(listKey, nonce []byte) ([]byte, error) {
 	h = binary.BigEndian.AppendUint16(h, headerSize)
 	h = append(h, id[:]...)
 	h = binary.BigEndian.AppendUint64(h, l.Generation)
+	h = binary.BigEndian.AppendUint64(h, l.Counter)
+	h = binary.BigEndian.AppendUint64(h, uint64(l.Paid))
 	h = append(h, nonce...)
 	return aead.Seal(h, nonce, body, h[:headerSize]), nil
 }
@@ -292,17 +309,21 @@ func (l *List) Encode(listKey, nonce []byte) ([]byte, error) {
 // UntrustedHeader reads the header of a list file, which only Decode checks.
 func UntrustedHeader(b []byte) (Header, error) {
 	var h Header
-	if len(b) < headerSize || string(b[:8]) != magic {
+	if len(b) < headerSizeV1 || string(b[:8]) != magic {
 		return h, ErrFormat
 	}
 	h.Version = binary.BigEndian.Uint16(b[8:])
 	copy(h.KeyID[:], b[12:])
 	h.Generation = binary.BigEndian.Uint64(b[20:])
-	if h.Version != version {
+	if h.Version != 1 && h.Version != version {
 		return h, fmt.Errorf("%w (%d)", ErrVersion, h.Version)
 	}
-	if binary.BigEndian.Uint16(b[10:]) != headerSize {
+	if int(binary.BigEndian.Uint16(b[10:])) != h.size() || len(b) < h.size() {
 		return h, ErrFormat
+	}
+	if h.Version > 1 {
+		h.Counter = binary.BigEndian.Uint64(b[28:])
+		h.Paid = int64(binary.BigEndian.Uint64(b[36:]))
 	}
 	return h, nil
 }
@@ -323,7 +344,8 @@ func Decode(b, listKey []byte) (*List, error) {
 	if h.KeyID != keyID(listKey) {
 		return nil, fmt.Errorf("%w: its key is another one", ErrKey)
 	}
-	body, err := aead.Open(nil, b[headerSize-NonceSize:headerSize], b[headerSize:], b[:headerSize])
+	n := h.size()
+	body, err := aead.Open(nil, b[n-NonceSize:n], b[n:], b[:n])
 	if err != nil {
 		return nil, ErrKey
 	}
@@ -332,7 +354,7 @@ func Decode(b, listKey []byte) (*List, error) {
 		return nil, fmt.Errorf("%w: %w", ErrFormat, err)
 	}
 	l := New()
-	l.Generation = h.Generation
+	l.Generation, l.Counter, l.Paid = h.Generation, h.Counter, h.Paid
 	for _, r := range records {
 		if r == nil || r.UUID == "" || len(r.History) > MaxHistory {
 			return nil, fmt.Errorf("%w: a record that is none", ErrFormat)

@@ -20,7 +20,7 @@ var (
 
 func sample() *List {
 	l := New()
-	l.Generation = 42
+	l.Generation, l.Counter, l.Paid = 42, 17, 1_800_000_000_123
 	for i := range 3 {
 		r := &Record{
 			UUID: fmt.Sprintf("3f2c1c1e-0000-4000-8000-00000000000%d", i), Name: fmt.Sprint("vm", i), Instance: "/var/lib/libvirt/swtpm/x/tpm2",
@@ -53,7 +53,7 @@ func TestNext(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	fresh, err := (&List{Generation: n.Generation, Records: n.Records}).Encode(key, nonce)
+	fresh, err := (&List{Generation: n.Generation, Counter: n.Counter, Paid: n.Paid, Records: n.Records}).Encode(key, nonce)
 	if err != nil || !bytes.Equal(again, fresh) || n.Generation != l.Generation+1 {
 		t.Error("another encoding", err)
 	}
@@ -80,25 +80,28 @@ func TestRoundTrip(t *testing.T) {
 	}
 }
 
-// Lists of version 1 stay readable for ever.
+// Lists of every version stay readable for ever.
 func TestGolden(t *testing.T) {
-	const name = "testdata/list-v1"
 	if *update {
 		b, _ := sample().Encode(key, nonce)
-		if err := os.WriteFile(name, b, 0o644); err != nil {
+		if err := os.WriteFile("testdata/list-v2", b, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	b, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	got, err := Decode(b, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if d := cmp.Diff(sample(), got, asWritten); d != "" {
-		t.Fatal(d)
+	v1 := sample()
+	v1.Counter, v1.Paid = 0, 0
+	for name, want := range map[string]*List{"testdata/list-v1": v1, "testdata/list-v2": sample()} {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := Decode(b, key)
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		if d := cmp.Diff(want, got, asWritten); d != "" {
+			t.Fatal(name, d)
+		}
 	}
 }
 
@@ -184,6 +187,9 @@ func TestJournal(t *testing.T) {
 func FuzzDecode(f *testing.F) {
 	b, _ := sample().Encode(key, nonce)
 	f.Add(b, true)
+	if v1, err := os.ReadFile("testdata/list-v1"); err == nil {
+		f.Add(v1, true)
+	}
 	body, _ := encMode.Marshal([]*Record{{UUID: "u"}})
 	f.Add(body, false)
 	f.Fuzz(func(t *testing.T, b []byte, sealed bool) {
