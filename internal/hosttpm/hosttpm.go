@@ -60,11 +60,13 @@ type Host struct {
 	cfg     Config
 	store   store
 	queue   chan request
+	later   chan request // served while queue is empty
 	quit    chan struct{}
 	closing sync.Once
 	stopped sync.WaitGroup
 	timings timings
 	keys    atomic.Pointer[keySet] // nil: not provisioned
+	counter atomic.Pointer[place]  // of the list counter: nil where it has to be looked for
 	damaged error                  // why the key files cannot be used; set by Open
 }
 
@@ -95,7 +97,7 @@ func Open(cfg Config) (*Host, error) {
 	if cfg.Timeout <= 0 {
 		cfg.Timeout = 30 * time.Second
 	}
-	h := &Host{cfg: cfg, store: store{dir: cfg.Dir}, queue: make(chan request, queueLength), quit: make(chan struct{})}
+	h := &Host{cfg: cfg, store: store{dir: cfg.Dir}, queue: make(chan request, queueLength), later: make(chan request), quit: make(chan struct{})}
 	keys, err := h.store.load()
 	if err != nil && !errors.Is(err, ErrNotProvisioned) {
 		h.damaged = err
@@ -118,6 +120,13 @@ func (h *Host) serve() {
 	idle := time.NewTimer(idleAfter)
 	defer idle.Stop()
 	defer c.hangUp()
+	work := func(r request) {
+		if r.ctx.Err() == nil {
+			c.ctx = r.ctx
+			r.run(c)
+		}
+		idle.Reset(idleAfter)
+	}
 	for {
 		select {
 		case <-h.quit:
@@ -125,14 +134,18 @@ func (h *Host) serve() {
 		default:
 		}
 		select {
+		case r := <-h.queue:
+			work(r)
+			continue
+		default:
+		}
+		select {
 		case <-h.quit:
 			return
 		case r := <-h.queue:
-			if r.ctx.Err() == nil {
-				c.ctx = r.ctx
-				r.run(c)
-			}
-			idle.Reset(idleAfter)
+			work(r)
+		case r := <-h.later:
+			work(r)
 		case <-idle.C:
 			c.hangUp()
 		}
@@ -146,6 +159,31 @@ func do[T any](ctx context.Context, h *Host, op func(*client) (T, error)) (T, er
 }
 
 func doWithin[T any](ctx context.Context, h *Host, timeout time.Duration, op func(*client) (T, error)) (T, error) {
+	return doIn(ctx, h, timeout, func(_ context.Context, r request) error {
+		select {
+		case h.queue <- r:
+			return nil
+		default:
+			return fmt.Errorf("%w: %d requests are waiting", ErrBusy, queueLength)
+		}
+	}, op)
+}
+
+// doLater is do for what can wait: every other request goes first.
+func doLater[T any](ctx context.Context, h *Host, op func(*client) (T, error)) (T, error) {
+	return doIn(ctx, h, h.cfg.Timeout, func(ctx context.Context, r request) error {
+		select {
+		case h.later <- r:
+			return nil
+		case <-h.quit:
+			return fmt.Errorf("%w: closed", ErrFailed)
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", ErrBusy, ctx.Err())
+		}
+	}, op)
+}
+
+func doIn[T any](ctx context.Context, h *Host, timeout time.Duration, enter func(context.Context, request) error, op func(*client) (T, error)) (T, error) {
 	type result struct {
 		v   T
 		err error
@@ -168,9 +206,10 @@ func doWithin[T any](ctx context.Context, h *Host, timeout time.Duration, op fun
 	select {
 	case <-h.quit:
 		return none, fmt.Errorf("%w: closed", ErrFailed)
-	case h.queue <- request{ctx, run}:
 	default:
-		return none, fmt.Errorf("%w: %d requests are waiting", ErrBusy, queueLength)
+	}
+	if err := enter(ctx, request{ctx, run}); err != nil {
+		return none, err
 	}
 	select {
 	case r := <-done:

@@ -46,7 +46,7 @@ var commandNames = map[tpm2.TPMCC]string{
 	tpm2.TPMCCCertify: "Certify", tpm2.TPMCCCreate: "Create", tpm2.TPMCCCreatePrimary: "CreatePrimary",
 	tpm2.TPMCCEvictControl: "EvictControl", tpm2.TPMCCFlushContext: "FlushContext", tpm2.TPMCCGetCapability: "GetCapability",
 	tpm2.TPMCCLoad: "Load", tpm2.TPMCCLoadExternal: "LoadExternal", tpm2.TPMCCNVDefineSpace: "NV_DefineSpace",
-	tpm2.TPMCCNVIncrement: "NV_Increment", tpm2.TPMCCNVRead: "NV_Read", tpm2.TPMCCNVReadPublic: "NV_ReadPublic",
+	tpm2.TPMCCNVIncrement: "NV_Increment", tpm2.TPMCCNVUndefineSpace: "NV_UndefineSpace", tpm2.TPMCCNVRead: "NV_Read", tpm2.TPMCCNVReadPublic: "NV_ReadPublic",
 	tpm2.TPMCCPCRRead: "PCR_Read", tpm2.TPMCCPCRExtend: "PCR_Extend", tpm2.TPMCCReadClock: "ReadClock", tpm2.TPMCCPolicyAuthorize: "PolicyAuthorize", tpm2.TPMCCPolicyNV: "PolicyNV",
 	tpm2.TPMCCPolicyPCR: "PolicyPCR", tpm2.TPMCCRSADecrypt: "RSA_Decrypt", tpm2.TPMCCReadPublic: "ReadPublic",
 	tpm2.TPMCCSign: "Sign", tpm2.TPMCCStartAuthSession: "StartAuthSession", tpm2.TPMCCUnseal: "Unseal",
