@@ -2,11 +2,13 @@
 // beside the old list, synced, renamed over it and the folder synced, so that
 // a crash or a power cut leaves the old list or the new one. Beside it lie a
 // marker, which tells a lost list from one that never was, and, in the run-time
-// folder, the generation written last in this boot.
+// folder, the generation written last in this boot. A counter in the host's TPM
+// tells an older list from the newest across boots; see counter.go.
 package liststore
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -28,6 +30,7 @@ var (
 	ErrMissing    = errors.New("the vTPM list is missing")
 	ErrDamaged    = errors.New("the vTPM list is damaged")
 	ErrRolledBack = errors.New("the vTPM list is an older one")
+	ErrCounter    = errors.New("the counter of the host's TPM is not the one of the vTPM list")
 )
 
 const (
@@ -40,8 +43,12 @@ const (
 type Store struct {
 	dir, run string
 	key      []byte
+	rollback Rollback
 
-	write sync.Mutex // held by the commit that writes
+	write   sync.Mutex // held by the commit that writes
+	raise   sync.Mutex // held by the raise that is under way; taken before write
+	counted uint64     // where the counter stands; under mu
+	files   int        // how many lists carry the counter's value of cur; under mu
 
 	mu   sync.Mutex
 	cur  *list.List // never changed in place; its records are neither
@@ -51,6 +58,7 @@ type Store struct {
 
 type batch struct {
 	changes []Change
+	raise   bool
 	done    bool
 	err     error
 }
@@ -103,22 +111,28 @@ func readFile(path string) ([]byte, error) {
 
 // Open reads the list in dir with its key, or makes an empty one where there
 // never was any. run is the run-time folder. The key is kept; the caller may
-// not clear it. Errors: ErrMissing, ErrDamaged, ErrRolledBack, others.
-func Open(dir, run string, key []byte) (*Store, error) {
-	s := &Store{dir: dir, run: run, key: key}
-	if err := s.load(); err != nil {
+// not clear it. Errors: ErrMissing, ErrDamaged, ErrRolledBack, ErrCounter, what
+// the counter says, others.
+func Open(ctx context.Context, dir, run string, key []byte, r Rollback) (*Store, error) {
+	s := &Store{dir: dir, run: run, key: key, rollback: r}
+	if err := s.load(ctx); err != nil {
 		return nil, err
 	}
 	return s, nil
 }
 
-func (s *Store) load() error {
+func (s *Store) load(ctx context.Context) error {
 	b, err := readFile(Path(s.dir))
 	if errors.Is(err, fs.ErrNotExist) {
 		if _, err := os.Lstat(filepath.Join(s.dir, markerName)); err == nil {
 			return ErrMissing
 		}
-		return s.make(list.New())
+		if n, err := s.counterNow(ctx); err != nil {
+			return err
+		} else if n > 0 { // only a list makes one
+			return ErrMissing
+		}
+		return s.make(ctx, list.New())
 	}
 	if err != nil {
 		return err
@@ -135,14 +149,16 @@ func (s *Store) load() error {
 		return err
 	}
 	s.cur, s.sig = l, sig
+	if err := s.judge(ctx); err != nil {
+		return err
+	}
 	// A crash between the two may have left no marker.
 	return s.mark()
 }
 
 // Rebuild replaces whatever lies in dir by a new list of these records, above
 // every generation that is known.
-func Rebuild(dir, run string, key []byte, records []*list.Record) (*Store, error) {
-	s := &Store{dir: dir, run: run, key: key}
+func Rebuild(ctx context.Context, dir, run string, key []byte, r Rollback, records []*list.Record) (*Store, error) {
 	l := list.New()
 	for _, r := range records {
 		l.Records[r.UUID] = r
@@ -150,13 +166,36 @@ func Rebuild(dir, run string, key []byte, records []*list.Record) (*Store, error
 	if h, _, err := UntrustedHeader(dir); err == nil && h.Generation < 1<<62 {
 		l.Generation = h.Generation
 	}
-	l.Generation = max(l.Generation, s.lastGeneration())
-	return s, s.make(l)
+	return replace(ctx, dir, run, key, r, l)
 }
 
-func (s *Store) make(l *list.List) error {
+// Accept takes the list in dir for the newest, whatever counter and generation
+// say. Errors: ErrMissing, ErrDamaged, others.
+func Accept(ctx context.Context, dir, run string, key []byte, r Rollback) (*Store, error) {
+	b, err := readFile(Path(dir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, ErrMissing
+	}
+	if err != nil {
+		return nil, err
+	}
+	l, err := list.Decode(b, key)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return replace(ctx, dir, run, key, r, l)
+}
+
+func replace(ctx context.Context, dir, run string, key []byte, r Rollback, l *list.List) (*Store, error) {
+	s := &Store{dir: dir, run: run, key: key, rollback: r}
+	l.Generation = max(l.Generation, s.lastGeneration())
+	return s, s.make(ctx, l)
+}
+
+// make writes l as the newest list that there is.
+func (s *Store) make(ctx context.Context, l *list.List) error {
 	s.cur = l
-	if err := s.commit(nil); err != nil {
+	if err := s.rebase(ctx); err != nil {
 		return err
 	}
 	return s.mark()
@@ -210,12 +249,26 @@ func (s *Store) list() *list.List {
 // Commit makes changes durable. Commits that come while another one is being
 // written go together into the next.
 func (s *Store) Commit(changes ...Change) error {
+	if s.rollback.Each && len(changes) > 0 {
+		return s.Raise(context.Background(), true, changes...)
+	}
+	err := s.enter(changes, false)
+	if s.rollback.Stirred != nil {
+		s.rollback.Stirred()
+	}
+	return err
+}
+
+// enter commits; with raise, for a list that only the next value of the counter
+// makes the newest.
+func (s *Store) enter(changes []Change, raise bool) error {
 	s.mu.Lock()
 	if s.next == nil {
 		s.next = &batch{}
 	}
 	b := s.next
 	b.changes = append(b.changes, changes...)
+	b.raise = b.raise || raise
 	s.mu.Unlock()
 
 	s.write.Lock()
@@ -226,12 +279,13 @@ func (s *Store) Commit(changes ...Change) error {
 	s.mu.Lock()
 	s.next = nil
 	s.mu.Unlock()
-	b.err, b.done = s.commit(b.changes), true
+	b.err, b.done = s.commit(b.changes, b.raise), true
 	return b.err
 }
 
-func (s *Store) commit(changes []Change) error {
+func (s *Store) commit(changes []Change, raise bool) error {
 	l := s.list().Next()
+	s.carry(l, raise)
 	for _, c := range changes {
 		if c.Put != nil {
 			l.Records[c.Put.UUID] = c.Put.Clone() // the caller may change its own
@@ -253,6 +307,10 @@ func (s *Store) commit(changes []Change) error {
 		return err
 	}
 	s.mu.Lock()
+	if l.Counter != s.cur.Counter {
+		s.files = 0
+	}
+	s.files++
 	s.cur, s.sig = l, sig
 	s.mu.Unlock()
 	// The run-time folder is memory: what is written there needs no sync.

@@ -17,7 +17,7 @@ var key = bytes.Repeat([]byte{1}, list.KeySize)
 func newStore(t testing.TB) (s *Store, dir, run string) {
 	t.Helper()
 	dir, run = t.TempDir(), t.TempDir()
-	s, err := Open(dir, run, key)
+	s, err := Open(t.Context(), dir, run, key, Rollback{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -34,7 +34,7 @@ func TestCommit(t *testing.T) {
 	if err := s.Commit(Change{Delete: "a"}); err != nil {
 		t.Fatal(err)
 	}
-	s, err := Open(dir, run, key)
+	s, err := Open(t.Context(), dir, run, key, Rollback{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,7 +54,7 @@ func TestCommitKeepsNoCallersRecord(t *testing.T) {
 	if err := s.Commit(put("b")); err != nil {
 		t.Fatal(err)
 	}
-	onDisk, err := Open(dir, run, key)
+	onDisk, err := Open(t.Context(), dir, run, key, Rollback{})
 	if err != nil || s.Get("a").Name != "vm a" || onDisk.Get("a").Name != "vm a" {
 		t.Fatal(s.Get("a").Name, err)
 	}
@@ -74,7 +74,7 @@ func TestManyCommitsAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	s, err := Open(dir, run, key)
+	s, err := Open(t.Context(), dir, run, key, Rollback{})
 	if err != nil || len(s.All()) != 50 {
 		t.Fatal(err)
 	}
@@ -111,7 +111,7 @@ func TestDetection(t *testing.T) {
 			if err := s.Check(); !errors.Is(err, tt.want) {
 				t.Fatalf("while running: %v, want %v", err, tt.want)
 			}
-			if _, err := Open(dir, run, key); !errors.Is(err, tt.want) {
+			if _, err := Open(t.Context(), dir, run, key, Rollback{}); !errors.Is(err, tt.want) {
 				t.Fatalf("after a restart: %v, want %v", err, tt.want)
 			}
 			// The two ways back.
@@ -119,11 +119,11 @@ func TestDetection(t *testing.T) {
 				t.Fatal(err)
 			}
 			tt.damage(Path(dir), older)
-			n, err := Rebuild(dir, run, key, s.All())
+			n, err := Rebuild(t.Context(), dir, run, key, Rollback{}, s.All())
 			if err != nil || n.Get("a") == nil || n.Generation() < s.Generation() {
 				t.Fatal(err)
 			}
-			if n, err = Open(dir, run, key); err != nil || n.Get("a") == nil {
+			if n, err = Open(t.Context(), dir, run, key, Rollback{}); err != nil || n.Get("a") == nil {
 				t.Fatal(err)
 			}
 		})
@@ -132,7 +132,7 @@ func TestDetection(t *testing.T) {
 
 func TestOtherKey(t *testing.T) {
 	_, dir, run := newStore(t)
-	if _, err := Open(dir, run, bytes.Repeat([]byte{2}, list.KeySize)); !errors.Is(err, ErrDamaged) || !errors.Is(err, list.ErrKey) {
+	if _, err := Open(t.Context(), dir, run, bytes.Repeat([]byte{2}, list.KeySize), Rollback{}); !errors.Is(err, ErrDamaged) || !errors.Is(err, list.ErrKey) {
 		t.Fatal(err)
 	}
 }
