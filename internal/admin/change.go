@@ -28,7 +28,7 @@ type Change struct {
 const released = "released"
 
 func (c *Command) changeCommands() []*cobra.Command {
-	var repairList, rolledBack bool
+	var repairList, rolledBack, listRolledBack bool
 	adopt := c.changeCommand("adopt", "Adopt", "Take a VM that is off into the list as it is",
 		"Takes a VM that is off into the list as it is: a plain vTPM is encrypted in place, an image that was copied or overlaid gets a new label.")
 	release := c.changeCommand("release", "Release", "Give a VM that is off back to plain libvirt",
@@ -59,24 +59,35 @@ func (c *Command) changeCommands() []*cobra.Command {
 	repair.Flags().BoolVar(&repairList, "list", false, "the vTPM list itself")
 
 	accept := &cobra.Command{
-		Use:               "accept VM --rolled-back",
-		Short:             "Take an older vTPM state of a VM for right",
-		Long:              "Takes the vTPM state that is there, an older one of this VM's own, for right: after a restore from a backup, for example.",
+		Use:   "accept VM --rolled-back | --list-rolled-back",
+		Short: "Take an older vTPM of a VM, or an older list, for right",
+		Long: "Takes the vTPM state and the label that are there, older ones of this VM's own, for right: after a restore from a backup, for example. " +
+			"With --list-rolled-back it takes the vTPM list that is there; each VM is then held against it.",
 		ValidArgsFunction: completeVMs,
 		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) != 1 {
+			switch {
+			case rolledBack == listRolledBack:
+				return errors.New("say what is accepted: --rolled-back or --list-rolled-back")
+			case rolledBack && len(args) != 1:
 				return errors.New("name one VM")
-			}
-			if !rolledBack {
-				return errors.New("say what is accepted: --rolled-back")
+			case listRolledBack && len(args) > 0:
+				return errors.New("--list-rolled-back is for all VMs")
 			}
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return c.one(cmd.Context(), "Accept", args[0], map[string]dbus.Variant{"rolled-back": dbus.MakeVariant(true)})
+			vm, option := "", "list-rolled-back"
+			if rolledBack {
+				vm, option = args[0], "rolled-back"
+				if vm == "" {
+					return &exit{ExitUsage, errors.New("the VM's name is empty")}
+				}
+			}
+			return c.one(cmd.Context(), "Accept", vm, map[string]dbus.Variant{option: dbus.MakeVariant(true)})
 		},
 	}
-	accept.Flags().BoolVar(&rolledBack, "rolled-back", false, "an older state of this VM's own vTPM")
+	accept.Flags().BoolVar(&rolledBack, "rolled-back", false, "an older state or label of this VM's own vTPM")
+	accept.Flags().BoolVar(&listRolledBack, "list-rolled-back", false, "an older vTPM list")
 	return []*cobra.Command{adopt, release, repair, accept}
 }
 

@@ -53,6 +53,11 @@ func (p props) number(key string) uint64 {
 	return 0
 }
 
+func (p props) flag(key string) bool {
+	b, _ := p[key].Value().(bool)
+	return b
+}
+
 func (p props) numbers(key string) []uint32 {
 	n, _ := p[key].Value().([]uint32)
 	return append([]uint32{}, n...)
@@ -77,6 +82,12 @@ type Manager struct {
 	Generation  uint64 `json:"list_generation"`
 	VMs         uint64 `json:"vms"`
 	Libvirt     string `json:"libvirt"`
+
+	Counter       uint64 `json:"list_counter"`
+	RaiseDue      bool   `json:"raise_due"`
+	RaisedWithin  uint64 `json:"raised_within_us"` // microseconds
+	RaisesLeft    uint64 `json:"raises_left"`
+	RaisesPerYear uint64 `json:"raises_per_year"`
 }
 
 // listKnown reports whether the VM objects are all that the list holds.
@@ -156,6 +167,8 @@ func (g *guard) manager(ctx context.Context) (Manager, error) {
 		Version: p.text("Version"), Mode: p.text("Mode"),
 		ListState: p.text("ListState"), ListProblem: p.text("ListProblem"), Generation: p.number("ListGeneration"),
 		VMs: p.number("VMCount"), Libvirt: p.text("LibvirtState"),
+		Counter: p.number("ListCounter"), RaiseDue: p.flag("RaiseDue"), RaisedWithin: p.number("RaisedWithin"),
+		RaisesLeft: p.number("RaisesLeft"), RaisesPerYear: p.number("RaisesPerYear"),
 	}, err
 }
 

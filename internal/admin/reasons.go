@@ -26,8 +26,8 @@ var advice = map[reason.Code][2]string{
 		"'virt-trust status' names the PCRs. Boot the host as it was. For an update of firmware or kernel that changes these PCRs: 'virt-trust release --all', and right before the reboot 'systemctl stop virt-trustd' and remove /var/lib/virt-trust. virt-trustd then makes new keys for the new state, and VMs are adopted at their next start.",
 	},
 	reason.ListRolledBack: {
-		"The file of the vTPM list was replaced by an older one while virt-trustd knew a newer.",
-		"Find out who did it. 'virt-trust repair --list' writes the list back from virt-trustd's memory or, where that is gone, from the labels.",
+		"The file of the vTPM list is an older one: from a backup, a snapshot of the file system, or an attacker's copy. virt-trustd remembers the newest, and after a boot the counter in the host's TPM tells. A counter that was deleted, or that went back with a TPM which is itself emulated, is told in the same way.",
+		"Find out who did it. If the file was replaced while virt-trustd runs: 'virt-trust repair --list' writes the newest back. If you have restored the host's disk: 'virt-trust accept --list-rolled-back' takes the list as it is, with all VMs whose vTPM states are of the same time; for the others there is 'virt-trust accept VM --rolled-back'. If only the list is lost: 'virt-trust repair --list' makes it again from the labels and the states that are there.",
 	},
 	reason.ListDamaged: {
 		"The file of the vTPM list is gone, or was altered, or was written under another key.",

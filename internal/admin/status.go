@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/spf13/cobra"
 )
@@ -78,5 +79,22 @@ func (s Status) write(w io.Writer) {
 		"TPM", tpm,
 		"vTPM list", list,
 		"List's problem", s.ListProblem,
+		"Rollback", s.Manager.rollback(),
 	)
+}
+
+// rollback says how soon an older list is noticed, and what that costs the TPM.
+func (m Manager) rollback() string {
+	if m.Counter == 0 {
+		return ""
+	}
+	when := "at once"
+	if m.RaisedWithin > 0 {
+		when = "within " + (time.Duration(m.RaisedWithin) * time.Microsecond).Round(time.Second/10).String()
+	}
+	s := fmt.Sprintf("older lists noticed %s; counter %d, %s left at once, %d a year", when, m.Counter, plural(m.RaisesLeft, "raise", "raises"), m.RaisesPerYear)
+	if m.RaiseDue {
+		s += "; a raise is due"
+	}
+	return s
 }

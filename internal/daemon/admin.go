@@ -693,13 +693,11 @@ func (g *Guard) RepairList(ctx context.Context) (what string, err error) {
 	g.mu.Lock()
 	key := g.listKey
 	g.mu.Unlock()
-	store, err := liststore.Rebuild(g.dirs.State, g.dirs.Run, key, records)
+	store, err := liststore.Rebuild(ctx, g.dirs.State, g.dirs.Run, key, g.rollback(), records)
 	if err != nil {
-		return "", err
+		return "", g.tpmRefusal(err)
 	}
-	g.mu.Lock()
-	g.store, g.listErr = store, nil
-	g.mu.Unlock()
+	g.opened(store)
 	what = fmt.Sprintf("the vTPM list was rebuilt from labels, with %d VMs", len(records))
 	for _, l := range lost {
 		what += "; not taken in: " + l

@@ -42,6 +42,7 @@ type TPM interface {
 	UnwrapKeys(ctx context.Context, ciphertext []byte) ([]byte, error)
 	BindKeyName() []byte
 	Sign(ctx context.Context, digest [32]byte) ([]byte, error)
+	liststore.Counter
 }
 
 // Dirs are where virt-trustd keeps its things.
@@ -63,6 +64,7 @@ type Guard struct {
 	watch   *statedir.Watcher
 	now     func() time.Time
 	bootID  string
+	stir    chan struct{} // see keepRaised
 
 	openList sync.Mutex // held while the list is being opened
 
@@ -89,7 +91,7 @@ func NewGuard(cfg config.Config, dirs Dirs, tpm TPM, log *logrus.Entry, changed 
 		return nil, err
 	}
 	g := &Guard{
-		cfg: cfg, dirs: dirs, tpm: tpm, log: log, now: time.Now, bootID: strings.TrimSpace(string(boot)),
+		cfg: cfg, dirs: dirs, tpm: tpm, log: log, now: time.Now, stir: make(chan struct{}, 1), bootID: strings.TrimSpace(string(boot)),
 		vms: map[string]*vmLock{}, grants: map[string]*grant{}, sessions: map[string]*session{}, restore: map[string]bool{}, verdicts: map[string]*reason.Refusal{}, changed: changed,
 	}
 	if g.journal, err = openDecisions(filepath.Join(dirs.State, "decisions.jsonl")); err != nil {
@@ -139,13 +141,28 @@ func (g *Guard) lock(uuid string) (unlock func()) {
 	m.users++
 	g.mu.Unlock()
 	m.Lock()
-	return func() {
-		m.Unlock()
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		if m.users--; m.users == 0 {
-			delete(g.vms, uuid)
-		}
+	return func() { g.unlock(uuid, m) }
+}
+
+// tryLock is lock for whoever will not wait.
+func (g *Guard) tryLock(uuid string) (unlock func(), ok bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.vms[uuid] != nil {
+		return nil, false
+	}
+	m := &vmLock{users: 1}
+	m.Lock()
+	g.vms[uuid] = m
+	return func() { g.unlock(uuid, m) }, true
+}
+
+func (g *Guard) unlock(uuid string, m *vmLock) {
+	m.Unlock()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if m.users--; m.users == 0 {
+		delete(g.vms, uuid)
 	}
 }
 
@@ -201,8 +218,12 @@ func (g *Guard) List(ctx context.Context) (*liststore.Store, error) {
 	}
 	err := g.listRefusal(store.Check())
 	g.mu.Lock()
+	fresh := g.store == nil
 	g.store, g.listErr = store, err
 	g.mu.Unlock()
+	if fresh {
+		g.stirred()
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -222,7 +243,7 @@ func (g *Guard) tryOpen(ctx context.Context) (*liststore.Store, error) {
 	g.mu.Lock()
 	g.listKey = key
 	g.mu.Unlock()
-	return liststore.Open(g.dirs.State, g.dirs.Run, key)
+	return liststore.Open(ctx, g.dirs.State, g.dirs.Run, key, g.rollback())
 }
 
 func (g *Guard) listRefusal(err error) error {
@@ -232,11 +253,18 @@ func (g *Guard) listRefusal(err error) error {
 	case errors.Is(err, liststore.ErrMissing):
 		return reason.Refuse(reason.ListDamaged, mend, "the vTPM list %s is missing", path)
 	case errors.Is(err, liststore.ErrRolledBack):
+		mend := mend
+		if g.peek() == nil {
+			mend = "put the newest one back, or 'virt-trust accept --list-rolled-back' takes this one"
+		}
 		return reason.Refuse(reason.ListRolledBack, mend, "%s was replaced: %s", path, err)
+	case errors.Is(err, liststore.ErrCounter):
+		return reason.Refuse(reason.ListRolledBack, "if that was you, 'virt-trust accept --list-rolled-back' takes the list as it is",
+			"whether %s is the newest cannot be told: %s", path, err)
 	case errors.Is(err, liststore.ErrDamaged):
 		return reason.Refuse(reason.ListDamaged, mend, "%s: %s", path, err)
 	}
-	return err
+	return g.tpmRefusal(err)
 }
 
 // peek gives the list if it is open, without asking anyone.

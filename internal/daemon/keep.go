@@ -114,6 +114,7 @@ func (g *Guard) note(s *session, r *list.Record, d list.Digest) error {
 			return err
 		}
 		s.noted = noted
+		g.stirred()
 		return nil
 	}
 	if len(s.noted) >= maxJournal || len(s.noted) == 0 {
@@ -134,6 +135,7 @@ func (g *Guard) note(s *session, r *list.Record, d list.Digest) error {
 	_, err = f.WriteAt(e, int64(len(s.noted))*int64(list.EntrySize))
 	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
 		s.noted = append(s.noted, p)
+		g.stirred()
 	}
 	return err
 }

@@ -78,9 +78,13 @@ func Run(ctx context.Context, o Options) error {
 	go s.watchRemovals(ctx)
 	go s.keepUp(ctx)
 	go s.watchdog(ctx, 5*time.Second)
+	go s.g.keepRaised(ctx)
 	select {
 	case <-ctx.Done():
 		s.drain()
+		last, cancel := context.WithTimeout(context.Background(), lastRaise)
+		defer cancel()
+		s.g.settleCounter(last)
 		return nil
 	case <-conn.Context().Done():
 		return errors.New("the system bus closed the connection")
@@ -107,6 +111,9 @@ func (s *Service) drain() {
 		}
 	}
 }
+
+// lastRaise bounds the raise with which virt-trustd ends.
+const lastRaise = 10 * time.Second
 
 func (s *Service) sendSignals(ctx context.Context) {
 	for {

@@ -226,12 +226,26 @@ func (s *Service) manager() map[string]any {
 		"Release": s.verb("Release", polkitAction, func(ctx context.Context, d libvirt.Domain, f *domain.Facts, options dict) (string, error) {
 			return s.g.Release(ctx, d, f)
 		}),
-		"Accept": s.verb("Accept", polkitAction, func(ctx context.Context, d libvirt.Domain, f *domain.Facts, options dict) (string, error) {
-			if !option[bool](options, "rolled-back") {
-				return "", errors.New(`nothing to accept was named: the option "rolled-back" is the only one`)
+		"Accept": func(vm string, options dict, sender dbus.Sender) (dict, *dbus.Error) {
+			if vm != "" {
+				return s.verb("Accept", polkitAction, func(ctx context.Context, d libvirt.Domain, f *domain.Facts, options dict) (string, error) {
+					if !option[bool](options, "rolled-back") {
+						return "", errors.New(`nothing to accept was named: the option "rolled-back" is the only one`)
+					}
+					return s.g.Accept(ctx, d, f)
+				})(vm, options, sender)
 			}
-			return s.g.Accept(ctx, d, f)
-		}),
+			result := dict{}
+			return result, s.serve(sender, "Accept", polkitAction, adminDeadline, func(ctx context.Context, c *caller) error {
+				if !option[bool](options, "list-rolled-back") {
+					return errors.New(`nothing to accept was named: without a VM the option "list-rolled-back" is the only one`)
+				}
+				what, err := s.g.AcceptList(ctx)
+				maps.Copy(result, strs("what", what))
+				s.deny("", "vTPM list", "accept", err)
+				return err
+			})
+		},
 		"Repair": func(vm string, options dict, sender dbus.Sender) (dict, *dbus.Error) {
 			if vm != "" {
 				return s.verb("Repair", polkitAction, func(ctx context.Context, d libvirt.Domain, f *domain.Facts, options dict) (string, error) {
@@ -524,12 +538,14 @@ func (s *Service) properties(path dbus.ObjectPath, iface string) (dict, bool) {
 
 func (s *Service) managerProperties() dict {
 	state, problem, generation, count := s.g.listState()
-	return dict{
+	d := dict{
 		"Version": dbus.MakeVariant(s.version), "Mode": dbus.MakeVariant(s.g.cfg.Mode),
 		"ListState": dbus.MakeVariant(state), "ListProblem": dbus.MakeVariant(problem),
 		"ListGeneration": dbus.MakeVariant(generation), "VMCount": dbus.MakeVariant(uint32(count)),
 		"LibvirtState": dbus.MakeVariant(s.libvirtState()),
 	}
+	maps.Copy(d, s.g.raised())
+	return d
 }
 
 func (s *Service) vmProperties(r *list.Record) dict {

@@ -35,12 +35,13 @@ func (d *Duration) UnmarshalText(b []byte) error {
 // Config is virt-trustd.toml.
 type Config struct {
 	// Mode: "enforce" refuses, "audit" only logs what it would have refused.
-	Mode    string  `toml:"mode"`
-	TPM     TPM     `toml:"tpm"`
-	Policy  Policy  `toml:"policy"`
-	Swtpm   Swtpm   `toml:"swtpm"`
-	Libvirt Libvirt `toml:"libvirt"`
-	Grant   Grant   `toml:"grant"`
+	Mode     string   `toml:"mode"`
+	TPM      TPM      `toml:"tpm"`
+	Policy   Policy   `toml:"policy"`
+	Rollback Rollback `toml:"rollback"`
+	Swtpm    Swtpm    `toml:"swtpm"`
+	Libvirt  Libvirt  `toml:"libvirt"`
+	Grant    Grant    `toml:"grant"`
 }
 
 // TPM is the host's TPM.
@@ -56,6 +57,12 @@ type Policy struct {
 	RequireVTPM   bool   `toml:"require_vtpm"`   // refuse VMs that have no emulated TPM
 	Adopt         bool   `toml:"adopt"`          // take existing plain vTPMs into the list at their next start
 	CrashRecovery string `toml:"crash_recovery"` // authenticated, strict
+}
+
+// Rollback is how an older vTPM list is told by a counter in the TPM.
+type Rollback struct {
+	Window  Duration `toml:"window"`   // from a commit to the counter's raise; 0: each commit waits for it
+	PerYear int      `toml:"per_year"` // raises, at most: the TPM's memory wears
 }
 
 // Swtpm is how libvirt runs swtpm.
@@ -77,11 +84,12 @@ type Grant struct {
 // Default gives the compiled-in configuration.
 func Default() Config {
 	return Config{
-		Mode:   "enforce",
-		TPM:    TPM{Device: "/dev/tpmrm0", Bank: "sha256", PCRs: []uint{0, 2, 4, 7, 9, 11, 12, 14}, Timeout: Duration(30 * time.Second)},
-		Policy: Policy{Adopt: true, CrashRecovery: "authenticated"},
-		Swtpm:  Swtpm{User: "tss", StateRoot: "/var/lib/libvirt/swtpm"},
-		Grant:  Grant{Lifetime: Duration(time.Minute)},
+		Mode:     "enforce",
+		TPM:      TPM{Device: "/dev/tpmrm0", Bank: "sha256", PCRs: []uint{0, 2, 4, 7, 9, 11, 12, 14}, Timeout: Duration(30 * time.Second)},
+		Policy:   Policy{Adopt: true, CrashRecovery: "authenticated"},
+		Rollback: Rollback{Window: Duration(time.Second), PerYear: 20_000},
+		Swtpm:    Swtpm{User: "tss", StateRoot: "/var/lib/libvirt/swtpm"},
+		Grant:    Grant{Lifetime: Duration(time.Minute)},
 	}
 }
 
@@ -180,6 +188,12 @@ func (c Config) check() error {
 			errs = append(errs, fmt.Errorf("tpm.pcrs: PCR %d is named twice", p))
 		}
 		seen[p] = true
+	}
+	if w := time.Duration(c.Rollback.Window); w < 0 || w > time.Hour {
+		errs = append(errs, fmt.Errorf("rollback.window: %s is not between 0s and 1h", w))
+	}
+	if n := c.Rollback.PerYear; n < 1000 || n > 1_000_000 {
+		errs = append(errs, fmt.Errorf("rollback.per_year: %d is not between 1000 and 1000000", n))
 	}
 	for key, d := range map[string]Duration{"tpm.timeout": c.TPM.Timeout, "grant.lifetime": c.Grant.Lifetime} {
 		if d < Duration(time.Second) || d > Duration(10*time.Minute) {

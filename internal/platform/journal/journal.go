@@ -41,6 +41,9 @@ const (
 	HostNotApproved Event = "f77a3ff4dc2d49b6a2c412df755ee114" // the list key is not released in this state
 	ListDamaged     Event = "60ec7388451b42aaae3639875c287b57" // the vTPM list is missing, damaged or old
 	Provisioned     Event = "335de8f2f328446b995cf8020814730b" // keys were made in the host's TPM
+	NotRaised       Event = "d1bbdd1b3b934c419b9b6901ed760e2a" // the TPM's counter could not be raised
+	OlderAccepted   Event = "a0bf4798e6e34bb3ada4694469fc38d9" // an older list, state or label was taken on the admin's word
+	Reverted        Event = "61f7a9a21c2e492c881382c41dd78662" // a VM's vTPM went back with a saved image
 	KeysGranted     Event = "0cd3f62e16c544fbb99610e01504132f" // vTPM keys were handed to swtpm
 )
 

@@ -1,0 +1,213 @@
+package daemon
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"virt-trust/internal/platform/config"
+	"virt-trust/internal/vtpm/reason"
+)
+
+// snapshot copies what lies on the host's disk, and gives what puts it back, or
+// of it what is below some folders.
+func (h *house) snapshot() (putBack func(folders ...string)) {
+	h.t.Helper()
+	copied := h.t.TempDir()
+	for _, d := range []string{"state", "swtpm", "images"} {
+		if err := os.CopyFS(filepath.Join(copied, d), os.DirFS(filepath.Join(h.root, d))); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+	return func(folders ...string) {
+		h.t.Helper()
+		if len(folders) == 0 {
+			folders = []string{"state", "swtpm", "images"}
+		}
+		for _, d := range folders {
+			os.RemoveAll(filepath.Join(h.root, d))
+			if err := os.CopyFS(filepath.Join(h.root, d), os.DirFS(filepath.Join(copied, d))); err != nil {
+				h.t.Fatal(err)
+			}
+		}
+	}
+}
+
+// cutPower ends virt-trustd and the boot with it; change is done while the host
+// is off.
+func (h *house) cutPower(change func()) {
+	h.t.Helper()
+	h.g.Close()
+	os.Remove(filepath.Join(h.root, "run", "list-generation"))
+	change()
+	h.boot()
+}
+
+func (h *house) raised() {
+	h.t.Helper()
+	if err := h.g.raise(context.Background(), h.g.peek(), false); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// An older /var/lib, all of it, is genuine and belongs together: the counter
+// alone tells.
+func TestOlderVarLib(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	f, _, _ := h.ran(uuidA)
+	older := h.snapshot()
+	key := h.start(f)
+	h.write(uuidA, key)
+	h.noted(uuidA)
+	h.stop(f)
+	h.raised()
+	newer := h.snapshot()
+
+	h.cutPower(func() { older() })
+	h.untouched(func() {
+		refuses(t, h.prepare(f), reason.ListRolledBack)
+		_, err := h.g.Accept(background, off(f), f)
+		refuses(t, err, reason.ListRolledBack)
+		_, err = h.g.Check(background, f)
+		refuses(t, err, reason.ListRolledBack)
+	})
+	// What is put right starts.
+	h.cutPower(func() { newer() })
+	h.start(f)
+	h.stop(f)
+	h.raised()
+
+	// What was restored on purpose starts on the admin's word.
+	h.cutPower(func() { older() })
+	refuses(t, h.prepare(f), reason.ListRolledBack)
+	must[string](t)(h.g.AcceptList(background))
+	h.start(f)
+	h.decrypts(uuidA, key)
+	h.stop(f)
+	h.belongs(f)
+	if _, err := h.g.AcceptList(background); reason.As(err) == nil {
+		t.Error("a list that is the newest was accepted")
+	}
+	// And the one of before is the older now.
+	h.raised()
+	h.cutPower(func() { newer() })
+	refuses(t, h.prepare(f), reason.ListRolledBack)
+}
+
+// Of a restored list, VMs that have a newer state stay refused, each with its
+// own way back.
+func TestOlderListNewerState(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	f, _, _ := h.ran(uuidA)
+	b := h.vm(uuidB, true)
+	h.start(b)
+	h.stop(b)
+	older := h.snapshot()
+	key := h.start(f)
+	h.write(uuidA, key)
+	h.noted(uuidA)
+	h.stop(f)
+	h.raised()
+	h.cutPower(func() { older("state") })
+	refuses(t, h.prepare(f), reason.ListRolledBack)
+	must[string](t)(h.g.AcceptList(background))
+	h.start(b)
+	refuses(t, h.prepare(f), reason.VTPMRolledBack)
+	must[string](t)(h.g.Accept(background, off(f), f))
+	h.start(f)
+	h.decrypts(uuidA, key)
+}
+
+// What a VM writes while it runs cannot be taken back by a power cut, once it
+// was raised: neither alone nor together with the journal.
+func TestOlderStateOfARunningVM(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	f, _, _ := h.ran(uuidA)
+	key := h.start(f)
+	h.raised()
+	older := h.snapshot() // as a snapshot of the running host's disk is
+	h.write(uuidA, key)
+	h.noted(uuidA)
+	later := h.snapshot()
+	h.write(uuidA, key)
+	h.noted(uuidA)
+	if !h.g.hasNotes(h.g.peek()) {
+		t.Fatal("nothing to take into the list")
+	}
+	h.raised()
+	if h.g.hasNotes(h.g.peek()) || h.g.peek().Exposed() {
+		t.Fatal("raised, and not in the list")
+	}
+	newest := h.snapshot()
+	for i, putBack := range []func(...string){older, later} {
+		h.cutPower(func() { putBack() })
+		if err := h.prepare(f); reason.As(err) == nil || reason.As(err).Code != reason.ListRolledBack {
+			t.Errorf("all of it, %d: %v", i, err)
+		}
+		h.cutPower(func() {
+			putBack()
+			// The list alone is the newest.
+			list := filepath.Join(h.root, "state", "vtpm-list")
+			newest("state")
+			b := must[[]byte](t)(os.ReadFile(list))
+			putBack()
+			if err := os.WriteFile(list, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		})
+		if err := h.prepare(f); reason.As(err) == nil || reason.As(err).Code != reason.VTPMRolledBack {
+			t.Errorf("state and journal, %d: %v", i, err)
+		}
+	}
+	h.cutPower(func() { newest() })
+	h.start(f)
+	h.decrypts(uuidA, key)
+	h.stop(f)
+	h.belongs(f)
+}
+
+// The counter is raised by itself, once for many commits, and what fails is
+// tried again.
+func TestKeepRaised(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	h.reboot(func(c *config.Config) { c.Rollback.Window = config.Duration(200 * time.Millisecond) })
+	ctx, cancel := context.WithCancel(background)
+	done := make(chan struct{})
+	go func() { defer close(done); h.g.keepRaised(ctx) }()
+	wait := func(what string, is func() bool) {
+		t.Helper()
+		for end := time.Now().Add(5 * time.Second); !is(); time.Sleep(2 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatal(what)
+			}
+		}
+	}
+	f, _, _ := h.ran(uuidA)
+	store := h.g.peek()
+	wait("never raised", func() bool { return !store.Exposed() })
+	if n := h.tpm.counter(); n > 6 {
+		t.Errorf("%d raises for three short runs", n)
+	}
+	key := h.start(f)
+	wait("never raised", func() bool { return !store.Exposed() })
+	before := h.tpm.counter()
+	h.write(uuidA, key)
+	h.noted(uuidA)
+	wait("the write never came into the list", func() bool { return !h.g.hasNotes(store) && !store.Exposed() })
+	if n := h.tpm.counter(); n != before+1 {
+		t.Errorf("%d raises for one write", n-before)
+	}
+	h.stop(f)
+	h.g.settleCounter(background)
+	if store.Exposed() {
+		t.Error("exposed at the end")
+	}
+	cancel()
+	<-done
+}
