@@ -96,7 +96,7 @@ test:
 
 faults:
 	@mkdir -p bin
-	@VIRT_TRUST_FAULTS=all $(GO) test -count=1 -v -run '^Test(World|Killed|Disk|Faults|PowerCut|Cut)' ./internal/vtpm/... ./internal/hosttpm ./internal/daemon >bin/faults.log 2>&1 || { cat bin/faults.log; exit 1; }
+	@VIRT_TRUST_FAULTS=all $(GO) test -count=1 -v -run '^Test(World|KilledAt|Disk|Faults|PowerCutAt)' ./internal/vtpm/... ./internal/hosttpm ./internal/daemon >bin/faults.log 2>&1 || { cat bin/faults.log; exit 1; }
 	@sed -n 's/.*figures: //p' bin/faults.log
 
 demo: deb

@@ -102,6 +102,9 @@ func TestDiskFaults(t *testing.T) {
 						refused.Add(1)
 					}
 					h.boot()
+					if tt.op == "prepare" || tt.op == "stop" {
+						h.startsItself(f)
+					}
 					tt.check(h, f)
 					h.g.Close()
 					if t.Failed() {
