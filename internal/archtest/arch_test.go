@@ -54,7 +54,7 @@ func load(t *testing.T) map[string]pkg {
 
 // pure packages hold rules: bytes and values in, values and errors out.
 var pure = []string{
-	"domain", "domain/swtpmargs", "vtpm/reason", "vtpm/label", "vtpm/qcow2", "vtpm/list", "vtpm/lifecycle", "vtpm/statefile",
+	"domain", "domain/emulator", "domain/qemuargs", "domain/swtpmargs", "vtpm/reason", "vtpm/label", "vtpm/qcow2", "vtpm/list", "vtpm/lifecycle", "vtpm/statefile",
 	"hosttpm/policy", "hosttpm/tss2", "evidence/eventlog", "launcher/launchlog", "launcher/refvalues", "recovery/shamir",
 }
 
