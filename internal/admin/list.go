@@ -128,16 +128,16 @@ func (vm VM) write(w io.Writer) {
 	if key == "libvirt" {
 		key += " (an <encryption> secret of the VM's own)"
 	}
-	recovery := map[string]string{"wrapped": "its keys are wrapped to the recovery key", "none": "its keys are not wrapped to a recovery key"}[vm.Recovery]
-	if vm.KeyOwner == "libvirt" || vm.State == released {
-		recovery = ""
-	}
 	last := vm.LastVerdict
 	if vm.LastReason != "" {
 		last += ", " + vm.LastReason
 	}
 	if vm.LastWhat != "" {
 		last += ": " + vm.LastWhat
+	}
+	reverts := ""
+	if vm.Reverts > 0 {
+		reverts = fmt.Sprintf("%s, last %s", plural(vm.Reverts, "time", "times"), local(vm.Reverted))
 	}
 	fields(w,
 		"Name", vm.Name,
@@ -146,12 +146,12 @@ func (vm VM) write(w io.Writer) {
 		"vTPM", vm.StatePath,
 		"Baseline", vm.Baseline,
 		"Key", key,
-		"Recovery", recovery,
 		"Label", label,
 		"Label id", vm.LabelID,
 		"Starts", fmt.Sprint(vm.Generation),
 		"Created", local(vm.Created),
 		"Changed", local(vm.Changed),
+		"Reverted", reverts,
 		"Last decision", last,
 	)
 }

@@ -9,13 +9,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"virt-trust/internal/domain"
 	"virt-trust/internal/domain/libvirt"
 	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/platform/secret"
-	"virt-trust/internal/recovery"
 	"virt-trust/internal/vtpm/imagefile"
 	"virt-trust/internal/vtpm/label"
 	"virt-trust/internal/vtpm/lifecycle"
@@ -206,7 +206,7 @@ func (g *Guard) adoptUnknown(ctx context.Context, st *start, fresh bool) (string
 		return "", reason.Refuse(reason.VTPMUnknown, "bring it back from a backup, or give the VM a new, empty vTPM with 'virt-trust adopt --new'",
 			"the state in %s is damaged", st.seen.Instance)
 	case statefile.Encrypted:
-		what, err := g.recoverRecord(ctx, st, nil)
+		what, err := g.recoverRecord(ctx, st)
 		if fresh && reason.As(err) != nil {
 			return g.startOver(ctx, st)
 		}
@@ -220,12 +220,11 @@ func (g *Guard) adoptUnknown(ctx context.Context, st *start, fresh bool) (string
 }
 
 // recoverRecord makes the record of an encrypted state again from a label that
-// has its keys for this host, or for the recovery key if that is given: the
-// image's, or the one kept.
-func (g *Guard) recoverRecord(ctx context.Context, st *start, key *recovery.Key) (string, error) {
+// has its keys: the image's, or the one kept.
+func (g *Guard) recoverRecord(ctx context.Context, st *start) (string, error) {
 	var why error = errors.New("there is no label for it")
 	for _, payload := range g.labelsFor(st.f.UUID, st.seen.Label.Path) {
-		r, keys, err := g.recordFrom(ctx, payload, st.f.UUID, st.f.Name, st.seen.Instance, st.dir, key)
+		r, keys, err := g.recordFrom(ctx, payload, st.f.UUID, st.f.Name, st.seen.Instance, st.dir)
 		if err != nil {
 			why = err
 			continue
@@ -244,8 +243,12 @@ func (g *Guard) startOver(ctx context.Context, st *start) (string, error) {
 	if err := g.approved(ctx); err != nil {
 		return "", err
 	}
-	name, err := g.setAside(fmt.Sprintf("%s.%s", st.f.UUID, st.dir.Name), st.dir.Data)
-	if err != nil {
+	aside := filepath.Join(g.dirs.State, "set-aside")
+	if err := os.MkdirAll(aside, 0o700); err != nil {
+		return "", err
+	}
+	name := filepath.Join(aside, fmt.Sprintf("%s.%d.%s", st.f.UUID, g.unix(), st.dir.Name))
+	if err := liststore.WriteFile(name, st.dir.Data, 0o600); err != nil {
 		return "", err
 	}
 	if err := statedir.Remove(st.seen.Instance); err != nil {
@@ -259,16 +262,6 @@ func (g *Guard) startOver(ctx context.Context, st *start) (string, error) {
 	}
 	st.dir.Data = nil
 	return "the VM has a new vTPM; the old state was set aside as " + name, g.create(ctx, st, nil)
-}
-
-// setAside keeps what is to be replaced by something else.
-func (g *Guard) setAside(what string, data []byte) (name string, err error) {
-	aside := filepath.Join(g.dirs.State, "set-aside")
-	if err := os.MkdirAll(aside, 0o700); err != nil {
-		return "", err
-	}
-	name = filepath.Join(aside, fmt.Sprintf("%s.%d", what, g.now().UnixNano()))
-	return name, liststore.WriteFile(name, data, 0o600)
 }
 
 // labelsFor gives the payloads that may hold a VM's keys.
@@ -285,9 +278,8 @@ func (g *Guard) labelsFor(uuid, image string) (payloads [][]byte) {
 }
 
 // recordFrom makes a record from a label and the state that it belongs to. The
-// label must have the keys for this host or, if that is given, the recovery key.
-// The keys are the caller's to wipe.
-func (g *Guard) recordFrom(ctx context.Context, payload []byte, uuid, name, instance string, dir *statedir.Seen, key *recovery.Key) (*list.Record, *secret.Buffer, error) {
+// keys are the caller's to wipe.
+func (g *Guard) recordFrom(ctx context.Context, payload []byte, uuid, name, instance string, dir *statedir.Seen) (*list.Record, *secret.Buffer, error) {
 	l, err := label.UntrustedParse(payload)
 	if err != nil {
 		return nil, nil, err
@@ -295,7 +287,11 @@ func (g *Guard) recordFrom(ctx context.Context, payload []byte, uuid, name, inst
 	if l.VM != uuid {
 		return nil, nil, fmt.Errorf("the label belongs to VM %s", l.VM)
 	}
-	wrapped, keys, err := g.keysOf(ctx, l, key)
+	wrapped, ok := l.Recipient(g.tpm.BindKeyName())
+	if !ok {
+		return nil, nil, errors.New("the label was made for another host")
+	}
+	keys, err := g.unwrap(ctx, wrapped)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -307,49 +303,16 @@ func (g *Guard) recordFrom(ctx context.Context, payload []byte, uuid, name, inst
 		return nil, nil, err
 	}
 	now := g.unix()
-	r := &list.Record{
+	return &list.Record{
 		UUID: uuid, Name: name, Instance: instance, State: list.Stored, KeyOwner: list.Ours, WrappedKeys: wrapped,
-		LabelID: l.ID, Baseline: dir.Digest, Created: now, Changed: now, BootID: g.bootID,
-	}
-	if f := g.recovery.Load(); f != nil {
-		if file, ok := l.Recipient(f.to.LabelName()); ok {
-			r.RecoveryKeys, r.RecoveryTo = file, f.Recipient
-		}
-	}
-	return r, keys, nil
-}
-
-// keysOf gives the keys that a label has, and what they are for this host.
-func (g *Guard) keysOf(ctx context.Context, l *label.Label, key *recovery.Key) (wrapped []byte, keys *secret.Buffer, err error) {
-	wrapped, ok := l.Recipient(g.tpm.BindKeyName())
-	if ok {
-		keys, err = g.unwrap(ctx, wrapped)
-		return wrapped, keys, err
-	}
-	if key == nil {
-		return nil, nil, errors.New("the label was made for another host")
-	}
-	file, ok := l.Recipient(key.Recipient().LabelName())
-	if !ok {
-		return nil, nil, errors.New("the label was made for another host and has no part for this recovery key")
-	}
-	if keys, err = openPair(key, file); err != nil {
-		return nil, nil, err
-	}
-	if wrapped, err = g.tpm.WrapKeys(keys.Bytes()); err != nil {
-		keys.Wipe()
-		return nil, nil, g.tpmRefusal(err)
-	}
-	return wrapped, keys, nil
+		LabelID: l.ID, LabelGeneration: l.Generation, Baseline: dir.Digest, Tag: tagOf(dir, keys), Created: now, Changed: now, BootID: g.bootID,
+	}, keys, nil
 }
 
 // relabel gives a record a new label, in the image if that can carry one.
 func (g *Guard) relabel(ctx context.Context, store *liststore.Store, r *list.Record, keys *secret.Buffer, l lifecycle.LabelSeen) error {
 	r = r.Clone()
-	if err := g.wrapRecovery(r, keys); err != nil {
-		return err
-	}
-	payload, err := g.sealLabel(r, keys, l.Path)
+	payload, err := g.sealLabel(r, keys)
 	if err != nil {
 		return err
 	}
@@ -407,7 +370,7 @@ func (g *Guard) adoptKnown(ctx context.Context, st *start, fresh bool) (string, 
 	}
 	defer keys.Wipe()
 	if s.State.Exists {
-		s.State.Auth = authenticate(st.dir, keys)
+		s.State.Auth = judge(r, st.dir, keys)
 		switch d := lifecycle.State(r, s, g.policy()); d.Plan {
 		case lifecycle.Start, lifecycle.StartRecovered:
 			r = lifecycle.Settled(r, s.State.Digest, s.Journal, g.unix())
@@ -638,6 +601,7 @@ func (g *Guard) putBack(st *start, keys *secret.Buffer) error {
 		return err
 	}
 	r := lifecycle.Settled(st.r, digest, st.seen.Journal, g.unix())
+	r.SetTag(tagOf(&statedir.Seen{Data: kept}, keys))
 	if !st.r.Open {
 		r.State = st.r.State // it may be suspended
 	}
@@ -664,34 +628,48 @@ func (g *Guard) accept(ctx context.Context, st *start) (what string, err error) 
 		return "", err
 	}
 	f, r, s := st.f, st.r, st.seen
+	older := lifecycle.OlderLabel(r, s.Label)
+	same := s.State.Digest == lifecycle.Newest(r, s.Journal)
 	switch {
 	case len(s.State.Strange) > 0:
 		return "", lifecycle.Prepare(r, s, g.policy()).Refusal
-	case !s.State.Exists:
+	case !s.State.Exists && !same:
 		return "", reason.Refuse(reason.VTPMMissing, "'virt-trust repair' puts the kept state back", "there is no vTPM state to accept")
-	case s.State.Digest == lifecycle.Newest(r, s.Journal):
+	case same && !older:
 		return "the vTPM state is the one that the list holds", nil
 	}
+	var keys *secret.Buffer
 	if r.KeyOwner == list.Ours {
-		keys, err := g.unwrap(ctx, r.WrappedKeys)
-		if err != nil {
+		if keys, err = g.unwrap(ctx, r.WrappedKeys); err != nil {
 			return "", err
 		}
 		defer keys.Wipe()
-		if authenticate(st.dir, keys) != lifecycle.Authentic {
+	}
+	if !same {
+		if r.KeyOwner == list.Ours && authenticate(st.dir, keys) != lifecycle.Authentic {
 			return "", reason.Refuse(reason.VTPMChanged, "'virt-trust repair' puts the kept state back", "the vTPM state was not written under this VM's key: nothing could load it")
 		}
+		r = lifecycle.Settled(r, s.State.Digest, s.Journal, g.unix())
+		r.SetTag(tagOf(st.dir, keys))
+		if err := g.keepState(r.UUID, st.dir); err != nil {
+			return "", err
+		}
+		if err := st.store.Commit(liststore.Change{Put: r}); err != nil {
+			return "", err
+		}
+		what = "an older vTPM state was accepted on the admin's word"
 	}
-	n := lifecycle.Settled(r, s.State.Digest, s.Journal, g.unix())
-	if err := g.keepState(r.UUID, st.dir); err != nil {
-		return "", err
+	if older {
+		if err := g.relabel(ctx, st.store, r, keys, s.Label); err != nil {
+			return "", err
+		}
+		what = strings.TrimPrefix(what+"; an older label was replaced by a new one on the admin's word", "; ")
 	}
-	if err := st.store.Commit(liststore.Change{Put: n}); err != nil {
-		return "", err
-	}
-	what = "an older vTPM state was accepted on the admin's word"
-	g.report(f.UUID, f.Name, "accept", allow, reason.VTPMRolledBack, what, journal.StateRecovered)
+	g.report(f.UUID, f.Name, "accept", allow, reason.VTPMRolledBack, what, journal.OlderAccepted)
 	g.changed(f.UUID)
+	if same {
+		return what, nil
+	}
 	return what, g.dropJournal(r.UUID)
 }
 
@@ -712,11 +690,6 @@ func (g *Guard) RepairList(ctx context.Context) (what string, err error) {
 	if r := reason.As(err); r == nil || (r.Code != reason.ListDamaged && r.Code != reason.ListRolledBack) {
 		return "", err
 	}
-	return g.rebuildList(ctx, nil)
-}
-
-// rebuildList makes the list from what is kept of each VM. key may be nil.
-func (g *Guard) rebuildList(ctx context.Context, key *recovery.Key) (what string, err error) {
 	g.openList.Lock()
 	defer g.openList.Unlock()
 	names, err := os.ReadDir(filepath.Join(g.dirs.State, "vtpm"))
@@ -726,20 +699,17 @@ func (g *Guard) rebuildList(ctx context.Context, key *recovery.Key) (what string
 	var records []*list.Record
 	var lost []string
 	for _, e := range names {
-		r, err := g.rebuildOne(ctx, e.Name(), key)
+		r, err := g.rebuildOne(ctx, e.Name())
 		if err != nil {
 			lost = append(lost, fmt.Sprintf("%s (%s)", e.Name(), err))
 			continue
 		}
 		records = append(records, r)
 	}
-	// What is written over may be readable one day.
-	if b, err := os.ReadFile(liststore.Path(g.dirs.State)); err == nil && len(b) > 0 {
-		if _, err := g.setAside("vtpm-list", b); err != nil {
-			return "", err
-		}
-	}
-	store, err := liststore.Rebuild(ctx, g.dirs.State, g.dirs.Run, g.key(), g.rollback(), records)
+	g.mu.Lock()
+	key := g.listKey
+	g.mu.Unlock()
+	store, err := liststore.Rebuild(ctx, g.dirs.State, g.dirs.Run, key, g.rollback(), records)
 	if err != nil {
 		return "", g.tpmRefusal(err)
 	}
@@ -755,7 +725,7 @@ func (g *Guard) rebuildList(ctx context.Context, key *recovery.Key) (what string
 	return what, nil
 }
 
-func (g *Guard) rebuildOne(ctx context.Context, uuid string, key *recovery.Key) (*list.Record, error) {
+func (g *Guard) rebuildOne(ctx context.Context, uuid string) (*list.Record, error) {
 	payload, err := g.kept(uuid, keptLabel)
 	if err != nil {
 		return nil, errors.New("no label is kept")
@@ -768,14 +738,14 @@ func (g *Guard) rebuildOne(ctx context.Context, uuid string, key *recovery.Key) 
 	if err != nil {
 		return nil, err
 	}
-	r, keys, err := g.recordFrom(ctx, payload, uuid, uuid, l.Instance, dir, key)
-	defer func() { keys.Wipe() }()
+	r, keys, err := g.recordFrom(ctx, payload, uuid, uuid, l.Instance, dir)
+	keys.Wipe()
 	if kept, e := g.kept(uuid, keptState); e == nil && (err != nil || !dir.Exists()) {
 		// Its start is refused then, and 'virt-trust repair' puts the kept one back:
 		// without a baseline it would silently get a blank vTPM.
 		seen := &statedir.Seen{Dir: l.Instance, Name: dir.Name, Data: kept, Digest: statedir.Digest(dir.Name, kept)}
+		r, keys, err = g.recordFrom(ctx, payload, uuid, uuid, l.Instance, seen)
 		keys.Wipe()
-		r, keys, err = g.recordFrom(ctx, payload, uuid, uuid, l.Instance, seen, key)
 	}
 	if err != nil {
 		return nil, err
@@ -786,17 +756,7 @@ func (g *Guard) rebuildOne(ctx context.Context, uuid string, key *recovery.Key) 
 	// Where the image is, its label will be found right at the next start: it
 	// is the one that is kept, and waits.
 	r.PendingLabel = payload
-	if _, here := l.Recipient(g.tpm.BindKeyName()); here {
-		return r, nil
-	}
-	r.LabelDigest = list.DigestOf(payload) // until the new one is written
-	if err := g.wrapRecovery(r, keys); err != nil {
-		return nil, err
-	}
-	if r.PendingLabel, err = g.sealLabel(r, keys, ""); err != nil {
-		return nil, err
-	}
-	return r, g.keep(uuid, keptLabel, r.PendingLabel)
+	return r, nil
 }
 
 // delete ends a VM's association: the record, what is kept, and the label in

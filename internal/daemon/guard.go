@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -22,7 +21,6 @@ import (
 	"virt-trust/internal/domain"
 	"virt-trust/internal/domain/libvirt"
 	"virt-trust/internal/hosttpm"
-	"virt-trust/internal/hosttpm/policy"
 	"virt-trust/internal/platform/config"
 	"virt-trust/internal/platform/secret"
 	"virt-trust/internal/vtpm/imagefile"
@@ -45,13 +43,6 @@ type TPM interface {
 	BindKeyName() []byte
 	Sign(ctx context.Context, digest [32]byte) ([]byte, error)
 	liststore.Counter
-
-	// For recovery.
-	PolicyKeyName() []byte
-	WithSecrets(ctx context.Context, use func(listKey, policyKey []byte) error) error
-	PCRs(ctx context.Context) (policy.State, error)
-	ApproveWith(ctx context.Context, policyKey []byte, note string, states ...policy.State) error
-	Reprovision(ctx context.Context, listKey []byte) error
 }
 
 // Dirs are where virt-trustd keeps its things.
@@ -76,9 +67,6 @@ type Guard struct {
 	stir    chan struct{} // see keepRaised
 
 	openList sync.Mutex // held while the list is being opened
-
-	recovering sync.Mutex // held while what is wrapped to the recovery key changes
-	recovery   atomic.Pointer[recoveryFile]
 
 	mu       sync.Mutex
 	store    *liststore.Store
@@ -107,9 +95,6 @@ func NewGuard(cfg config.Config, dirs Dirs, tpm TPM, log *logrus.Entry, changed 
 		vms: map[string]*vmLock{}, grants: map[string]*grant{}, sessions: map[string]*session{}, restore: map[string]bool{}, verdicts: map[string]*reason.Refusal{}, changed: changed,
 	}
 	if g.journal, err = openDecisions(filepath.Join(dirs.State, "decisions.jsonl")); err != nil {
-		return nil, err
-	}
-	if err := g.loadRecovery(); err != nil {
 		return nil, err
 	}
 	if g.watch, err = statedir.NewWatcher(g.settled, g.settleAll); err != nil {
@@ -194,7 +179,7 @@ func (g *Guard) tpmRefusal(err error) error {
 	case errors.Is(err, hosttpm.ErrPolicy):
 		return reason.Refuse(reason.HostNotApproved, "boot the host as it was, see 'virt-trust status'", "%s", err)
 	case errors.Is(err, hosttpm.ErrCleared):
-		return reason.Refuse(reason.KeyNotReleased, g.wayBack(),
+		return reason.Refuse(reason.KeyNotReleased, "put the TPM back, or start over with vTPM states from a backup, see virt-trust-reasons(7)",
 			"the host's TPM was cleared or replaced, and the keys of this host died with it")
 	case errors.Is(err, hosttpm.ErrCiphertext):
 		return reason.Refuse(reason.KeyNotReleased, "see virt-trust-reasons(7)", "the wrapped vTPM keys were not made for this host")
@@ -247,9 +232,6 @@ func (g *Guard) List(ctx context.Context) (*liststore.Store, error) {
 
 func (g *Guard) tryOpen(ctx context.Context) (*liststore.Store, error) {
 	if g.tpm.BindKeyName() == nil {
-		if err := g.keysLost(); err != nil {
-			return nil, err
-		}
 		if err := g.tpm.Provision(ctx); err != nil {
 			return nil, g.tpmRefusal(err)
 		}
@@ -419,7 +401,7 @@ func (g *Guard) readLabel(path string) (lifecycle.LabelSeen, error) {
 		l.Damaged = err.Error()
 		return l, nil
 	}
-	l.VM = parsed.VM
+	l.VM, l.ID, l.Generation = parsed.VM, parsed.ID, parsed.Generation
 	_, l.ThisHost = parsed.Recipient(g.tpm.BindKeyName())
 	return l, nil
 }
@@ -430,19 +412,14 @@ func closedToUs(err error) bool {
 	return errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS)
 }
 
-// sealLabel makes a new label for a record. The image at path, "" for none, gets
-// one without the recovery key if it has no room for that.
-func (g *Guard) sealLabel(r *list.Record, keys *secret.Buffer, path string) ([]byte, error) {
-	l := label.Label{
+// sealLabel makes a new label for a record, which notes its generation.
+func (g *Guard) sealLabel(r *list.Record, keys *secret.Buffer) ([]byte, error) {
+	r.LabelGeneration = max(uint64(g.now().UnixNano()), r.LabelGeneration+1)
+	return label.Label{
 		ID: r.LabelID, VM: r.UUID, Instance: r.Instance, Algorithm: label.AlgorithmAES256,
-		Recipients: g.recipients(r), Generation: uint64(g.now().UnixNano()),
-	}
-	payload, err := l.Seal(stateKey(keys))
-	if len(l.Recipients) > 1 && (err != nil || !roomFor(path, len(payload))) {
-		l.Recipients = l.Recipients[:1]
-		payload, err = l.Seal(stateKey(keys))
-	}
-	return payload, err
+		Recipients: []label.Recipient{{BindKeyName: g.tpm.BindKeyName(), Ciphertext: r.WrappedKeys}},
+		Generation: r.LabelGeneration,
+	}.Seal(stateKey(keys))
 }
 
 // writePending writes a record's waiting label to its image. It gives the
@@ -484,6 +461,28 @@ func authenticate(dir *statedir.Seen, keys *secret.Buffer) lifecycle.Auth {
 		return lifecycle.Authentic
 	}
 	return lifecycle.Forged
+}
+
+// judge authenticates a state, and says whether the VM had it before.
+func judge(r *list.Record, dir *statedir.Seen, keys *secret.Buffer) lifecycle.Auth {
+	auth := authenticate(dir, keys)
+	if auth == lifecycle.Authentic && r.Had(tagOf(dir, keys)) {
+		auth = lifecycle.Old
+	}
+	return auth
+}
+
+// tagOf gives the tag of an encrypted state, zero where it cannot be told.
+func tagOf(dir *statedir.Seen, keys *secret.Buffer) list.Tag {
+	if keys == nil || !dir.Exists() {
+		return list.Tag{}
+	}
+	plain, err := statefile.Decrypt(dir.Data, stateKey(keys))
+	if err != nil {
+		return list.Tag{}
+	}
+	defer secret.Wipe(plain)
+	return list.TagOf(plain)
 }
 
 func newID() (id [16]byte) { rand.Read(id[:]); return id }

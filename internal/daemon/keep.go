@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/liststore"
@@ -75,6 +76,10 @@ func (g *Guard) readJournal(r *list.Record) ([]list.Past, error) {
 	key := g.listKey
 	g.mu.Unlock()
 	entries, _, err := list.OpenJournal(b, key, r.UUID, r.Generation)
+	// A journal that lacks what was taken from it into the record is an older one.
+	if r.Noted && !slices.ContainsFunc(entries, func(p list.Past) bool { return p.Digest == r.Baseline }) {
+		return nil, err
+	}
 	return entries, err
 }
 
@@ -100,6 +105,9 @@ func (g *Guard) note(s *session, r *list.Record, d list.Digest) error {
 		keep := s.noted
 		if len(keep) > list.MaxHistory {
 			keep = keep[len(keep)-list.MaxHistory:]
+			if r.Noted && !slices.ContainsFunc(keep, func(p list.Past) bool { return p.Digest == r.Baseline }) {
+				keep = append([]list.Past{{Digest: r.Baseline, Time: keep[0].Time}}, keep...)
+			}
 		}
 		noted := append(append([]list.Past(nil), keep...), p)
 		var b []byte

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/godbus/dbus/v5"
@@ -158,7 +159,7 @@ func (g *Guard) hasNotes(store *liststore.Store) bool {
 // unlisted is called with the session's lock held.
 func unlisted(s *session, r *list.Record) bool {
 	n := len(s.noted)
-	return !s.ended && r != nil && r.Open && n > 0 && s.noted[n-1].Digest != r.Baseline
+	return !s.ended && r != nil && r.Open && (n > 0 && s.noted[n-1].Digest != r.Baseline || s.reverts > 0)
 }
 
 // checkpoint takes what a running VM has written into its record. A VM that is
@@ -178,8 +179,73 @@ func (g *Guard) checkpoint(store *liststore.Store, s *session) error {
 	n := r.Clone()
 	for _, p := range s.noted {
 		n.SetBaseline(p.Digest, p.Time)
+		n.Noted = true
 	}
-	return store.Commit(liststore.Change{Put: n})
+	s.remember(n)
+	if err := store.Commit(liststore.Change{Put: n}); err != nil {
+		return err
+	}
+	s.tags, s.reverts = nil, 0
+	return nil
+}
+
+// remember takes into a record what its session knows alone. Called with the
+// session's lock held.
+func (s *session) remember(n *list.Record) {
+	for _, t := range s.tags {
+		n.SetTag(t)
+	}
+	if s.reverts > 0 {
+		n.Reverts += s.reverts
+		n.Reverted = s.reverted
+	}
+}
+
+// had reports whether a state that was written now holds what an older one
+// held. Called with the session's lock held.
+func had(s *session, r *list.Record, t list.Tag) bool {
+	n := len(s.tags)
+	if t == (list.Tag{}) || n > 0 && s.tags[n-1] == t || n == 0 && r.Tag == t {
+		return false
+	}
+	return r.Had(t) || n > 0 && r.Tag == t || slices.Contains(s.tags, t)
+}
+
+// reverted notes that a VM's vTPM was taken back by a saved image, once for a
+// start. Called with the session's lock held.
+func (g *Guard) reverted(s *session, r *list.Record, what string) {
+	if s.reverted > 0 {
+		return
+	}
+	s.reverts, s.reverted = 1, g.unix()
+	g.report(s.uuid, r.Name, "restore", noted, reason.VTPMRolledBack, what, journal.Reverted)
+	g.stirred()
+}
+
+// saved notes, on libvirt's word, that a VM stopped because it was saved.
+func (g *Guard) saved(uuid string) error {
+	defer g.lock(uuid)()
+	g.mu.Lock()
+	s := g.sessions[uuid]
+	if s != nil {
+		s.suspect = false // its image was faster than the word of it
+	}
+	g.mu.Unlock()
+	store := g.peek()
+	if s != nil || store == nil {
+		return nil
+	}
+	r := store.Get(uuid)
+	if r == nil || r.Open || r.State != list.Stored {
+		return nil
+	}
+	n := r.Clone()
+	n.State = list.Suspended
+	if err := store.Commit(liststore.Change{Put: n}); err != nil {
+		return err
+	}
+	g.changed(uuid)
+	return nil
 }
 
 // AcceptList takes an older list, or one that another TPM's counter was for, on

@@ -2,13 +2,19 @@ package daemon
 
 import (
 	"context"
+	"crypto/rand"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/platform/journal"
+	"virt-trust/internal/vtpm/list"
+	"virt-trust/internal/vtpm/liststore"
 	"virt-trust/internal/vtpm/reason"
+	"virt-trust/internal/vtpm/statefile"
 )
 
 // snapshot copies what lies on the host's disk, and gives what puts it back, or
@@ -210,4 +216,183 @@ func TestKeepRaised(t *testing.T) {
 	}
 	cancel()
 	<-done
+}
+
+// holding makes a state that holds something of its own.
+func (h *house) holding(key []byte, what byte) []byte {
+	h.t.Helper()
+	plain := plainState(h.t)
+	plain[len(plain)-1] = what
+	iv := make([]byte, 32)
+	rand.Read(iv)
+	return must[[]byte](h.t)(statefile.Encrypt(plain, key, iv))
+}
+
+// A power cut lets no older state in, however old it is and whatever became of
+// the journal.
+func TestVeryOldState(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	f, key, _ := h.ran(uuidA)
+	var states [][]byte
+	for i := range list.MaxHistory + 4 {
+		h.start(f)
+		h.put(uuidA, h.holding(key, byte(i)))
+		h.noted(uuidA)
+		h.stop(f)
+		states = append(states, h.read(uuidA))
+	}
+	h.start(f)
+	newest := h.holding(key, 200)
+	h.put(uuidA, h.holding(key, 199))
+	h.noted(uuidA)
+	first := must[[]byte](t)(h.g.kept(uuidA, keptJournal))
+	older := h.read(uuidA)
+	h.put(uuidA, newest)
+	h.noted(uuidA)
+	h.raised()
+	h.cutPower(func() {
+		h.put(uuidA, older)
+		h.g.keep(uuidA, keptJournal, first)
+	})
+	refuses(t, h.prepare(f), reason.VTPMRolledBack)
+	for _, i := range []int{0, len(states) - 1} {
+		h.cutPower(func() {
+			h.put(uuidA, states[i])
+			h.g.dropJournal(uuidA)
+		})
+		h.untouched(func() { refuses(t, h.prepare(f), reason.VTPMRolledBack) })
+	}
+	// One that was written in the last instant is taken.
+	h.cutPower(func() { h.put(uuidA, h.holding(key, 201)) })
+	h.start(f)
+	h.stop(f)
+	// Nor does one that is put there while the VM runs become the newest.
+	h.start(f)
+	h.put(uuidA, h.holding(key, 202))
+	h.noted(uuidA)
+	h.put(uuidA, states[0])
+	h.stop(f)
+	refuses(t, h.prepare(f), reason.VTPMRolledBack)
+	must[string](t)(h.g.Accept(background, off(f), f))
+	h.start(f)
+	h.stop(f)
+	h.belongs(f)
+}
+
+func TestRevertedImages(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	f, key, _ := h.ran(uuidA)
+	reverts := func() uint32 {
+		t.Helper()
+		h.raised()
+		return h.g.peek().Get(uuidA).Reverts
+	}
+	save := func(what byte) {
+		t.Helper()
+		h.put(uuidA, h.holding(key, what))
+		h.noted(uuidA)
+		h.stop(f)
+		if err := h.g.saved(uuidA); err != nil {
+			t.Fatal(err)
+		}
+		if s := h.g.peek().Get(uuidA).State; s != list.Suspended {
+			t.Fatal(s)
+		}
+	}
+	restore := func(what byte) {
+		t.Helper()
+		h.g.Restoring(f)
+		h.start(f)
+		h.put(uuidA, h.holding(key, what)) // QEMU gives swtpm what the image holds
+		h.noted(uuidA)
+	}
+	h.start(f)
+	save(1)
+	restore(1)
+	if n := reverts(); n != 0 {
+		t.Errorf("the image of the last stop: %d", n)
+	}
+	save(2)
+	restore(1) // an older file
+	if n := reverts(); n != 1 {
+		t.Errorf("an older image: %d", n)
+	}
+	h.stop(f)
+	restore(3) // whatever it holds: the VM was not saved
+	if n := reverts(); n != 2 {
+		t.Errorf("an image, and the VM had been shut down: %d", n)
+	}
+	h.stop(f)
+	restore(1) // both
+	h.put(uuidA, h.holding(key, 4))
+	h.noted(uuidA)
+	if n := reverts(); n != 3 {
+		t.Errorf("an older image, and the VM had been shut down: %d", n)
+	}
+	h.stop(f)
+	h.start(f)
+	save(5)
+	h.g.Restoring(f) // faster than libvirt's word of the save
+	if err := h.g.peek().Commit(liststore.Change{Put: func() *list.Record {
+		r := h.g.peek().Get(uuidA).Clone()
+		r.State = list.Stored
+		return r
+	}()}); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.prepare(f); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.g.saved(uuidA); err != nil {
+		t.Fatal(err)
+	}
+	h.keys(uuidA)
+	if err := h.g.Launched(f); err != nil {
+		t.Fatal(err)
+	}
+	if n := reverts(); n != 3 {
+		t.Errorf("a fast restore: %d", n)
+	}
+	h.stop(f)
+	h.belongs(f)
+	if n := strings.Count(h.logged(), string(journal.Reverted)); n != 3 {
+		t.Errorf("%d events", n)
+	}
+
+	h.reboot(func(c *config.Config) { c.Policy.Restore = "refuse" })
+	h.g.Restoring(f)
+	refuses(t, h.prepare(f), reason.PolicyForbids)
+	h.start(f)
+	save(6)
+	h.g.Restoring(f)
+	h.start(f)
+	h.put(uuidA, h.holding(key, 1))
+	h.stop(f)
+	refuses(t, h.prepare(f), reason.VTPMRolledBack)
+}
+
+// An older copy of the image has an older label.
+func TestOlderLabel(t *testing.T) {
+	t.Parallel()
+	for _, way := range []string{"repair", "accept"} {
+		h := newHouse(t)
+		f, key, _ := h.ran(uuidA)
+		older := must[[]byte](t)(os.ReadFile(h.image(uuidA)))
+		must[string](t)(h.g.Adopt(background, off(f), f, false)) // gives it a new one
+		os.WriteFile(h.image(uuidA), older, 0o600)
+		h.untouched(func() { refuses(t, h.prepare(f), reason.VTPMRolledBack) })
+		if way == "repair" {
+			must[string](t)(h.g.Repair(background, off(f), f))
+		} else {
+			must[string](t)(h.g.Accept(background, off(f), f))
+		}
+		h.start(f)
+		h.decrypts(uuidA, key)
+		h.stop(f)
+		h.belongs(f)
+		os.WriteFile(h.image(uuidA), older, 0o600)
+		refuses(t, h.prepare(f), reason.VTPMRolledBack)
+	}
 }

@@ -33,6 +33,13 @@ type session struct {
 	noted []list.Past
 	ended bool
 	state list.State
+
+	tags     []list.Tag // of what was noted since the record was last written
+	reverts  uint32     // as tags: 1 where the vTPM was taken back
+	reverted int64      // when that was; 0: it was not
+	// suspect: it was started from a saved image, and was not saved, as far as is
+	// known, when it stopped last. Under Guard.mu.
+	suspect bool
 }
 
 // start is a VM on its way through prepare.
@@ -72,7 +79,7 @@ func (g *Guard) decide(ctx context.Context, f *domain.Facts, p lifecycle.Policy,
 			break
 		}
 		if auth != lifecycle.NotAsked {
-			st.seen.State.Auth = authenticate(st.dir, st.keys)
+			st.seen.State.Auth = judge(st.r, st.dir, st.keys)
 		}
 		st.seen.Restored = restored
 		st.d = lifecycle.Prepare(st.r, st.seen, p)
@@ -144,6 +151,12 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 	if err := statedir.Discard(st.dir); err != nil {
 		g.log.WithField(journal.VM, f.UUID).WithError(err).Warn("removing what a killed swtpm left")
 	}
+	suspect := restored && st.r.State != list.Suspended
+	if suspect && g.cfg.Policy.Restore == "refuse" {
+		err = reason.Refuse(reason.PolicyForbids, "start the VM without the image ('virsh managedsave-remove', then 'virsh start'), or change policy.restore",
+			"the saved image is not of the VM's last stop, and policy.restore is refuse")
+		return err
+	}
 	if restored {
 		st.notes = append(st.notes, note{text: "started from a saved image"})
 	}
@@ -159,6 +172,9 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 	}
 	if st.d.Plan == lifecycle.StartRecovered && st.d.Refusal == nil {
 		r.SetBaseline(st.seen.State.Digest, g.unix())
+	}
+	if st.dir.Digest == r.Baseline && (r.Tag == (list.Tag{}) || r.Baseline != st.r.Baseline) {
+		r.SetTag(tagOf(st.dir, st.keys))
 	}
 	r.AdoptFrom, r.Ephemeral = list.Digest{}, g.ephemeral(f)
 	if st.dir.Exists() {
@@ -178,7 +194,7 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 		return err
 	}
 	st.r = r
-	if err = g.openSession(st); err != nil {
+	if err = g.openSession(st, suspect); err != nil {
 		g.endSession(f.UUID)
 		return err
 	}
@@ -278,7 +294,7 @@ func (g *Guard) carryOut(ctx context.Context, st *start) (again bool, err error)
 	case lifecycle.StartFirstLabel, lifecycle.StartNewLabel:
 		r := st.r.Clone()
 		if st.d.Plan == lifecycle.StartFirstLabel {
-			if r.PendingLabel, err = g.sealLabel(r, st.keys, st.seen.Label.Path); err != nil {
+			if r.PendingLabel, err = g.sealLabel(r, st.keys); err != nil {
 				return false, err
 			}
 			if err := g.keep(r.UUID, keptLabel, r.PendingLabel); err != nil {
@@ -348,10 +364,7 @@ func (g *Guard) create(ctx context.Context, st *start, plain []byte) error {
 		return err
 	}
 	back.Wipe()
-	if err := g.wrapRecovery(r, keys); err != nil {
-		return err
-	}
-	if r.PendingLabel, err = g.sealLabel(r, keys, st.seen.Label.Path); err != nil {
+	if r.PendingLabel, err = g.sealLabel(r, keys); err != nil {
 		return err
 	}
 	if err := g.keep(r.UUID, keptLabel, r.PendingLabel); err != nil {
@@ -441,8 +454,8 @@ func (g *Guard) createForeign(ctx context.Context, st *start) error {
 }
 
 // openSession begins to watch a VM's state.
-func (g *Guard) openSession(st *start) error {
-	s := &session{uuid: st.f.UUID, dir: st.seen.Instance, state: list.Deploying, keys: st.keys}
+func (g *Guard) openSession(st *start, suspect bool) error {
+	s := &session{uuid: st.f.UUID, dir: st.seen.Instance, state: list.Deploying, keys: st.keys, suspect: suspect}
 	g.closeGrant(s.uuid)
 	g.endSession(s.uuid) // of a start that libvirt never finished
 	g.mu.Lock()
@@ -503,6 +516,15 @@ func (g *Guard) settle(s *session) (sound bool, err error) {
 	if !g.plausible(s, r, seen) {
 		return false, nil
 	}
+	tag := tagOf(seen, s.keys)
+	if had(s, r, tag) {
+		// swtpm does so when QEMU gives it the vTPM of a saved image, before all else.
+		if len(s.noted) > 0 || g.cfg.Policy.Restore == "refuse" {
+			g.log.WithField(journal.VM, s.uuid).WithField(journal.VMName, r.Name).Warn("the vTPM state was replaced by an older one while the VM runs; its next start is refused unless swtpm writes it again")
+			return false, nil
+		}
+		g.reverted(s, r, "the vTPM went back with a saved image or a snapshot: what it holds now it held before")
+	}
 	// Kept before it is noted: what is kept is never behind the journal, so that
 	// no crash between the two leaves the newest state without a second copy.
 	if err := g.keepState(s.uuid, seen); err != nil {
@@ -510,6 +532,9 @@ func (g *Guard) settle(s *session) (sound bool, err error) {
 	}
 	if err := g.note(s, r, seen.Digest); err != nil {
 		return true, fmt.Errorf("noting it: %w", err)
+	}
+	if tag != (list.Tag{}) {
+		s.tags = append(s.tags, tag)
 	}
 	return true, nil
 }
@@ -579,6 +604,15 @@ func (g *Guard) Launched(f *domain.Facts) error {
 		return reason.Refuse(reason.VTPMChanged, "start the VM again", "the vTPM state in %s was replaced while the VM was being started", s.dir)
 	} else if err != nil {
 		g.log.WithField(journal.VM, s.uuid).WithError(err).Warn("making a vTPM's state durable")
+	}
+	g.mu.Lock()
+	suspect := s.suspect
+	s.suspect = false
+	g.mu.Unlock()
+	if suspect {
+		s.mu.Lock()
+		g.reverted(s, &list.Record{Name: f.Name}, "the VM was restored from a saved image, and was not saved when it stopped last")
+		s.mu.Unlock()
 	}
 	g.setState(f.UUID, list.Running)
 	return nil
@@ -688,9 +722,15 @@ func (g *Guard) rest(ctx context.Context, store *liststore.Store, r *list.Record
 			}
 			defer keys.Wipe()
 		}
-		auth = authenticate(seen, keys)
+		auth = judge(r, seen, keys)
 	}
 	n, note := lifecycle.Rest(r, seen.Digest, auth, entries, suspended, g.unix())
+	if s != nil {
+		s.remember(n)
+	}
+	if n.Baseline == seen.Digest && n.Baseline != r.Baseline {
+		n.SetTag(tagOf(seen, keys))
+	}
 	if n.Baseline == seen.Digest && seen.Exists() {
 		if err := g.keepState(r.UUID, seen); err != nil {
 			return err
@@ -816,7 +856,7 @@ func (g *Guard) closeAfterCrash(ctx context.Context, store *liststore.Store, r *
 			return err
 		}
 		defer keys.Wipe()
-		s.State.Auth = authenticate(seen, keys)
+		s.State.Auth = judge(r, seen, keys)
 	}
 	switch d := lifecycle.State(r, s, g.policy()); d.Plan {
 	case lifecycle.Start, lifecycle.StartFresh, lifecycle.StartRecovered:

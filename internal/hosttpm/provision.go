@@ -28,8 +28,8 @@ const listKeySize = 32
 // ErrCleared if not; keys are never made anew while there are some, since vTPMs
 // hang on them.
 func (h *Host) Provision(ctx context.Context) error {
-	if damaged := h.damaged.Load(); damaged != nil {
-		return *damaged
+	if h.damaged != nil {
+		return h.damaged
 	}
 	if k := h.keys.Load(); k != nil {
 		_, err := do(ctx, h, func(c *client) (struct{}, error) {
@@ -45,7 +45,7 @@ func (h *Host) Provision(ctx context.Context) error {
 			return struct{}{}, nil
 		}
 		now := time.Now()
-		k, err := c.makeKeys(h.cfg, now, nil, "first provisioning")
+		k, err := c.makeKeys(h.cfg, now)
 		if err != nil {
 			return struct{}{}, fmt.Errorf("making the host's keys: %w", err)
 		}
@@ -58,11 +58,10 @@ func (h *Host) Provision(ctx context.Context) error {
 	return err
 }
 
-// makeKeys makes a key set in the TPM and approves the state that it is in. The
-// list key is a new one unless it is given; note says why the state is approved.
+// makeKeys makes a key set in the TPM and approves the state that it is in.
 // What it leaves in the TPM itself, SRK and epoch counter, it takes up when it
 // is called again.
-func (c *client) makeKeys(cfg Config, now time.Time, listKey []byte, note string) (*keySet, error) {
+func (c *client) makeKeys(cfg Config, now time.Time) (*keySet, error) {
 	k := &keySet{}
 	if err := c.takeSRK(k); err != nil {
 		return nil, err
@@ -82,7 +81,7 @@ func (c *client) makeKeys(cfg Config, now time.Time, listKey []byte, note string
 	if err != nil {
 		return nil, err
 	}
-	a, err := approve(policyKey, state, epoch, k.epochName, now, note)
+	a, err := approve(policyKey, state, epoch, k.epochName, now, "first provisioning")
 	if err != nil {
 		return nil, err
 	}
@@ -93,11 +92,9 @@ func (c *client) makeKeys(cfg Config, now time.Time, listKey []byte, note string
 		return nil, err
 	}
 	defer secret.Wipe(scalar)
-	if listKey == nil {
-		listKey = make([]byte, listKeySize)
-		defer secret.Wipe(listKey)
-		rand.Read(listKey)
-	}
+	listKey := make([]byte, listKeySize)
+	defer secret.Wipe(listKey)
+	rand.Read(listKey)
 
 	name, err := policy.KeyName(k.policyPublic)
 	if err != nil {

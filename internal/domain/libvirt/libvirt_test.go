@@ -181,7 +181,7 @@ func TestLibvirtd(t *testing.T) {
 	expect(Resumed, "other")
 	d.do("virsh -q managedsave other")
 	expect(Suspended, "other")
-	expect(Stopped, "other")
+	expect(Saved, "other")
 	if got, err := c.Lookup(within(t, 10*time.Second), "other"); err != nil || got.Active || !got.ManagedSave {
 		t.Errorf("after managedsave: %+v, %v", got, err)
 	}

@@ -57,6 +57,7 @@ type Policy struct {
 	RequireVTPM   bool   `toml:"require_vtpm"`   // refuse VMs that have no emulated TPM
 	Adopt         bool   `toml:"adopt"`          // take existing plain vTPMs into the list at their next start
 	CrashRecovery string `toml:"crash_recovery"` // authenticated, strict
+	Restore       string `toml:"restore"`        // allow, refuse: saved images that are not of a VM's last stop
 }
 
 // Rollback is how an older vTPM list is told by a counter in the TPM.
@@ -86,7 +87,7 @@ func Default() Config {
 	return Config{
 		Mode:     "enforce",
 		TPM:      TPM{Device: "/dev/tpmrm0", Bank: "sha256", PCRs: []uint{0, 2, 4, 7, 9, 11, 12, 14}, Timeout: Duration(30 * time.Second)},
-		Policy:   Policy{Adopt: true, CrashRecovery: "authenticated"},
+		Policy:   Policy{Adopt: true, CrashRecovery: "authenticated", Restore: "allow"},
 		Rollback: Rollback{Window: Duration(time.Second), PerYear: 20_000},
 		Swtpm:    Swtpm{User: "tss", StateRoot: "/var/lib/libvirt/swtpm"},
 		Grant:    Grant{Lifetime: Duration(time.Minute)},
@@ -164,6 +165,7 @@ func (c Config) check() error {
 		oneOf("mode", c.Mode, "enforce", "audit"),
 		oneOf("tpm.bank", c.TPM.Bank, "sha256", "sha384"),
 		oneOf("policy.crash_recovery", c.Policy.CrashRecovery, "authenticated", "strict"),
+		oneOf("policy.restore", c.Policy.Restore, "allow", "refuse"),
 		abs("tpm.device", c.TPM.Device), abs("swtpm.state_root", c.Swtpm.StateRoot),
 	}
 	if c.Libvirt.Socket != "" {

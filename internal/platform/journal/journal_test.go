@@ -13,8 +13,7 @@ import (
 
 var events = []Event{
 	Refused, WouldRefuse, VMCreated, VMAdopted, VMReleased, VMDeleted, StateRecovered,
-	TPMAway, TPMBack, HostNotApproved, ListDamaged, Provisioned, NotRaised, OlderAccepted, Reverted,
-	RecoverySet, RecoveryMissing, Recovered, BackedUp, Restored, KeysGranted,
+	TPMAway, TPMBack, HostNotApproved, ListDamaged, Provisioned, NotRaised, OlderAccepted, Reverted, KeysGranted,
 }
 
 // TestCatalog holds packaging/virt-trust.catalog against systemd.catalog(7)

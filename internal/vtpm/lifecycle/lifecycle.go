@@ -33,6 +33,7 @@ const (
 	NotAsked  Auth = ""
 	Authentic Auth = "authentic"
 	Forged    Auth = "forged"
+	Old       Auth = "old" // authentic, and holding what a state of this VM held before
 	// NoKey: the key is libvirt's, so that only swtpm can tell.
 	NoKey Auth = "no-key"
 )
@@ -55,7 +56,9 @@ type LabelSeen struct {
 	Damaged     string      // why the payload is no label, or ""
 	Digest      list.Digest // of the payload
 	VM          string      // the UUID that the label names
-	ThisHost    bool        // the label has our bind key among its recipients
+	ID          [16]byte
+	Generation  uint64
+	ThisHost    bool // the label has our bind key among its recipients
 }
 
 // Seen is everything that a decision about a start rests on.
@@ -244,8 +247,17 @@ func labelRight(r *list.Record, s Seen) (Plan, Decision) {
 		return "", refuse(reason.LabelMissing, repair+adopt, "%s has no label", l.Path)
 	case !l.ThisHost:
 		return "", refuse(reason.LabelOtherHost, repair+adopt, "the label in %s was made for another host", l.Path)
+	case OlderLabel(r, l):
+		return "", refuse(reason.VTPMRolledBack, repair+"as does "+cmd("accept", s.Name, "--rolled-back")+" after a wanted restore of the image",
+			"the label in %s is an older one of this VM", l.Path)
 	}
 	return "", refuse(reason.LabelDamaged, repair+adopt, "the label in %s is not the one that was written last", l.Path)
+}
+
+// OlderLabel reports whether a label is one that the VM had before, as an older
+// copy of its image has.
+func OlderLabel(r *list.Record, l LabelSeen) bool {
+	return l.Present && l.Damaged == "" && l.VM == r.UUID && l.ID == r.LabelID && l.Digest != r.LabelDigest && l.Generation < r.LabelGeneration
 }
 
 // State decides about the state alone.
@@ -315,6 +327,8 @@ func State(r *list.Record, s Seen, p Policy) Decision {
 		return refuse(reason.VTPMChanged, keep, "the vTPM state was not written under this VM's key")
 	case st.Auth == NoKey && !r.Open:
 		return refuse(reason.VTPMChanged, keep+", or "+cmd("accept", s.Name, "--rolled-back")+" takes this one", "the vTPM state is not the one that was measured last")
+	case st.Auth == Old:
+		return refuse(reason.VTPMRolledBack, accept, "the vTPM state is an older one of this VM")
 	case !r.Open:
 		return refuse(reason.VTPMRolledBack, accept, "the vTPM state is this VM's, but not its newest")
 	case p.StrictCrashRecovery:
@@ -345,7 +359,7 @@ func Familiar(r *list.Record, journal []list.Past, d list.Digest) bool {
 // log, "" where all is well.
 func Rest(r *list.Record, digest list.Digest, auth Auth, journal []list.Past, suspended bool, now int64) (n *list.Record, note string) {
 	n = r.Clone()
-	n.Open, n.AdoptFrom = false, list.Digest{}
+	n.Open, n.Noted, n.AdoptFrom = false, false, list.Digest{}
 	n.State = list.Stored
 	if suspended {
 		n.State = list.Suspended
@@ -362,7 +376,7 @@ func Rest(r *list.Record, digest list.Digest, auth Auth, journal []list.Past, su
 	case digest == Newest(r, journal):
 	case digest.IsZero():
 		note = "the vTPM state has gone"
-	case old:
+	case old, auth == Old:
 		note = "the vTPM state was replaced by an older one while the VM ran"
 	case auth == Forged:
 		note = "the vTPM state was replaced while the VM ran"
@@ -379,7 +393,7 @@ func Rest(r *list.Record, digest list.Digest, auth Auth, journal []list.Past, su
 // with this digest. What was noted while it ran is past then.
 func Settled(r *list.Record, digest list.Digest, journal []list.Past, now int64) *list.Record {
 	n := r.Clone()
-	n.Open, n.AdoptFrom, n.State, n.Changed = false, list.Digest{}, list.Stored, now
+	n.Open, n.Noted, n.AdoptFrom, n.State, n.Changed = false, false, list.Digest{}, list.Stored, now
 	for _, j := range journal {
 		n.SetBaseline(j.Digest, j.Time)
 	}
@@ -405,7 +419,7 @@ func Restorable(r *list.Record, s Seen, kept list.Digest) bool {
 // Opened gives the record of a VM that is about to run.
 func Opened(r *list.Record, bootID string, now int64) *list.Record {
 	n := r.Clone()
-	n.Open, n.State, n.BootID = true, list.Deploying, bootID
+	n.Open, n.Noted, n.State, n.BootID = true, false, list.Deploying, bootID
 	n.Generation++
 	n.Changed = now
 	return n

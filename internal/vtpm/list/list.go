@@ -116,10 +116,13 @@ type Record struct {
 	// Ephemeral: the VM is transient, and libvirt removes its vTPM when it stops.
 	Ephemeral bool `cbor:"22,keyasint,omitempty"`
 
-	// RecoveryKeys is an age file of state key ‖ transfer key, to the recovery
-	// key whose recipient is RecoveryTo.
-	RecoveryKeys []byte `cbor:"24,keyasint,omitempty"`
-	RecoveryTo   string `cbor:"25,keyasint,omitempty"`
+	Tag       Tag    `cbor:"26,keyasint"`           // of the baseline
+	OlderTags []byte `cbor:"27,keyasint,omitempty"` // one after the other, oldest first
+	// Noted: the baseline is an entry of the journal that belongs to this opening.
+	Noted           bool   `cbor:"28,keyasint,omitempty"`
+	LabelGeneration uint64 `cbor:"29,keyasint,omitempty"` // of the newest label
+	Reverts         uint32 `cbor:"30,keyasint,omitempty"` // how often the vTPM went back with a saved image
+	Reverted        int64  `cbor:"31,keyasint,omitempty"` // when it did last
 }
 
 // Clone copies the record deeply.
@@ -127,8 +130,8 @@ func (r *Record) Clone() *Record {
 	c := *r
 	c.WrappedKeys = bytes.Clone(r.WrappedKeys)
 	c.PendingLabel = bytes.Clone(r.PendingLabel)
-	c.RecoveryKeys = bytes.Clone(r.RecoveryKeys)
 	c.History = slices.Clone(r.History)
+	c.OlderTags = bytes.Clone(r.OlderTags)
 	return &c
 }
 
@@ -260,8 +263,7 @@ func subkey(listKey []byte, use string) (cipher.AEAD, error) {
 	return cipher.NewGCM(b)
 }
 
-// KeyID is how a list's header names the key that it is sealed under.
-func KeyID(listKey []byte) (id [8]byte) {
+func keyID(listKey []byte) (id [8]byte) {
 	k, err := hkdf.Key(sha256.New, listKey, nil, "virt-trust/list/key-id/v1", len(id))
 	if err == nil {
 		copy(id[:], k)
@@ -300,7 +302,7 @@ func (l *List) Encode(listKey, nonce []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	id := KeyID(listKey)
+	id := keyID(listKey)
 	h := make([]byte, 0, headerSize+len(body)+aead.Overhead())
 	h = append(h, magic...)
 	h = binary.BigEndian.AppendUint16(h, version)
@@ -348,7 +350,7 @@ func Decode(b, listKey []byte) (*List, error) {
 	if err != nil {
 		return nil, err
 	}
-	if h.KeyID != KeyID(listKey) {
+	if h.KeyID != keyID(listKey) {
 		return nil, fmt.Errorf("%w: its key is another one", ErrKey)
 	}
 	n := h.size()
@@ -363,7 +365,7 @@ func Decode(b, listKey []byte) (*List, error) {
 	l := New()
 	l.Generation, l.Counter, l.Paid = h.Generation, h.Counter, h.Paid
 	for _, r := range records {
-		if r == nil || r.UUID == "" || len(r.History) > MaxHistory {
+		if r == nil || r.UUID == "" || len(r.History) > MaxHistory || len(r.OlderTags) > MaxTags*len(Tag{}) || len(r.OlderTags)%len(Tag{}) != 0 {
 			return nil, fmt.Errorf("%w: a record that is none", ErrFormat)
 		}
 		if _, twice := l.Records[r.UUID]; twice {

@@ -18,7 +18,9 @@ var (
 	nonce  = bytes.Repeat([]byte{2}, NonceSize)
 )
 
-func sample() *List {
+func sample() *List { return sampleOf(true) }
+
+func sampleOf(counted bool) *List {
 	l := New()
 	l.Generation, l.Counter, l.Paid = 42, 17, 1_800_000_000_123
 	for i := range 3 {
@@ -28,6 +30,11 @@ func sample() *List {
 			Generation: 7, Created: 1, Changed: 2, LastVerdict: "allow",
 		}
 		r.SetBaseline(Digest{3, byte(i)}, 99)
+		if counted {
+			r.SetTag(Tag{1})
+			r.SetTag(Tag{2, byte(i)})
+			r.Noted, r.LabelGeneration, r.Reverts, r.Reverted = true, 5, 1, 98
+		}
 		l.Records[r.UUID] = r
 	}
 	return l
@@ -88,7 +95,7 @@ func TestGolden(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	v1 := sample()
+	v1 := sampleOf(false)
 	v1.Counter, v1.Paid = 0, 0
 	for name, want := range map[string]*List{"testdata/list-v1": v1, "testdata/list-v2": sample()} {
 		b, err := os.ReadFile(name)
