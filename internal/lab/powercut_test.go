@@ -101,6 +101,18 @@ func cuts(t *testing.T, h *Host, n int) judgement {
 	g := h.NewVM(VM{Name: "writer", TPM: true, Disk: "qcow2"})
 	g.Start()
 	state := h.Path(g.StateDir() + "/tpm2-00.permall")
+	versions := map[[32]byte]version{}
+	// Nothing but the guest's commands makes swtpm write, and it has written
+	// before it answers.
+	note := func() {
+		b, err := os.ReadFile(state)
+		if err != nil {
+			t.Fatal(err)
+		}
+		versions[sha256.Sum256(b)] = version{len(versions), time.Now()}
+	}
+	note()
+	h.Must("sync") // no clone holds anything older
 	var all []cut
 	var failed error
 	var done atomic.Bool
@@ -115,17 +127,11 @@ func cuts(t *testing.T, h *Host, n int) judgement {
 			all = append(all, c)
 		}
 	}()
-	versions := map[[32]byte]version{}
 	for i := 0; !done.Load(); i++ {
 		if got, want := g.Ask(fmt.Sprintf("write %d", i)), fmt.Sprintf("wrote %d", i); got != want {
 			t.Fatalf("%s, not %s", got, want)
 		}
-		// Nothing else writes: this is what swtpm had in its place before it answered.
-		b, err := os.ReadFile(state)
-		if err != nil {
-			t.Fatal(err)
-		}
-		versions[sha256.Sum256(b)] = version{i, time.Now()}
+		note()
 	}
 	if failed != nil {
 		t.Fatal(failed)
