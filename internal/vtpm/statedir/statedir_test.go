@@ -183,6 +183,45 @@ func TestWatchRealSwtpm(t *testing.T) {
 	}
 }
 
+// A watcher that was closed has no say over another that got its descriptor's
+// number.
+func TestWatcherClosed(t *testing.T) {
+	for range 20 {
+		settled := make(chan string, 1)
+		old, err := NewWatcher(func(string) {}, func() {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir, other := filepath.Join(t.TempDir(), "tpm2"), filepath.Join(t.TempDir(), "tpm2")
+		os.Mkdir(dir, 0o700)
+		os.Mkdir(other, 0o700)
+		if err := old.Add(other); err != nil {
+			t.Fatal(err)
+		}
+		old.Close()
+		w, err := NewWatcher(func(d string) { settled <- d }, func() {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Add(dir); err != nil {
+			t.Fatal(err)
+		}
+		old.Remove(other)
+		if err := old.Add(other); err == nil {
+			t.Error("a closed watcher watches")
+		}
+		tmp := filepath.Join(dir, "tmp")
+		os.WriteFile(tmp, nil, 0o600)
+		os.Rename(tmp, filepath.Join(dir, StateFile(dir)))
+		select {
+		case <-settled:
+		case <-time.After(5 * time.Second):
+			t.Fatal("a write was not seen")
+		}
+		w.Close()
+	}
+}
+
 // What repair makes anew must let swtpm in, also under virt-trustd's umask.
 func TestMake(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0o077))

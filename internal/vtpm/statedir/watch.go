@@ -19,7 +19,7 @@ type Watcher struct {
 	f  *os.File
 	fd int // of f, whose Fd would make it block
 	mu sync.Mutex
-	wd map[int32]string
+	wd map[int32]string // nil when closed: the number fd may be another file's then
 }
 
 // NewWatcher starts a watcher. settled is called, from one goroutine, with a
@@ -39,6 +39,9 @@ func NewWatcher(settled func(dir string), overflow func()) (*Watcher, error) {
 func (w *Watcher) Add(dir string) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.wd == nil {
+		return fmt.Errorf("watching %s: %w", dir, os.ErrClosed)
+	}
 	wd, err := unix.InotifyAddWatch(w.fd, dir, unix.IN_MOVED_TO|unix.IN_ONLYDIR|unix.IN_DONT_FOLLOW)
 	if err != nil {
 		return fmt.Errorf("watching %s: %w", dir, err)
@@ -61,7 +64,12 @@ func (w *Watcher) Remove(dir string) {
 }
 
 // Close ends the watcher.
-func (w *Watcher) Close() error { return w.f.Close() }
+func (w *Watcher) Close() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.wd = nil
+	return w.f.Close()
+}
 
 func (w *Watcher) run(settled func(string), overflow func()) {
 	buf := make([]byte, 64<<10)
