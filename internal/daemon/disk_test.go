@@ -76,7 +76,7 @@ func TestDiskFaults(t *testing.T) {
 				os.RemoveAll(h.root)
 				copyTree(t, before, h.root)
 				for i, at := range fault.steps(h, tt.op) {
-					if i%6 != 0 && !allFaults {
+					if i%12 != 0 && !allFaults {
 						continue
 					}
 					lasting := ""
