@@ -34,6 +34,7 @@ type client struct {
 	link *link           // nil: not connected
 
 	encrypted tpm2.Session // salted, encrypts responses; lives as long as link
+	failed    tpm2.TPMCC   // the command that the TPM refused last
 	response  []byte       // the last one; it may hold what is secret
 	abandoned atomic.Int32 // commands that no one waits for any more
 
@@ -124,11 +125,15 @@ func (c *client) Send(command []byte) ([]byte, error) {
 			return nil, err
 		}
 		c.response = r
-		if !putOff(tpm2.TPMRC(binary.BigEndian.Uint32(r[6:]))) {
+		rc := tpm2.TPMRC(binary.BigEndian.Uint32(r[6:]))
+		if rc != tpm2.TPMRCSuccess {
+			c.failed = cc
+		}
+		if !putOff(rc) {
 			return r, nil
 		}
 		if err := wait(c.ctx, pause); err != nil {
-			return nil, fmt.Errorf("%w (last response: %w)", err, tpm2.TPMRC(binary.BigEndian.Uint32(r[6:])))
+			return nil, fmt.Errorf("%w (last response: %w)", err, rc)
 		}
 	}
 }
@@ -136,7 +141,7 @@ func (c *client) Send(command []byte) ([]byte, error) {
 // putOff tells a command that the TPM did not begin, or will finish when it is
 // sent again unchanged (Part 1, 39.4): no nonce has moved on.
 func putOff(rc tpm2.TPMRC) bool {
-	return rc == tpm2.TPMRCRetry || rc == tpm2.TPMRCYielded || rc == tpm2.TPMRCTesting || rc == tpm2.TPMRCNVRate
+	return rc == tpm2.TPMRCRetry || rc == tpm2.TPMRCYielded || rc == tpm2.TPMRCCanceled || rc == tpm2.TPMRCTesting || rc == tpm2.TPMRCNVRate
 }
 
 func isPCRChanged(err error) bool { return isRC(err, tpm2.TPMRCPCRChanged) }
@@ -239,7 +244,8 @@ func (c *client) decrypt(k *keySet, ciphertext []byte) ([]byte, error) {
 				Label:      tpm2.TPM2BData{Buffer: []byte(oaepLabel)},
 			}.Execute(c, session)
 			if err != nil {
-				if !isPolicyStep(err) && (isRC(err, tpm2.TPMRCValue, tpm2.TPMRCSize) || isRC(err, tpm2.TPMRCFailure) && c.alive(k)) {
+				// What goes before, such as the making of the session, says nothing about the ciphertext.
+				if c.failed == tpm2.TPMCCRSADecrypt && (isRC(err, tpm2.TPMRCValue, tpm2.TPMRCSize) || isRC(err, tpm2.TPMRCFailure) && c.alive(k)) {
 					rc, _ := responseCode(err)
 					return fmt.Errorf("%w (TPM response %#x)", ErrCiphertext, uint32(rc))
 				}
