@@ -133,7 +133,7 @@ func TestContractPage(t *testing.T) {
 	}
 	// And the other way round: methods that polkit guards have their actions.
 	policy := read(t, "org.virttrust1.policy")
-	for _, action := range []string{"adopt", "release", "repair", "accept"} {
+	for _, action := range []string{"adopt", "release", "repair", "accept", "setrecovery", "confirmrecovery", "recover", "backup", "restore"} {
 		if !strings.Contains(policy, `<action id="org.virttrust1.`+action+`">`) {
 			t.Errorf("polkit has no action %s", action)
 		}

@@ -82,6 +82,7 @@ type Manager struct {
 	Generation  uint64 `json:"list_generation"`
 	VMs         uint64 `json:"vms"`
 	Libvirt     string `json:"libvirt"`
+	Recovery    string `json:"recovery_key,omitempty"` // none, unconfirmed, confirmed
 
 	Counter       uint64 `json:"list_counter"`
 	RaiseDue      bool   `json:"raise_due"`
@@ -132,6 +133,7 @@ type VM struct {
 	LabelState  string     `json:"label_state"`
 	LabelID     string     `json:"label_id,omitempty"`
 	KeyOwner    string     `json:"key_owner"`
+	Recovery    string     `json:"recovery,omitempty"` // wrapped, none
 	Baseline    string     `json:"baseline,omitempty"`
 	Generation  uint64     `json:"generation"`
 	Created     *time.Time `json:"created,omitempty"`
@@ -147,7 +149,7 @@ func newVM(p props) VM {
 	return VM{
 		UUID: p.text("UUID"), Name: p.text("Name"), State: p.text("State"), StatePath: p.text("StatePath"),
 		LabelPath: p.text("LabelPath"), LabelState: p.text("LabelState"), LabelID: p.text("LabelID"),
-		KeyOwner: p.text("KeyOwner"), Baseline: p.text("Baseline"), Generation: p.number("Generation"),
+		KeyOwner: p.text("KeyOwner"), Recovery: p.text("Recovery"), Baseline: p.text("Baseline"), Generation: p.number("Generation"),
 		Created: p.time("Created"), Changed: p.time("Changed"),
 		LastVerdict: p.text("LastVerdict"), LastReason: p.text("LastReason"), LastWhat: p.text("LastWhat"),
 		Reverts: p.number("Reverts"), Reverted: p.time("Reverted"),
@@ -169,7 +171,7 @@ func (g *guard) manager(ctx context.Context) (Manager, error) {
 	return Manager{
 		Version: p.text("Version"), Mode: p.text("Mode"),
 		ListState: p.text("ListState"), ListProblem: p.text("ListProblem"), Generation: p.number("ListGeneration"),
-		VMs: p.number("VMCount"), Libvirt: p.text("LibvirtState"),
+		VMs: p.number("VMCount"), Libvirt: p.text("LibvirtState"), Recovery: p.text("RecoveryState"),
 		Counter: p.number("ListCounter"), RaiseDue: p.flag("RaiseDue"), RaisedWithin: p.number("RaisedWithin"),
 		RaisesLeft: p.number("RaisesLeft"), RaisesPerYear: p.number("RaisesPerYear"),
 	}, err

@@ -128,6 +128,10 @@ func (vm VM) write(w io.Writer) {
 	if key == "libvirt" {
 		key += " (an <encryption> secret of the VM's own)"
 	}
+	recovery := map[string]string{"wrapped": "its keys are wrapped to the recovery key", "none": "its keys are not wrapped to a recovery key"}[vm.Recovery]
+	if vm.KeyOwner == "libvirt" || vm.State == released {
+		recovery = ""
+	}
 	last := vm.LastVerdict
 	if vm.LastReason != "" {
 		last += ", " + vm.LastReason
@@ -146,6 +150,7 @@ func (vm VM) write(w io.Writer) {
 		"vTPM", vm.StatePath,
 		"Baseline", vm.Baseline,
 		"Key", key,
+		"Recovery", recovery,
 		"Label", label,
 		"Label id", vm.LabelID,
 		"Starts", fmt.Sprint(vm.Generation),

@@ -80,6 +80,7 @@ func (s Status) write(w io.Writer) {
 		"vTPM list", list,
 		"List's problem", s.ListProblem,
 		"Rollback", s.Manager.rollback(),
+		"Recovery key", recoveryAdvice(s.Recovery),
 	)
 }
 

@@ -16,6 +16,7 @@ import (
 	"virt-trust/internal/domain/libvirt"
 	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/platform/secret"
+	"virt-trust/internal/recovery"
 	"virt-trust/internal/vtpm/imagefile"
 	"virt-trust/internal/vtpm/label"
 	"virt-trust/internal/vtpm/lifecycle"
@@ -206,7 +207,7 @@ func (g *Guard) adoptUnknown(ctx context.Context, st *start, fresh bool) (string
 		return "", reason.Refuse(reason.VTPMUnknown, "bring it back from a backup, or give the VM a new, empty vTPM with 'virt-trust adopt --new'",
 			"the state in %s is damaged", st.seen.Instance)
 	case statefile.Encrypted:
-		what, err := g.recoverRecord(ctx, st)
+		what, err := g.recoverRecord(ctx, st, nil)
 		if fresh && reason.As(err) != nil {
 			return g.startOver(ctx, st)
 		}
@@ -220,11 +221,12 @@ func (g *Guard) adoptUnknown(ctx context.Context, st *start, fresh bool) (string
 }
 
 // recoverRecord makes the record of an encrypted state again from a label that
-// has its keys: the image's, or the one kept.
-func (g *Guard) recoverRecord(ctx context.Context, st *start) (string, error) {
+// has its keys for this host, or for the recovery key if that is given: the
+// image's, or the one kept.
+func (g *Guard) recoverRecord(ctx context.Context, st *start, key *recovery.Key) (string, error) {
 	var why error = errors.New("there is no label for it")
 	for _, payload := range g.labelsFor(st.f.UUID, st.seen.Label.Path) {
-		r, keys, err := g.recordFrom(ctx, payload, st.f.UUID, st.f.Name, st.seen.Instance, st.dir)
+		r, keys, err := g.recordFrom(ctx, payload, st.f.UUID, st.f.Name, st.seen.Instance, st.dir, key)
 		if err != nil {
 			why = err
 			continue
@@ -243,12 +245,8 @@ func (g *Guard) startOver(ctx context.Context, st *start) (string, error) {
 	if err := g.approved(ctx); err != nil {
 		return "", err
 	}
-	aside := filepath.Join(g.dirs.State, "set-aside")
-	if err := os.MkdirAll(aside, 0o700); err != nil {
-		return "", err
-	}
-	name := filepath.Join(aside, fmt.Sprintf("%s.%d.%s", st.f.UUID, g.unix(), st.dir.Name))
-	if err := liststore.WriteFile(name, st.dir.Data, 0o600); err != nil {
+	name, err := g.setAside(fmt.Sprintf("%s.%s", st.f.UUID, st.dir.Name), st.dir.Data)
+	if err != nil {
 		return "", err
 	}
 	if err := statedir.Remove(st.seen.Instance); err != nil {
@@ -262,6 +260,16 @@ func (g *Guard) startOver(ctx context.Context, st *start) (string, error) {
 	}
 	st.dir.Data = nil
 	return "the VM has a new vTPM; the old state was set aside as " + name, g.create(ctx, st, nil)
+}
+
+// setAside keeps what is to be replaced by something else.
+func (g *Guard) setAside(what string, data []byte) (name string, err error) {
+	aside := filepath.Join(g.dirs.State, "set-aside")
+	if err := os.MkdirAll(aside, 0o700); err != nil {
+		return "", err
+	}
+	name = filepath.Join(aside, fmt.Sprintf("%s.%d", what, g.now().UnixNano()))
+	return name, liststore.WriteFile(name, data, 0o600)
 }
 
 // labelsFor gives the payloads that may hold a VM's keys.
@@ -278,8 +286,9 @@ func (g *Guard) labelsFor(uuid, image string) (payloads [][]byte) {
 }
 
 // recordFrom makes a record from a label and the state that it belongs to. The
-// keys are the caller's to wipe.
-func (g *Guard) recordFrom(ctx context.Context, payload []byte, uuid, name, instance string, dir *statedir.Seen) (*list.Record, *secret.Buffer, error) {
+// label must have the keys for this host or, if that is given, the recovery key.
+// The keys are the caller's to wipe.
+func (g *Guard) recordFrom(ctx context.Context, payload []byte, uuid, name, instance string, dir *statedir.Seen, key *recovery.Key) (*list.Record, *secret.Buffer, error) {
 	l, err := label.UntrustedParse(payload)
 	if err != nil {
 		return nil, nil, err
@@ -287,11 +296,7 @@ func (g *Guard) recordFrom(ctx context.Context, payload []byte, uuid, name, inst
 	if l.VM != uuid {
 		return nil, nil, fmt.Errorf("the label belongs to VM %s", l.VM)
 	}
-	wrapped, ok := l.Recipient(g.tpm.BindKeyName())
-	if !ok {
-		return nil, nil, errors.New("the label was made for another host")
-	}
-	keys, err := g.unwrap(ctx, wrapped)
+	wrapped, keys, err := g.keysOf(ctx, l, key)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -303,16 +308,49 @@ func (g *Guard) recordFrom(ctx context.Context, payload []byte, uuid, name, inst
 		return nil, nil, err
 	}
 	now := g.unix()
-	return &list.Record{
+	r := &list.Record{
 		UUID: uuid, Name: name, Instance: instance, State: list.Stored, KeyOwner: list.Ours, WrappedKeys: wrapped,
 		LabelID: l.ID, LabelGeneration: l.Generation, Baseline: dir.Digest, Tag: tagOf(dir, keys), Created: now, Changed: now, BootID: g.bootID,
-	}, keys, nil
+	}
+	if f := g.recovery.Load(); f != nil {
+		if file, ok := l.Recipient(f.to.LabelName()); ok {
+			r.RecoveryKeys, r.RecoveryTo = file, f.Recipient
+		}
+	}
+	return r, keys, nil
+}
+
+// keysOf gives the keys that a label has, and what they are for this host.
+func (g *Guard) keysOf(ctx context.Context, l *label.Label, key *recovery.Key) (wrapped []byte, keys *secret.Buffer, err error) {
+	wrapped, ok := l.Recipient(g.tpm.BindKeyName())
+	if ok {
+		keys, err = g.unwrap(ctx, wrapped)
+		return wrapped, keys, err
+	}
+	if key == nil {
+		return nil, nil, errors.New("the label was made for another host")
+	}
+	file, ok := l.Recipient(key.Recipient().LabelName())
+	if !ok {
+		return nil, nil, errors.New("the label was made for another host and has no part for this recovery key")
+	}
+	if keys, err = openPair(key, file); err != nil {
+		return nil, nil, err
+	}
+	if wrapped, err = g.tpm.WrapKeys(keys.Bytes()); err != nil {
+		keys.Wipe()
+		return nil, nil, g.tpmRefusal(err)
+	}
+	return wrapped, keys, nil
 }
 
 // relabel gives a record a new label, in the image if that can carry one.
 func (g *Guard) relabel(ctx context.Context, store *liststore.Store, r *list.Record, keys *secret.Buffer, l lifecycle.LabelSeen) error {
 	r = r.Clone()
-	payload, err := g.sealLabel(r, keys)
+	if err := g.wrapRecovery(r, keys); err != nil {
+		return err
+	}
+	payload, err := g.sealLabel(r, keys, l.Path)
 	if err != nil {
 		return err
 	}
@@ -690,6 +728,11 @@ func (g *Guard) RepairList(ctx context.Context) (what string, err error) {
 	if r := reason.As(err); r == nil || (r.Code != reason.ListDamaged && r.Code != reason.ListRolledBack) {
 		return "", err
 	}
+	return g.rebuildList(ctx, nil)
+}
+
+// rebuildList makes the list from what is kept of each VM. key may be nil.
+func (g *Guard) rebuildList(ctx context.Context, key *recovery.Key) (what string, err error) {
 	g.openList.Lock()
 	defer g.openList.Unlock()
 	names, err := os.ReadDir(filepath.Join(g.dirs.State, "vtpm"))
@@ -699,17 +742,20 @@ func (g *Guard) RepairList(ctx context.Context) (what string, err error) {
 	var records []*list.Record
 	var lost []string
 	for _, e := range names {
-		r, err := g.rebuildOne(ctx, e.Name())
+		r, err := g.rebuildOne(ctx, e.Name(), key)
 		if err != nil {
 			lost = append(lost, fmt.Sprintf("%s (%s)", e.Name(), err))
 			continue
 		}
 		records = append(records, r)
 	}
-	g.mu.Lock()
-	key := g.listKey
-	g.mu.Unlock()
-	store, err := liststore.Rebuild(ctx, g.dirs.State, g.dirs.Run, key, g.rollback(), records)
+	// What is written over may be readable one day.
+	if b, err := os.ReadFile(liststore.Path(g.dirs.State)); err == nil && len(b) > 0 {
+		if _, err := g.setAside("vtpm-list", b); err != nil {
+			return "", err
+		}
+	}
+	store, err := liststore.Rebuild(ctx, g.dirs.State, g.dirs.Run, g.key(), g.rollback(), records)
 	if err != nil {
 		return "", g.tpmRefusal(err)
 	}
@@ -725,7 +771,7 @@ func (g *Guard) RepairList(ctx context.Context) (what string, err error) {
 	return what, nil
 }
 
-func (g *Guard) rebuildOne(ctx context.Context, uuid string) (*list.Record, error) {
+func (g *Guard) rebuildOne(ctx context.Context, uuid string, key *recovery.Key) (*list.Record, error) {
 	payload, err := g.kept(uuid, keptLabel)
 	if err != nil {
 		return nil, errors.New("no label is kept")
@@ -738,14 +784,14 @@ func (g *Guard) rebuildOne(ctx context.Context, uuid string) (*list.Record, erro
 	if err != nil {
 		return nil, err
 	}
-	r, keys, err := g.recordFrom(ctx, payload, uuid, uuid, l.Instance, dir)
-	keys.Wipe()
+	r, keys, err := g.recordFrom(ctx, payload, uuid, uuid, l.Instance, dir, key)
+	defer func() { keys.Wipe() }()
 	if kept, e := g.kept(uuid, keptState); e == nil && (err != nil || !dir.Exists()) {
 		// Its start is refused then, and 'virt-trust repair' puts the kept one back:
 		// without a baseline it would silently get a blank vTPM.
 		seen := &statedir.Seen{Dir: l.Instance, Name: dir.Name, Data: kept, Digest: statedir.Digest(dir.Name, kept)}
-		r, keys, err = g.recordFrom(ctx, payload, uuid, uuid, l.Instance, seen)
 		keys.Wipe()
+		r, keys, err = g.recordFrom(ctx, payload, uuid, uuid, l.Instance, seen, key)
 	}
 	if err != nil {
 		return nil, err
@@ -756,7 +802,17 @@ func (g *Guard) rebuildOne(ctx context.Context, uuid string) (*list.Record, erro
 	// Where the image is, its label will be found right at the next start: it
 	// is the one that is kept, and waits.
 	r.PendingLabel = payload
-	return r, nil
+	if _, here := l.Recipient(g.tpm.BindKeyName()); here {
+		return r, nil
+	}
+	r.LabelDigest = list.DigestOf(payload) // until the new one is written
+	if err := g.wrapRecovery(r, keys); err != nil {
+		return nil, err
+	}
+	if r.PendingLabel, err = g.sealLabel(r, keys, ""); err != nil {
+		return nil, err
+	}
+	return r, g.keep(uuid, keptLabel, r.PendingLabel)
 }
 
 // delete ends a VM's association: the record, what is kept, and the label in

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -21,6 +22,7 @@ import (
 	"virt-trust/internal/domain"
 	"virt-trust/internal/domain/libvirt"
 	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/hosttpm/policy"
 	"virt-trust/internal/platform/config"
 	"virt-trust/internal/platform/secret"
 	"virt-trust/internal/vtpm/imagefile"
@@ -43,6 +45,13 @@ type TPM interface {
 	BindKeyName() []byte
 	Sign(ctx context.Context, digest [32]byte) ([]byte, error)
 	liststore.Counter
+
+	// For recovery.
+	PolicyKeyName() []byte
+	WithSecrets(ctx context.Context, use func(listKey, policyKey []byte) error) error
+	PCRs(ctx context.Context) (policy.State, error)
+	ApproveWith(ctx context.Context, policyKey []byte, note string, states ...policy.State) error
+	Reprovision(ctx context.Context, listKey []byte) error
 }
 
 // Dirs are where virt-trustd keeps its things.
@@ -67,6 +76,9 @@ type Guard struct {
 	stir    chan struct{} // see keepRaised
 
 	openList sync.Mutex // held while the list is being opened
+
+	recovering sync.Mutex // held while what is wrapped to the recovery key changes
+	recovery   atomic.Pointer[recoveryFile]
 
 	mu       sync.Mutex
 	store    *liststore.Store
@@ -95,6 +107,9 @@ func NewGuard(cfg config.Config, dirs Dirs, tpm TPM, log *logrus.Entry, changed 
 		vms: map[string]*vmLock{}, grants: map[string]*grant{}, sessions: map[string]*session{}, restore: map[string]bool{}, verdicts: map[string]*reason.Refusal{}, changed: changed,
 	}
 	if g.journal, err = openDecisions(filepath.Join(dirs.State, "decisions.jsonl")); err != nil {
+		return nil, err
+	}
+	if err := g.loadRecovery(); err != nil {
 		return nil, err
 	}
 	if g.watch, err = statedir.NewWatcher(g.settled, g.settleAll); err != nil {
@@ -179,7 +194,7 @@ func (g *Guard) tpmRefusal(err error) error {
 	case errors.Is(err, hosttpm.ErrPolicy):
 		return reason.Refuse(reason.HostNotApproved, "boot the host as it was, see 'virt-trust status'", "%s", err)
 	case errors.Is(err, hosttpm.ErrCleared):
-		return reason.Refuse(reason.KeyNotReleased, "put the TPM back, or start over with vTPM states from a backup, see virt-trust-reasons(7)",
+		return reason.Refuse(reason.KeyNotReleased, g.wayBack(),
 			"the host's TPM was cleared or replaced, and the keys of this host died with it")
 	case errors.Is(err, hosttpm.ErrCiphertext):
 		return reason.Refuse(reason.KeyNotReleased, "see virt-trust-reasons(7)", "the wrapped vTPM keys were not made for this host")
@@ -232,6 +247,9 @@ func (g *Guard) List(ctx context.Context) (*liststore.Store, error) {
 
 func (g *Guard) tryOpen(ctx context.Context) (*liststore.Store, error) {
 	if g.tpm.BindKeyName() == nil {
+		if err := g.keysLost(); err != nil {
+			return nil, err
+		}
 		if err := g.tpm.Provision(ctx); err != nil {
 			return nil, g.tpmRefusal(err)
 		}
@@ -412,14 +430,21 @@ func closedToUs(err error) bool {
 	return errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS)
 }
 
-// sealLabel makes a new label for a record, which notes its generation.
-func (g *Guard) sealLabel(r *list.Record, keys *secret.Buffer) ([]byte, error) {
+// sealLabel makes a new label for a record, which notes its generation. The
+// image at path, "" for none, gets one without the recovery key if it has no
+// room for that.
+func (g *Guard) sealLabel(r *list.Record, keys *secret.Buffer, path string) ([]byte, error) {
 	r.LabelGeneration = max(uint64(g.now().UnixNano()), r.LabelGeneration+1)
-	return label.Label{
+	l := label.Label{
 		ID: r.LabelID, VM: r.UUID, Instance: r.Instance, Algorithm: label.AlgorithmAES256,
-		Recipients: []label.Recipient{{BindKeyName: g.tpm.BindKeyName(), Ciphertext: r.WrappedKeys}},
-		Generation: r.LabelGeneration,
-	}.Seal(stateKey(keys))
+		Recipients: g.recipients(r), Generation: r.LabelGeneration,
+	}
+	payload, err := l.Seal(stateKey(keys))
+	if len(l.Recipients) > 1 && (err != nil || !roomFor(path, len(payload))) {
+		l.Recipients = l.Recipients[:1]
+		payload, err = l.Seal(stateKey(keys))
+	}
+	return payload, err
 }
 
 // writePending writes a record's waiting label to its image. It gives the

@@ -33,6 +33,7 @@ import (
 	"virt-trust/internal/domain"
 	"virt-trust/internal/domain/libvirt"
 	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/hosttpm/policy"
 	"virt-trust/internal/platform/config"
 	"virt-trust/internal/vtpm/lifecycle"
 	"virt-trust/internal/vtpm/list"
@@ -142,6 +143,7 @@ func makings(t testing.TB) string {
 // fakeTPM is a TPM in software that says what a test wants.
 type fakeTPM struct {
 	Bind, Sig, List []byte // PKCS #8, PKCS #8, list key
+	Policy          []byte // policy key's private half
 
 	bind *rsa.PrivateKey
 	sig  *ecdsa.PrivateKey
@@ -164,6 +166,8 @@ func newFakeTPM() *fakeTPM {
 	}
 	f := &fakeTPM{List: make([]byte, 32)}
 	rand.Read(f.List)
+	f.Policy = make([]byte, 32)
+	rand.Read(f.Policy)
 	f.Bind, _ = x509.MarshalPKCS8PrivateKey(b)
 	f.Sig, _ = x509.MarshalPKCS8PrivateKey(s)
 	return f
@@ -183,19 +187,23 @@ func loadFakeTPM(path string) (*fakeTPM, error) {
 		return nil, err
 	}
 	f := &fakeTPM{nv: path + ".counter"}
+	return f, f.parse(b)
+}
+
+func (f *fakeTPM) parse(b []byte) error {
 	if err := json.Unmarshal(b, f); err != nil {
-		return nil, err
+		return err
 	}
 	k, err := x509.ParsePKCS8PrivateKey(f.Bind)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	f.bind = k.(*rsa.PrivateKey)
 	if k, err = x509.ParsePKCS8PrivateKey(f.Sig); err != nil {
-		return nil, err
+		return err
 	}
 	f.sig = k.(*ecdsa.PrivateKey)
-	return f, nil
+	return nil
 }
 
 func (f *fakeTPM) say(err error) {
@@ -290,6 +298,48 @@ func (f *fakeTPM) Count(ctx context.Context, next uint64, urgent bool) (uint64, 
 	// Whole or not at all: children are killed here too.
 	os.WriteFile(f.nv+".new", fmt.Append(nil, n), 0o600)
 	return n, os.Rename(f.nv+".new", f.nv)
+}
+
+func (f *fakeTPM) PolicyKeyName() []byte {
+	h := sha256.Sum256(f.Policy)
+	return append([]byte{0, 11}, h[:]...)
+}
+
+func (f *fakeTPM) WithSecrets(ctx context.Context, use func(listKey, policyKey []byte) error) error {
+	if err := f.ask(ctx); err != nil {
+		return err
+	}
+	return use(f.List, f.Policy)
+}
+
+func (f *fakeTPM) PCRs(ctx context.Context) (policy.State, error) { return policy.State{}, nil }
+
+func (f *fakeTPM) ApproveWith(ctx context.Context, key []byte, note string, states ...policy.State) error {
+	if !bytes.Equal(key, f.Policy) {
+		return hosttpm.ErrFailed
+	}
+	f.say(nil)
+	return nil
+}
+
+func (f *fakeTPM) Reprovision(ctx context.Context, listKey []byte) error {
+	n := newFakeTPM()
+	n.List = bytes.Clone(listKey)
+	f.become(n)
+	return nil
+}
+
+// become makes f another TPM.
+func (f *fakeTPM) become(n *fakeTPM) {
+	b, err := json.Marshal(n)
+	if err == nil {
+		err = f.parse(b)
+	}
+	if err != nil {
+		panic(err)
+	}
+	os.Remove(f.nv)
+	f.say(nil)
 }
 
 // house is a host: folders, a TPM, a Guard.

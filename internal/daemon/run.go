@@ -61,6 +61,7 @@ func Run(ctx context.Context, o Options) error {
 	defer conn.Close()
 
 	s := newService(conn, o, uint32(uid), tpm)
+	s.working = ctx
 	if s.g, err = NewGuard(o.Config, o.Dirs, tpm, o.Log, s.vmChanged); err != nil {
 		return err
 	}
@@ -77,6 +78,7 @@ func Run(ctx context.Context, o Options) error {
 	go s.watchLibvirt(ctx)
 	go s.watchRemovals(ctx)
 	go s.keepUp(ctx)
+	go s.endPauses()
 	go s.watchdog(ctx, 5*time.Second)
 	go s.g.keepRaised(ctx)
 	select {
@@ -95,7 +97,7 @@ func newService(conn *dbus.Conn, o Options, swtpmUID uint32, tpm *hosttpm.Host) 
 	return &Service{
 		conn: conn, programs: o.Programs, swtpmUID: swtpmUID, version: o.Version, log: o.Log,
 		slots: make(chan struct{}, maxCalls), others: make(chan struct{}, maxCalls), signals: make(chan func(), 1024),
-		known: map[string]bool{}, host: tpm,
+		known: map[string]bool{}, host: tpm, working: context.Background(),
 	}
 }
 
@@ -176,6 +178,8 @@ func (s *Service) openList(ctx context.Context) {
 // starts that libvirt never finished.
 func (s *Service) keepUp(ctx context.Context) {
 	const pace = 5 * time.Second
+	const day = int(24 * time.Hour / pace)
+	s.g.remind()
 	t := time.NewTicker(pace)
 	defer t.Stop()
 	for n := 1; ; n++ {
@@ -191,6 +195,14 @@ func (s *Service) keepUp(ctx context.Context) {
 			}
 		} else if n%12 == 0 {
 			s.g.sweep(ctx)
+		}
+		if n%120 == 1 {
+			if err := s.g.keepRecovery(ctx); err != nil {
+				s.log.WithError(err).Warn("wrapping to the recovery key")
+			}
+		}
+		if n%day == 0 {
+			s.g.remind()
 		}
 	}
 }

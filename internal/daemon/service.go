@@ -60,6 +60,9 @@ type Service struct {
 	asking   atomic.Bool // for noticeHost
 	wasReady atomic.Bool // the TPM, when it was asked last
 	denied   rate
+
+	working    context.Context // ends with virt-trustd
+	conversing sync.Mutex      // held while a conversation goes on
 }
 
 // maxCalls bounds the calls that are worked on at once. libvirt's default is
@@ -177,7 +180,7 @@ func option[T any](options dict, key string) T {
 
 // manager is org.virttrust1.Manager.
 func (s *Service) manager() map[string]any {
-	return map[string]any{
+	methods := map[string]any{
 		"HandleHook": func(op, sub, extra, doc string, options dict, sender dbus.Sender) (dict, *dbus.Error) {
 			result := dict{}
 			return result, s.serve(sender, "HandleHook", hookOnly, hookDeadline, func(ctx context.Context, c *caller) error {
@@ -279,6 +282,8 @@ func (s *Service) manager() map[string]any {
 			})
 		},
 	}
+	maps.Copy(methods, s.recoveryMethods())
+	return methods
 }
 
 // rate bounds how often something is done: ten times a minute.
@@ -542,7 +547,7 @@ func (s *Service) managerProperties() dict {
 		"Version": dbus.MakeVariant(s.version), "Mode": dbus.MakeVariant(s.g.cfg.Mode),
 		"ListState": dbus.MakeVariant(state), "ListProblem": dbus.MakeVariant(problem),
 		"ListGeneration": dbus.MakeVariant(generation), "VMCount": dbus.MakeVariant(uint32(count)),
-		"LibvirtState": dbus.MakeVariant(s.libvirtState()),
+		"LibvirtState": dbus.MakeVariant(s.libvirtState()), "RecoveryState": dbus.MakeVariant(s.g.recovery.Load().state()),
 	}
 	maps.Copy(d, s.g.raised())
 	return d
@@ -557,7 +562,11 @@ func (s *Service) vmProperties(r *list.Record) dict {
 	case !r.LabelDigest.IsZero():
 		labelState = "right"
 	}
-	d := strs("UUID", r.UUID, "Name", r.Name, "State", string(s.g.stateOf(r)), "StatePath", r.Instance, "LabelPath", r.LabelPath, "LabelState", labelState,
+	recovery := "none"
+	if f := s.g.recovery.Load(); f != nil && r.RecoveryTo == f.Recipient {
+		recovery = "wrapped"
+	}
+	d := strs("Recovery", recovery, "UUID", r.UUID, "Name", r.Name, "State", string(s.g.stateOf(r)), "StatePath", r.Instance, "LabelPath", r.LabelPath, "LabelState", labelState,
 		"LabelID", labelID(r), "KeyOwner", string(r.KeyOwner), "Baseline", r.Baseline.String(), "LastVerdict", verdict, "LastReason", code, "LastWhat", what)
 	for k, v := range map[string]uint64{"Generation": r.Generation, "Created": uint64(r.Created) * 1e6, "Changed": uint64(r.Changed) * 1e6, "Reverted": uint64(r.Reverted) * 1e6} {
 		d[k] = dbus.MakeVariant(v)

@@ -294,7 +294,7 @@ func (g *Guard) carryOut(ctx context.Context, st *start) (again bool, err error)
 	case lifecycle.StartFirstLabel, lifecycle.StartNewLabel:
 		r := st.r.Clone()
 		if st.d.Plan == lifecycle.StartFirstLabel {
-			if r.PendingLabel, err = g.sealLabel(r, st.keys); err != nil {
+			if r.PendingLabel, err = g.sealLabel(r, st.keys, st.seen.Label.Path); err != nil {
 				return false, err
 			}
 			if err := g.keep(r.UUID, keptLabel, r.PendingLabel); err != nil {
@@ -364,7 +364,10 @@ func (g *Guard) create(ctx context.Context, st *start, plain []byte) error {
 		return err
 	}
 	back.Wipe()
-	if r.PendingLabel, err = g.sealLabel(r, keys); err != nil {
+	if err := g.wrapRecovery(r, keys); err != nil {
+		return err
+	}
+	if r.PendingLabel, err = g.sealLabel(r, keys, st.seen.Label.Path); err != nil {
 		return err
 	}
 	if err := g.keep(r.UUID, keptLabel, r.PendingLabel); err != nil {

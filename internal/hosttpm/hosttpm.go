@@ -67,13 +67,13 @@ type Host struct {
 	timings timings
 	keys    atomic.Pointer[keySet] // nil: not provisioned
 	counter atomic.Pointer[place]  // of the list counter: nil where it has to be looked for
-	damaged error                  // why the key files cannot be used; set by Open
+	damaged atomic.Pointer[error]  // why the key files cannot be used, if they cannot
 }
 
 // set gives the host's keys.
 func (h *Host) set() (*keySet, error) {
-	if h.damaged != nil {
-		return nil, h.damaged
+	if damaged := h.damaged.Load(); damaged != nil {
+		return nil, *damaged
 	}
 	if k := h.keys.Load(); k != nil {
 		return k, nil
@@ -100,7 +100,7 @@ func Open(cfg Config) (*Host, error) {
 	h := &Host{cfg: cfg, store: store{dir: cfg.Dir}, queue: make(chan request, queueLength), later: make(chan request), quit: make(chan struct{})}
 	keys, err := h.store.load()
 	if err != nil && !errors.Is(err, ErrNotProvisioned) {
-		h.damaged = err
+		h.damaged.Store(&err)
 	}
 	h.keys.Store(keys)
 	h.stopped.Go(h.serve)

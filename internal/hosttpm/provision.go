@@ -28,8 +28,8 @@ const listKeySize = 32
 // ErrCleared if not; keys are never made anew while there are some, since vTPMs
 // hang on them.
 func (h *Host) Provision(ctx context.Context) error {
-	if h.damaged != nil {
-		return h.damaged
+	if damaged := h.damaged.Load(); damaged != nil {
+		return *damaged
 	}
 	if k := h.keys.Load(); k != nil {
 		_, err := do(ctx, h, func(c *client) (struct{}, error) {
@@ -45,7 +45,7 @@ func (h *Host) Provision(ctx context.Context) error {
 			return struct{}{}, nil
 		}
 		now := time.Now()
-		k, err := c.makeKeys(h.cfg, now)
+		k, err := c.makeKeys(h.cfg, now, nil, "first provisioning")
 		if err != nil {
 			return struct{}{}, fmt.Errorf("making the host's keys: %w", err)
 		}
@@ -58,10 +58,11 @@ func (h *Host) Provision(ctx context.Context) error {
 	return err
 }
 
-// makeKeys makes a key set in the TPM and approves the state that it is in.
+// makeKeys makes a key set in the TPM and approves the state that it is in. The
+// list key is a new one unless it is given; note says why the state is approved.
 // What it leaves in the TPM itself, SRK and epoch counter, it takes up when it
 // is called again.
-func (c *client) makeKeys(cfg Config, now time.Time) (*keySet, error) {
+func (c *client) makeKeys(cfg Config, now time.Time, listKey []byte, note string) (*keySet, error) {
 	k := &keySet{}
 	if err := c.takeSRK(k); err != nil {
 		return nil, err
@@ -81,7 +82,7 @@ func (c *client) makeKeys(cfg Config, now time.Time) (*keySet, error) {
 	if err != nil {
 		return nil, err
 	}
-	a, err := approve(policyKey, state, epoch, k.epochName, now, "first provisioning")
+	a, err := approve(policyKey, state, epoch, k.epochName, now, note)
 	if err != nil {
 		return nil, err
 	}
@@ -92,9 +93,11 @@ func (c *client) makeKeys(cfg Config, now time.Time) (*keySet, error) {
 		return nil, err
 	}
 	defer secret.Wipe(scalar)
-	listKey := make([]byte, listKeySize)
-	defer secret.Wipe(listKey)
-	rand.Read(listKey)
+	if listKey == nil {
+		listKey = make([]byte, listKeySize)
+		defer secret.Wipe(listKey)
+		rand.Read(listKey)
+	}
 
 	name, err := policy.KeyName(k.policyPublic)
 	if err != nil {

@@ -185,6 +185,46 @@ func (c *Client) read(ref golibvirt.Domain) (Domain, error) {
 	return d, err
 }
 
+// Pause pauses an active domain. paused is false for one that was not running,
+// such as one that its admin had paused.
+func (c *Client) Pause(ctx context.Context, uuid string) (paused bool, err error) {
+	err = c.do(ctx, func() error {
+		ref, err := c.find(uuid)
+		if err != nil {
+			return err
+		}
+		state, _, err := c.lv.DomainGetState(ref, 0)
+		if err != nil || golibvirt.DomainState(state) != golibvirt.DomainRunning {
+			return err
+		}
+		paused = true
+		return c.lv.DomainSuspend(ref)
+	})
+	if err != nil {
+		return false, fmt.Errorf("pausing domain %.100q: %w", uuid, err)
+	}
+	return paused, nil
+}
+
+// Resume makes a paused domain go on; one that is not paused is as it should be.
+func (c *Client) Resume(ctx context.Context, uuid string) error {
+	err := c.do(ctx, func() error {
+		ref, err := c.find(uuid)
+		if err != nil {
+			return err
+		}
+		state, _, err := c.lv.DomainGetState(ref, 0)
+		if err != nil || golibvirt.DomainState(state) != golibvirt.DomainPaused {
+			return err
+		}
+		return c.lv.DomainResume(ref)
+	})
+	if err != nil {
+		return fmt.Errorf("resuming domain %.100q: %w", uuid, err)
+	}
+	return nil
+}
+
 // List gives every domain, active or not.
 func (c *Client) List(ctx context.Context) ([]Domain, error) {
 	var list []Domain

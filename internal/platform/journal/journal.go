@@ -44,6 +44,11 @@ const (
 	NotRaised       Event = "d1bbdd1b3b934c419b9b6901ed760e2a" // the TPM's counter could not be raised
 	OlderAccepted   Event = "a0bf4798e6e34bb3ada4694469fc38d9" // an older list, state or label was taken on the admin's word
 	Reverted        Event = "61f7a9a21c2e492c881382c41dd78662" // a VM's vTPM went back with a saved image
+	RecoverySet     Event = "355f6e7fb2014b448593d6e9e8e404ac" // the host has a new recovery key
+	RecoveryMissing Event = "0563ba3de98c4742a5bbba58da6db90e" // the host has no recovery key, or nobody has shown to have it
+	Recovered       Event = "7b7732df10184b119d82805baa149606" // list or vTPMs were brought back with the recovery key
+	BackedUp        Event = "82c20a438524479b90c675e12e98d725" // a VM's vTPM was given out as a backup
+	Restored        Event = "92cb67d9ea494ffab86da7caa71ec666" // a VM's vTPM was replaced by one from a backup
 	KeysGranted     Event = "0cd3f62e16c544fbb99610e01504132f" // vTPM keys were handed to swtpm
 )
 

@@ -13,7 +13,8 @@ import (
 
 var events = []Event{
 	Refused, WouldRefuse, VMCreated, VMAdopted, VMReleased, VMDeleted, StateRecovered,
-	TPMAway, TPMBack, HostNotApproved, ListDamaged, Provisioned, NotRaised, OlderAccepted, Reverted, KeysGranted,
+	TPMAway, TPMBack, HostNotApproved, ListDamaged, Provisioned, NotRaised, OlderAccepted, Reverted,
+	RecoverySet, RecoveryMissing, Recovered, BackedUp, Restored, KeysGranted,
 }
 
 // TestCatalog holds packaging/virt-trust.catalog against systemd.catalog(7)

@@ -56,6 +56,22 @@ func WriteLabel(path string, payload []byte) error {
 	return change(path, func(h *qcow2.Header) (qcow2.Plan, error) { return h.SetLabel(payload) })
 }
 
+// HasRoom reports whether an image's header has room for a label of n bytes,
+// which may replace the one that is there. Errors: *UnsupportedError, others
+// when the file cannot be read.
+func HasRoom(path string, n int) (bool, error) {
+	f, err := open(path, unix.O_RDONLY)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	header, err := parse(f)
+	if err != nil {
+		return false, fmt.Errorf("%s: %w", path, err)
+	}
+	return header.HasRoom(n), nil
+}
+
 // RemoveLabel takes an image's label out if ok says so of its payload, which is
 // nil for a damaged label. Errors: ErrNoLabel, ErrKept, and those of WriteLabel.
 func RemoveLabel(path string, ok func(payload []byte) bool) error {

@@ -15,6 +15,10 @@
 //	       2  length of the OAEP ciphertext, then the ciphertext
 //	32  HMAC-SHA256 over all before it
 //
+// One recipient may be the host's recovery key instead of a host. Its name, of
+// 34 bytes too, begins with two zero bytes, as no TPM Name does, and its
+// ciphertext is an age file.
+//
 // The HMAC's key is derived from the VM's state key, so that only who can
 // unwrap a ciphertext can tell whether the label is right, or make another.
 package label
@@ -74,7 +78,7 @@ type Label struct {
 	Generation uint64
 }
 
-// Recipient is a host that may use the vTPM.
+// Recipient is a host that may use the vTPM, or the recovery key.
 type Recipient struct {
 	BindKeyName []byte // TPM Name of the host's bind key
 	Ciphertext  []byte // the vTPM keys, RSA-OAEP to that key

@@ -116,6 +116,11 @@ type Record struct {
 	// Ephemeral: the VM is transient, and libvirt removes its vTPM when it stops.
 	Ephemeral bool `cbor:"22,keyasint,omitempty"`
 
+	// RecoveryKeys is an age file of state key ‖ transfer key, to the recovery
+	// key whose recipient is RecoveryTo.
+	RecoveryKeys []byte `cbor:"24,keyasint,omitempty"`
+	RecoveryTo   string `cbor:"25,keyasint,omitempty"`
+
 	Tag       Tag    `cbor:"26,keyasint"`           // of the baseline
 	OlderTags []byte `cbor:"27,keyasint,omitempty"` // one after the other, oldest first
 	// Noted: the baseline is an entry of the journal that belongs to this opening.
@@ -130,6 +135,7 @@ func (r *Record) Clone() *Record {
 	c := *r
 	c.WrappedKeys = bytes.Clone(r.WrappedKeys)
 	c.PendingLabel = bytes.Clone(r.PendingLabel)
+	c.RecoveryKeys = bytes.Clone(r.RecoveryKeys)
 	c.History = slices.Clone(r.History)
 	c.OlderTags = bytes.Clone(r.OlderTags)
 	return &c
@@ -263,7 +269,8 @@ func subkey(listKey []byte, use string) (cipher.AEAD, error) {
 	return cipher.NewGCM(b)
 }
 
-func keyID(listKey []byte) (id [8]byte) {
+// KeyID is how a list's header names the key that it is sealed under.
+func KeyID(listKey []byte) (id [8]byte) {
 	k, err := hkdf.Key(sha256.New, listKey, nil, "virt-trust/list/key-id/v1", len(id))
 	if err == nil {
 		copy(id[:], k)
@@ -302,7 +309,7 @@ func (l *List) Encode(listKey, nonce []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	id := keyID(listKey)
+	id := KeyID(listKey)
 	h := make([]byte, 0, headerSize+len(body)+aead.Overhead())
 	h = append(h, magic...)
 	h = binary.BigEndian.AppendUint16(h, version)
@@ -350,7 +357,7 @@ func Decode(b, listKey []byte) (*List, error) {
 	if err != nil {
 		return nil, err
 	}
-	if h.KeyID != keyID(listKey) {
+	if h.KeyID != KeyID(listKey) {
 		return nil, fmt.Errorf("%w: its key is another one", ErrKey)
 	}
 	n := h.size()

@@ -44,7 +44,7 @@ func (h *Header) SetLabel(payload []byte) (Plan, error) {
 	if err := h.mayWrite(); err != nil {
 		return nil, err
 	}
-	if !h.hasRoom(len(payload)) {
+	if !h.HasRoom(len(payload)) {
 		return nil, h.noRoom(len(payload))
 	}
 	return h.rewrite(payload)
@@ -94,9 +94,9 @@ func (h *Header) mayWrite() error {
 	return nil
 }
 
-// hasRoom says whether a label of n bytes fits, so that one of its size can
+// HasRoom says whether a label of n bytes fits, so that one of its size can
 // replace it and QEMU can go on rewriting the header.
-func (h *Header) hasRoom(n int) bool {
+func (h *Header) HasRoom(n int) bool {
 	// Where the first cluster does not hold everything, QEMU fails. It writes a
 	// header of 112 bytes (also when it makes a version 3 image of a version 2
 	// one) and, if clusters are above 4 KiB, a feature name table of its own.
