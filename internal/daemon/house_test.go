@@ -152,6 +152,8 @@ type fakeTPM struct {
 	mu      sync.Mutex
 	err     error // of everything that asks the TPM
 	delay   time.Duration
+	held    chan struct{} // not nil: it answers when this is closed
+	asking  int           // who waits for an answer
 	unwraps int
 }
 
@@ -214,8 +216,17 @@ func (f *fakeTPM) say(err error) {
 
 func (f *fakeTPM) ask(ctx context.Context) error {
 	f.mu.Lock()
-	err, delay := f.err, f.delay
+	err, delay, held := f.err, f.delay, f.held
+	f.asking++
 	f.mu.Unlock()
+	defer func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.asking--
+	}()
+	if held != nil {
+		<-held
+	}
 	select {
 	case <-time.After(delay):
 	case <-ctx.Done():

@@ -125,3 +125,42 @@ func TestOtherState(t *testing.T) {
 	e.start() // its PCRs are at their first values again
 	works(t, h)
 }
+
+// A warm start asks the TPM for no more than this, even where the connection
+// has to be made first: one RSA decryption, its session and its policy, and the
+// key. A resource manager does without GetCapability.
+func TestCommandsOfAWarmStart(t *testing.T) {
+	t.Parallel()
+	e, dir, _ := startMade(t)
+	h := open(t, e.sock, dir)
+	ct := wrapped(t, h)
+	unwrap := func() {
+		t.Helper()
+		if _, err := h.UnwrapKeys(t.Context(), ct); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unwrap()
+	for _, c := range []struct {
+		connection string
+		most       map[string]int
+	}{
+		{"new", map[string]int{
+			"GetCapability": 2, "StartAuthSession": 2, "Load": 1, "PolicyPCR": 1, "PolicyNV": 1, "PolicyAuthorize": 1, "RSA_Decrypt": 1, "FlushContext": 1,
+		}},
+		{"kept", map[string]int{
+			"StartAuthSession": 1, "Load": 1, "PolicyPCR": 1, "PolicyNV": 1, "PolicyAuthorize": 1, "RSA_Decrypt": 1, "FlushContext": 1,
+		}},
+	} {
+		if c.connection == "new" {
+			do(t.Context(), h, func(c *client) (struct{}, error) { c.hangUp(); return struct{}{}, nil })
+		}
+		before := h.Timings()
+		unwrap()
+		for name, v := range h.Timings() {
+			if n := v.Count - before[name].Count; n > c.most[name] {
+				t.Errorf("on a %s connection: %d times %s, at most %d", c.connection, n, name, c.most[name])
+			}
+		}
+	}
+}

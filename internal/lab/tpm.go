@@ -1,6 +1,9 @@
 package lab
 
-import "fmt"
+import (
+	"fmt"
+	"time"
+)
 
 // ExtendPCR extends a PCR (bank sha256) of the host's TPM, as a boot into
 // another state would.
@@ -41,4 +44,11 @@ func (h *Host) ReplaceTPM() {
 	h.StopTPM()
 	h.Shell("rm -rf " + tpmState + "/*")
 	h.StartTPM()
+}
+
+// SlowTPM makes each of the TPM's commands take so much longer, as discrete
+// TPMs do; 0 ends that.
+func (h *Host) SlowTPM(by time.Duration) {
+	h.t.Helper()
+	h.WriteFile(TPMSocket+".delay", []byte(by.String()), 0o600)
 }

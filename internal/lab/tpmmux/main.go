@@ -2,7 +2,8 @@
 // it accepts on one unix socket and forwards whole commands over its single
 // connection to the other. It does not keep clients' objects apart, as
 // /dev/tpmrm0 does: a client that leaves handles behind fills the TPM, and a
-// test shall notice.
+// test shall notice. A file beside its socket, named like it with .delay, makes
+// the TPM slow: each command takes as long as it says (100ms) and more.
 package main
 
 import (
@@ -11,6 +12,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"time"
 )
@@ -61,6 +63,7 @@ func run(listen, swtpm string) error {
 					return
 				}
 				mu.Lock()
+				time.Sleep(delay(listen + ".delay"))
 				_, err = tpm.Write(command)
 				var response []byte
 				if err == nil {
@@ -77,6 +80,16 @@ func run(listen, swtpm string) error {
 			}
 		}()
 	}
+}
+
+// delay is what the file says, or nothing.
+func delay(path string) time.Duration {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return 0
+	}
+	d, _ := time.ParseDuration(strings.TrimSpace(string(b)))
+	return d
 }
 
 // message reads one command or response: tag (2 bytes), size (4 bytes), rest.
