@@ -133,7 +133,9 @@ func TestContractPage(t *testing.T) {
 	}
 	// And the other way round: methods that polkit guards have their actions.
 	policy := read(t, "org.virttrust1.policy")
-	for _, action := range []string{"adopt", "release", "repair", "accept", "setrecovery", "confirmrecovery", "recover", "backup", "restore"} {
+	for _, action := range []string{
+		"adopt", "release", "repair", "accept", "setrecovery", "confirmrecovery", "recover", "backup", "restore", "approve", "nextboot", "revoke",
+	} {
 		if !strings.Contains(policy, `<action id="org.virttrust1.`+action+`">`) {
 			t.Errorf("polkit has no action %s", action)
 		}

@@ -121,6 +121,8 @@ type Host struct {
 	BindKeyPublic string   `json:"bind_key_public,omitempty"`
 	AKName        string   `json:"ak_name"`
 	AKPublic      string   `json:"ak_public,omitempty"`
+	// NextBoot is when the next boot was made one without PCR check.
+	NextBoot *time.Time `json:"next_boot_unchecked,omitempty"`
 }
 
 // VM is one record of the vTPM list.
@@ -184,6 +186,7 @@ func (g *guard) host(ctx context.Context) (Host, error) {
 		Bank: p.text("PCRBank"), PCRs: p.numbers("PCRSelection"), DifferingPCRs: p.numbers("DifferingPCRs"),
 		BindKeyName: p.text("BindKeyName"), BindKeyPublic: p.lines("BindKeyPublic"),
 		AKName: p.text("AKName"), AKPublic: p.lines("AKPublic"),
+		NextBoot: p.time("NextBoot"),
 	}, err
 }
 

@@ -23,7 +23,7 @@ type Reason struct {
 var advice = map[reason.Code][2]string{
 	reason.HostNotApproved: {
 		"The TPM did not release the list key or a VM's keys, because PCRs of the host differ from those that they were bound to: other firmware, boot loader, kernel, command line or Secure Boot keys.",
-		"'virt-trust status' names the PCRs. Boot the host as it was. For an update of firmware or kernel that changes these PCRs: 'virt-trust release --all', and right before the reboot 'systemctl stop virt-trustd' and remove /var/lib/virt-trust. virt-trustd then makes new keys for the new state, and VMs are adopted at their next start.",
+		"'virt-trust host dry-run' says what changed. If nobody meant it, find out who did. Boot the host as it was; an update is approved from there beforehand, with 'virt-trust host approve --predict' or, where the next boot cannot be told, '--next-boot'. Where no approved state can be booted any more: 'virt-trust recover' with the recovery key.",
 	},
 	reason.ListRolledBack: {
 		"The file of the vTPM list is an older one: from a backup, a snapshot of the file system, or an attacker's copy. virt-trustd remembers the newest, and after a boot the counter in the host's TPM tells. A counter that was deleted, or that went back with a TPM which is itself emulated, is told in the same way.",

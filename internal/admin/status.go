@@ -76,6 +76,7 @@ func (s Status) write(w io.Writer) {
 		"Problem", s.Host.Problem,
 		"PCRs", s.Host.Bank+" "+numbers(s.Host.PCRs),
 		"PCRs that differ", numbers(s.Host.DifferingPCRs),
+		"Next boot", s.Host.nextBoot(),
 		"TPM", tpm,
 		"vTPM list", list,
 		"List's problem", s.ListProblem,

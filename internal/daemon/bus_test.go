@@ -278,6 +278,11 @@ func TestContract(t *testing.T) {
 				t.Errorf("%s can be set: %v", k, err)
 			}
 		}
+		if path == bus.HostPath {
+			for name, m := range o.s.hostMethods() {
+				have = append(have, fmt.Sprintf("method %s(%s) %s", name, signature(t, m, true), signature(t, m, false)))
+			}
+		}
 		if path == bus.Path {
 			have = append(have, "signal Refused(sssss)")
 			for name, m := range o.s.manager() {

@@ -90,7 +90,8 @@ type Guard struct {
 	restore  map[string]bool            // UUIDs whose next prepare follows a restore
 	verdicts map[string]*reason.Refusal // last refusals of VMs in the list, see lastRefusal
 
-	changed func(uuid string) // tells the bus that a VM's properties changed
+	before  func(context.Context) // what waits for the TPM before the list key is asked for; may be nil
+	changed func(uuid string)     // tells the bus that a VM's properties changed
 }
 
 // NewGuard makes a Guard. changed is called when something of a VM changed.
@@ -183,16 +184,17 @@ func (g *Guard) unlock(uuid string, m *vmLock) {
 
 func (g *Guard) unix() int64 { return g.now().Unix() }
 
+const bootAsItWas = "'virt-trust host dry-run' says what changed; boot the host as it was, or see virt-trust-reasons(7)"
+
 // tpmRefusal turns what the TPM said into a refusal; an error that is no
 // statement about the host stays as it is.
 func (g *Guard) tpmRefusal(err error) error {
 	var pe *hosttpm.PolicyError
 	switch {
 	case errors.As(err, &pe) && len(pe.Differing) > 0:
-		return reason.Refuse(reason.HostNotApproved, "boot the host as it was, see 'virt-trust status'",
-			"PCR %s of the host's TPM differ from the approved state", pcrs(pe.Differing))
+		return reason.Refuse(reason.HostNotApproved, bootAsItWas, "PCR %s of the host's TPM differ from the approved state", pcrs(pe.Differing))
 	case errors.Is(err, hosttpm.ErrPolicy):
-		return reason.Refuse(reason.HostNotApproved, "boot the host as it was, see 'virt-trust status'", "%s", err)
+		return reason.Refuse(reason.HostNotApproved, bootAsItWas, "%s", err)
 	case errors.Is(err, hosttpm.ErrCleared):
 		return reason.Refuse(reason.KeyNotReleased, g.wayBack(),
 			"the host's TPM was cleared or replaced, and the keys of this host died with it")
@@ -253,6 +255,9 @@ func (g *Guard) tryOpen(ctx context.Context) (*liststore.Store, error) {
 		if err := g.tpm.Provision(ctx); err != nil {
 			return nil, g.tpmRefusal(err)
 		}
+	}
+	if g.before != nil {
+		g.before(ctx)
 	}
 	key, err := g.tpm.UnsealListKey(ctx)
 	if err != nil {

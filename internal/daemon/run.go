@@ -66,6 +66,7 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	defer s.g.Close()
+	s.g.before = s.settleHost
 	// The list is opened before calls come in, if the TPM lets it be.
 	s.openList(ctx)
 	if err := s.export(); err != nil {
@@ -98,6 +99,7 @@ func newService(conn *dbus.Conn, o Options, swtpmUID uint32, tpm *hosttpm.Host) 
 		conn: conn, programs: o.Programs, swtpmUID: swtpmUID, version: o.Version, log: o.Log,
 		slots: make(chan struct{}, maxCalls), others: make(chan struct{}, maxCalls), signals: make(chan func(), 1024),
 		known: map[string]bool{}, host: tpm, working: context.Background(),
+		history: &history{path: filepath.Join(o.Dirs.State, "host-history.jsonl")}, logs: bootLogs{filepath.Join(o.Dirs.State, "event-logs")},
 	}
 }
 
@@ -148,6 +150,9 @@ func (s *Service) openList(ctx context.Context) {
 		}
 		s.emit(bus.Path, propertiesChanged, bus.ManagerInterface, s.managerProperties(), []string{})
 		s.log.WithField("generation", store.Generation()).Infof("the vTPM list is open, with %d VMs", len(store.All()))
+		if err := s.keepEventLog(ctx); err != nil {
+			s.log.WithError(err).Info("this boot's event log is not kept: virt-trust host dry-run will not tell events from it")
+		}
 	}
 	s.mu.Lock()
 	same := err == nil || s.problem == err.Error()
@@ -568,6 +573,10 @@ func (s *Service) hostProperties() dict {
 		counts[name], times[name] = uint64(t.Count), uint64(t.Total.Microseconds())
 	}
 	d["CommandCounts"], d["CommandTimes"] = dbus.MakeVariant(counts), dbus.MakeVariant(times)
+	d["NextBoot"] = dbus.MakeVariant(uint64(0))
+	if w, err := s.host.Waiver(); err == nil && w != nil {
+		d["NextBoot"] = dbus.MakeVariant(uint64(w.Time.UnixMicro()))
+	}
 	d["PCRSelection"], d["DifferingPCRs"] = dbus.MakeVariant(selection), dbus.MakeVariant(differing)
 	s.announceHost(d)
 	s.status = hostStatus{time.Now(), d}

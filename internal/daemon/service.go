@@ -55,6 +55,8 @@ type Service struct {
 	problem string          // the last that kept the list from being opened
 
 	host     *hosttpm.Host
+	history  *history
+	logs     bootLogs
 	statusMu sync.Mutex // held while the TPM is asked
 	status   hostStatus
 	asking   atomic.Bool // for noticeHost
@@ -702,6 +704,10 @@ func (s *Service) export() error {
 	}
 	err := errors.Join(
 		s.conn.ExportMethodTable(s.manager(), bus.Path, bus.ManagerInterface),
+		s.conn.ExportMethodTable(s.hostMethods(), bus.HostPath, bus.HostInterface),
+		// An object of its own has nothing from the tree above it.
+		s.conn.ExportMethodTable(properties, bus.HostPath, "org.freedesktop.DBus.Properties"),
+		s.conn.ExportMethodTable(map[string]any{"Introspect": s.introspect}, bus.HostPath, "org.freedesktop.DBus.Introspectable"),
 		s.conn.ExportMethodTable(map[string]any{"GetManagedObjects": s.managedObjects}, bus.Path, "org.freedesktop.DBus.ObjectManager"),
 		s.conn.ExportSubtreeMethodTable(properties, bus.Path, "org.freedesktop.DBus.Properties"),
 		s.conn.ExportSubtreeMethodTable(map[string]any{"Introspect": s.introspect}, bus.Path, "org.freedesktop.DBus.Introspectable"),

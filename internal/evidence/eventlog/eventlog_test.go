@@ -417,7 +417,7 @@ func FuzzUntrustedParse(f *testing.F) {
 			return
 		}
 		again, err := UntrustedParse(l.Marshal())
-		if err != nil || len(again.Events) != len(l.Events) {
+		if err != nil || len(again.Events) != len(l.Events) && !padding(l.Marshal()[len(again.Marshal()):]) {
 			t.Fatalf("what was read cannot be read again: %v", err)
 		}
 		for _, bank := range []string{"sha1", "sha256"} {

@@ -50,6 +50,9 @@ type TPM struct {
 	Bank    string   `toml:"bank"`    // PCR bank: sha256, sha384
 	PCRs    []uint   `toml:"pcrs"`    // what keys and list are bound to
 	Timeout Duration `toml:"timeout"` // for one request, waiting included
+	// EventLog is where the firmware's event log lies, for predictions and
+	// differences.
+	EventLog string `toml:"event_log"`
 }
 
 // Policy is what the host asks of its VMs.
@@ -85,8 +88,11 @@ type Grant struct {
 // Default gives the compiled-in configuration.
 func Default() Config {
 	return Config{
-		Mode:     "enforce",
-		TPM:      TPM{Device: "/dev/tpmrm0", Bank: "sha256", PCRs: []uint{0, 2, 4, 7, 9, 11, 12, 14}, Timeout: Duration(30 * time.Second)},
+		Mode: "enforce",
+		TPM: TPM{
+			Device: "/dev/tpmrm0", Bank: "sha256", PCRs: []uint{0, 2, 4, 7, 9, 11, 12, 14}, Timeout: Duration(30 * time.Second),
+			EventLog: "/sys/kernel/security/tpm0/binary_bios_measurements",
+		},
 		Policy:   Policy{Adopt: true, CrashRecovery: "authenticated", Restore: "allow"},
 		Rollback: Rollback{Window: Duration(time.Second), PerYear: 20_000},
 		Swtpm:    Swtpm{User: "tss", StateRoot: "/var/lib/libvirt/swtpm"},
@@ -166,7 +172,7 @@ func (c Config) check() error {
 		oneOf("tpm.bank", c.TPM.Bank, "sha256", "sha384"),
 		oneOf("policy.crash_recovery", c.Policy.CrashRecovery, "authenticated", "strict"),
 		oneOf("policy.restore", c.Policy.Restore, "allow", "refuse"),
-		abs("tpm.device", c.TPM.Device), abs("swtpm.state_root", c.Swtpm.StateRoot),
+		abs("tpm.device", c.TPM.Device), abs("tpm.event_log", c.TPM.EventLog), abs("swtpm.state_root", c.Swtpm.StateRoot),
 	}
 	if c.Libvirt.Socket != "" {
 		errs = append(errs, abs("libvirt.socket", c.Libvirt.Socket))

@@ -49,6 +49,10 @@ const (
 	Recovered       Event = "7b7732df10184b119d82805baa149606" // list or vTPMs were brought back with the recovery key
 	BackedUp        Event = "82c20a438524479b90c675e12e98d725" // a VM's vTPM was given out as a backup
 	Restored        Event = "92cb67d9ea494ffab86da7caa71ec666" // a VM's vTPM was replaced by one from a backup
+	HostApproved    Event = "23faf314ef08419fa09d394909429f63" // a host state was approved
+	HostRevoked     Event = "488f2db3065b41348b244bdb45c5c753" // the approval of one was withdrawn
+	NextBootGiven   Event = "6dc89d1a22ad42f9b4204968ced44d59" // the next boot will not be checked, or will be after all
+	NextBootUsed    Event = "a1a842f0af374620936609df5facc2d5" // this boot was one without PCR check
 	KeysGranted     Event = "0cd3f62e16c544fbb99610e01504132f" // vTPM keys were handed to swtpm
 )
 

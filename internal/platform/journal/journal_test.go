@@ -15,6 +15,7 @@ var events = []Event{
 	Refused, WouldRefuse, VMCreated, VMAdopted, VMReleased, VMDeleted, StateRecovered,
 	TPMAway, TPMBack, HostNotApproved, ListDamaged, Provisioned, NotRaised, OlderAccepted, Reverted,
 	RecoverySet, RecoveryMissing, Recovered, BackedUp, Restored, KeysGranted,
+	HostApproved, HostRevoked, NextBootGiven, NextBootUsed,
 }
 
 // TestCatalog holds packaging/virt-trust.catalog against systemd.catalog(7)
