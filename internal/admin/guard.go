@@ -82,7 +82,7 @@ type Manager struct {
 	Generation  uint64 `json:"list_generation"`
 	VMs         uint64 `json:"vms"`
 	Libvirt     string `json:"libvirt"`
-	Recovery    string `json:"recovery_key,omitempty"` // none, unconfirmed, confirmed
+	Recovery    string `json:"recovery_key,omitempty"` // none, unconfirmed, confirmed, altered
 
 	Counter       uint64 `json:"list_counter"`
 	RaiseDue      bool   `json:"raise_due"`

@@ -23,7 +23,7 @@ import (
 
 // Recovery is the answer of virt-trust recovery show.
 type Recovery struct {
-	State     string     `json:"state"` // none, unconfirmed, confirmed
+	State     string     `json:"state"` // none, unconfirmed, confirmed, altered
 	Recipient string     `json:"recipient,omitempty"`
 	Made      *time.Time `json:"made,omitempty"`
 	Confirmed *time.Time `json:"confirmed,omitempty"`
@@ -85,6 +85,8 @@ func recoveryAdvice(state string) string {
 		return "none: make one with 'virt-trust recovery new'"
 	case "unconfirmed":
 		return "not confirmed as stored: 'virt-trust recovery confirm'"
+	case "altered":
+		return "recovery.json does not name the key that the list holds, and nothing is wrapped to it: 'virt-trust recovery new --replace', or 'virt-trust recover' with the right key"
 	}
 	return state
 }

@@ -67,6 +67,9 @@ func (g *Guard) Recover(ctx context.Context, key *recovery.Key, say func(string)
 	if err != nil {
 		return "", err
 	}
+	if err := g.vouch(store, key); err != nil {
+		return "", err
+	}
 	rewrapped, lost, err := g.recoverVMs(ctx, store, key, say)
 	if err != nil {
 		return "", fmt.Errorf("cut off: 'virt-trust recover' goes on from here: %w", err)
@@ -91,6 +94,23 @@ func (g *Guard) Recover(ctx context.Context, key *recovery.Key, say func(string)
 			"%s; but nothing has the keys of %s", what, strings.Join(lost, ", "))
 	}
 	return what, nil
+}
+
+// vouch has the list name the recovery key that has just opened what is wrapped
+// to it, and the file with it.
+func (g *Guard) vouch(store *liststore.Store, key *recovery.Key) error {
+	to := key.Recipient()
+	if string(store.Bound(boundRecovery)) != to.String() {
+		if err := store.Commit(liststore.Change{Bind: boundRecovery, Value: []byte(to.String())}); err != nil {
+			return err
+		}
+	}
+	f := *g.recovery.Load()
+	if f.Recipient == to.String() {
+		return nil
+	}
+	f.Recipient, f.to = to.String(), to
+	return g.saveRecovery(&f)
 }
 
 // unwrapWith opens what is wrapped to the host's recovery key.

@@ -45,6 +45,21 @@ type recoveryFile struct {
 
 const recoveryVersion = 1
 
+// boundRecovery is the name under which the list holds the recovery key's
+// recipient. The file beside it can be read where the list cannot, but also be
+// exchanged by whoever writes this disk: nothing is wrapped to a recipient that
+// the list does not name.
+const boundRecovery = "recovery"
+
+// trusted gives what the list vouches for; nil: nothing, or there is no list.
+func (g *Guard) trusted() *recoveryFile {
+	f, store := g.recovery.Load(), g.peek()
+	if f == nil || store == nil || string(store.Bound(boundRecovery)) != f.Recipient {
+		return nil
+	}
+	return f
+}
+
 func (g *Guard) recoveryPath() string { return filepath.Join(g.dirs.State, "recovery.json") }
 
 // loadRecovery reads recovery.json. A host without one has no recovery key.
@@ -98,7 +113,8 @@ func (g *Guard) saveRecovery(f *recoveryFile) error {
 // SetRecovery makes to the host's recovery key: whatever was wrapped to another
 // is wrapped to this one. say tells of each VM. Cut off, it goes on by itself.
 func (g *Guard) SetRecovery(ctx context.Context, to recovery.Recipient, say func(string)) (what string, err error) {
-	if _, err := g.List(ctx); err != nil {
+	store, err := g.List(ctx)
+	if err != nil {
 		return "", err
 	}
 	g.recovering.Lock()
@@ -112,6 +128,14 @@ func (g *Guard) SetRecovery(ctx context.Context, to recovery.Recipient, say func
 		return "", err
 	}
 	if err := g.wrapHost(ctx, f); err != nil {
+		return "", err
+	}
+	// Cut off between the two, the host goes on with the old file, and says that
+	// it is not the list's.
+	if err := store.Commit(liststore.Change{Bind: boundRecovery, Value: []byte(f.Recipient)}); err != nil {
+		return "", err
+	}
+	if err := g.saveRecovery(f); err != nil {
 		return "", err
 	}
 	g.report("", "", "recovery", allow, "", "the list key and the policy key were wrapped to a new recovery key, "+f.Recipient, journal.RecoverySet)
@@ -131,7 +155,7 @@ func vms(n int) string {
 	return fmt.Sprintf("%d VMs", n)
 }
 
-// wrapHost wraps the host's two secrets as f says, and makes f the host's.
+// wrapHost wraps the host's two secrets as f says.
 func (g *Guard) wrapHost(ctx context.Context, f *recoveryFile) error {
 	f.PolicyKey = hex.EncodeToString(g.tpm.PolicyKeyName())
 	err := g.tpm.WithSecrets(ctx, func(listKey, policyKey []byte) (err error) {
@@ -145,7 +169,7 @@ func (g *Guard) wrapHost(ctx context.Context, f *recoveryFile) error {
 	if err != nil {
 		return g.tpmRefusal(err)
 	}
-	return g.saveRecovery(f)
+	return nil
 }
 
 func keyID(listKey []byte) string {
@@ -157,7 +181,7 @@ func keyID(listKey []byte) string {
 // in use, after a crash or a change of the host's keys. Called with the list
 // open, and its key with it.
 func (g *Guard) keepRecovery(ctx context.Context) error {
-	if g.recovery.Load() == nil || g.peek() == nil {
+	if g.trusted() == nil {
 		return nil
 	}
 	g.recovering.Lock()
@@ -172,16 +196,23 @@ func (g *Guard) keepRecovery(ctx context.Context) error {
 // rewrapHost wraps the host's secrets to its recovery key if they are others
 // than those that are.
 func (g *Guard) rewrapHost(ctx context.Context) error {
-	f := *g.recovery.Load()
+	t := g.trusted()
+	if t == nil {
+		return nil
+	}
+	f := *t
 	if f.PolicyKey == hex.EncodeToString(g.tpm.PolicyKeyName()) && f.ListKeyID == keyID(g.key()) {
 		return nil
 	}
-	return g.wrapHost(ctx, &f)
+	if err := g.wrapHost(ctx, &f); err != nil {
+		return err
+	}
+	return g.saveRecovery(&f)
 }
 
 // unwrapped gives the VMs whose keys are not wrapped to the recovery key.
 func (g *Guard) unwrapped() (left []*list.Record) {
-	f, store := g.recovery.Load(), g.peek()
+	f, store := g.trusted(), g.peek()
 	if store == nil {
 		return nil
 	}
@@ -200,6 +231,9 @@ func recoverable(r *list.Record) bool {
 
 // wrapVMs wraps the keys of those VMs to the recovery key that it has not got.
 func (g *Guard) wrapVMs(ctx context.Context, say func(string)) (done, failed int) {
+	if g.trusted() == nil {
+		return 0, 0
+	}
 	for _, r := range g.unwrapped() {
 		err := g.wrapVM(ctx, r.UUID)
 		if err != nil {
@@ -232,7 +266,7 @@ func (g *Guard) wrapVM(ctx context.Context, uuid string) error {
 // wrapRecovery wraps a VM's keys to the recovery key, if there is one and they
 // are not yet.
 func (g *Guard) wrapRecovery(r *list.Record, keys *secret.Buffer) error {
-	f := g.recovery.Load()
+	f := g.trusted()
 	if f == nil || r.RecoveryTo == f.Recipient {
 		return nil
 	}
@@ -339,21 +373,26 @@ func otherRecoveryKey(f *recoveryFile) error {
 
 // remind says in the journal what keeps recovery from being possible.
 func (g *Guard) remind() {
-	f := g.recovery.Load()
 	e := g.log.WithField(journal.ID, journal.RecoveryMissing)
-	switch {
-	case f == nil:
+	switch g.recoveryState() {
+	case "altered":
+		e.Warn("recovery.json does not name the recovery key that the vTPM list holds: it was exchanged, or its making was cut off; nothing is wrapped to it, 'virt-trust recovery new --replace' makes another")
+	case "none":
 		e.Warn("no recovery key: if the host's TPM is cleared or replaced, or its state changes without approval, every guarded vTPM is lost; 'virt-trust recovery new' makes one")
-	case f.Confirmed.IsZero():
+	case "unconfirmed":
 		e.Warn("the recovery key is not confirmed as stored: 'virt-trust recovery confirm' does that")
 	}
 }
 
-// recoveryState is for the bus: none, unconfirmed, confirmed.
-func (f *recoveryFile) state() string {
+// recoveryState is for the bus: none, unconfirmed, confirmed, or altered for a
+// file that the list does not vouch for. A list that is not open cannot tell.
+func (g *Guard) recoveryState() string {
+	f := g.recovery.Load()
 	switch {
-	case f == nil:
+	case f == nil && (g.peek() == nil || len(g.peek().Bound(boundRecovery)) == 0):
 		return "none"
+	case f == nil, g.peek() != nil && g.trusted() == nil:
+		return "altered"
 	case f.Confirmed.IsZero():
 		return "unconfirmed"
 	}

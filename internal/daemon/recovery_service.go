@@ -157,7 +157,7 @@ func (s *Service) recoveryProperties() dict {
 	for _, r := range s.g.unwrapped() {
 		missing = append(missing, r.Name)
 	}
-	d := strs("state", f.state())
+	d := strs("state", s.g.recoveryState())
 	d["unwrapped"] = dbus.MakeVariant(missing)
 	if f != nil {
 		d["recipient"], d["test"] = dbus.MakeVariant(f.Recipient), dbus.MakeVariant(f.Test)

@@ -50,7 +50,7 @@ func TestSetRecovery(t *testing.T) {
 	t.Parallel()
 	h := newHouse(t)
 	f, _, _ := h.ran(uuidA)
-	if h.g.recovery.Load().state() != "none" || len(h.g.unwrapped()) != 1 {
+	if h.g.recoveryState() != "none" || len(h.g.unwrapped()) != 1 {
 		t.Error("a host without a recovery key says otherwise")
 	}
 	if h.g.remind(); !strings.Contains(h.logged(), "no recovery key") {
@@ -74,23 +74,66 @@ func TestSetRecovery(t *testing.T) {
 	refuses(t, second(h.g.ConfirmRecovery(make([]byte, 32))), reason.KeyNotReleased)
 	h.reboot()
 	must[any](t)(h.g.List(background))
-	if h.g.recovery.Load().state() != "unconfirmed" {
+	if h.g.recoveryState() != "unconfirmed" {
 		t.Error("confirmed by a wrong answer")
 	}
 	must[string](t)(h.g.ConfirmRecovery(must[[]byte](t)(k.Unwrap(h.g.recovery.Load().Test))))
-	if h.g.recovery.Load().state() != "confirmed" {
+	if h.g.recoveryState() != "confirmed" {
 		t.Error("not confirmed")
 	}
 
 	// Another key takes its place everywhere.
 	other := h.withRecovery()
-	if h.toRecovery(uuidA, k) || !h.toRecovery(uuidA, other) || h.g.recovery.Load().state() != "unconfirmed" {
+	if h.toRecovery(uuidA, k) || !h.toRecovery(uuidA, other) || h.g.recoveryState() != "unconfirmed" {
 		t.Error("the old key goes on")
 	}
 	refuses(t, second(h.g.Recover(background, k, quietly)), reason.KeyNotReleased)
 	h.start(f)
 	h.stop(f)
 	h.belongs(f)
+}
+
+// Nothing is wrapped to a recovery key that someone has put in the file's place.
+func TestRecoveryFileExchanged(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	f, _, _ := h.ran(uuidA)
+	k := h.withRecovery()
+	mine := must[[]byte](t)(os.ReadFile(h.g.recoveryPath()))
+	theirs := must[*recovery.Key](t)(recovery.NewKey())
+	forged := bytes.ReplaceAll(mine, []byte(k.Recipient().String()), []byte(theirs.Recipient().String()))
+	// The key id too, so that the host's own secrets seem to be others.
+	forged = bytes.Replace(forged, []byte(`"list_key_id": "`), []byte(`"list_key_id": "00`), 1)
+	if err := os.WriteFile(h.g.recoveryPath(), forged, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.reboot()
+	must[any](t)(h.g.List(background))
+	if err := h.g.keepRecovery(background); err != nil {
+		t.Fatal(err)
+	}
+	h.start(f)
+	h.stop(f)
+	h.start(h.vm(uuidB, false))
+	if h.toRecovery(uuidA, theirs) {
+		t.Error("a label is wrapped to the forger's key")
+	}
+	for _, r := range h.g.peek().All() {
+		if r.RecoveryTo == theirs.Recipient().String() {
+			t.Errorf("%s is wrapped to the forger's key", r.Name)
+		}
+	}
+	if b := must[[]byte](t)(os.ReadFile(h.g.recoveryPath())); !bytes.Equal(b, forged) || h.g.recoveryState() != "altered" {
+		t.Errorf("the forged file: %s\n%s", h.g.recoveryState(), b)
+	}
+	if h.g.remind(); !strings.Contains(h.logged(), "does not name the recovery key") {
+		t.Error("nothing says so")
+	}
+	// Who has the real key puts it right.
+	must[string](t)(h.g.Recover(background, k, quietly))
+	if h.g.recoveryState() == "altered" || !h.toRecovery(uuidA, k) {
+		t.Error("not put right: " + h.g.recoveryState())
+	}
 }
 
 func second[T any](_ T, err error) error { return err }

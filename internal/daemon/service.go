@@ -549,7 +549,7 @@ func (s *Service) managerProperties() dict {
 		"Version": dbus.MakeVariant(s.version), "Mode": dbus.MakeVariant(s.g.cfg.Mode),
 		"ListState": dbus.MakeVariant(state), "ListProblem": dbus.MakeVariant(problem),
 		"ListGeneration": dbus.MakeVariant(generation), "VMCount": dbus.MakeVariant(uint32(count)),
-		"LibvirtState": dbus.MakeVariant(s.libvirtState()), "RecoveryState": dbus.MakeVariant(s.g.recovery.Load().state()),
+		"LibvirtState": dbus.MakeVariant(s.libvirtState()), "RecoveryState": dbus.MakeVariant(s.g.recoveryState()),
 	}
 	maps.Copy(d, s.g.raised())
 	return d
@@ -565,7 +565,7 @@ func (s *Service) vmProperties(r *list.Record) dict {
 		labelState = "right"
 	}
 	recovery := "none"
-	if f := s.g.recovery.Load(); f != nil && r.RecoveryTo == f.Recipient {
+	if f := s.g.trusted(); f != nil && r.RecoveryTo == f.Recipient {
 		recovery = "wrapped"
 	}
 	d := strs("Recovery", recovery, "UUID", r.UUID, "Name", r.Name, "State", string(s.g.stateOf(r)), "StatePath", r.Instance, "LabelPath", r.LabelPath, "LabelState", labelState,

@@ -4,8 +4,9 @@
 //
 // The file is a 56-byte header (magic, version, length, key id, generation,
 // counter, time up to which raises are paid for, nonce), which is authenticated,
-// then AES-256-GCM over the records in CBOR, core deterministic encoding (RFC
-// 8949, 4.2.1). Version 1, whose header has neither counter nor time, is read
+// then AES-256-GCM over a map of the records and of what else is bound to the
+// list, in CBOR, core deterministic encoding (RFC 8949, 4.2.1). Version 1, whose
+// header has neither counter nor time, and whose records stand alone, is read
 // and no longer written.
 package list
 
@@ -31,6 +32,7 @@ const (
 	MaxRecords = 1 << 16
 	MaxFile    = MaxRecords * 4096
 	MaxHistory = 8
+	MaxBound   = 1 << 20 // bytes of all bound values
 
 	KeySize   = 32
 	NonceSize = 12
@@ -178,13 +180,44 @@ type List struct {
 	Counter    uint64             // see Judge; 0: of a list that was never counted
 	Paid       int64              // see Pace
 	Records    map[string]*Record // by UUID; a record that has been encoded is not to be changed
+	// Bound are values, by name, that have no business with one VM, and that
+	// nobody may exchange for others or for older ones.
+	Bound map[string][]byte
 
 	encoded map[*Record]cbor.RawMessage // what Encode made last
 }
 
-// Next gives the list of the next generation, with the same records.
+// body is what is sealed.
+type body[R any] struct {
+	Records []R               `cbor:"1,keyasint"`
+	Bound   map[string][]byte `cbor:"2,keyasint,omitempty"`
+}
+
+// Next gives the list of the next generation, with the same contents.
 func (l *List) Next() *List {
-	return &List{Generation: l.Generation + 1, Counter: l.Counter, Paid: l.Paid, Records: maps.Clone(l.Records), encoded: l.encoded}
+	return &List{
+		Generation: l.Generation + 1, Counter: l.Counter, Paid: l.Paid,
+		Records: maps.Clone(l.Records), Bound: maps.Clone(l.Bound), encoded: l.encoded,
+	}
+}
+
+// Bind sets a bound value, or removes it if value is empty.
+func (l *List) Bind(name string, value []byte) {
+	if len(value) == 0 {
+		delete(l.Bound, name)
+		return
+	}
+	if l.Bound == nil {
+		l.Bound = map[string][]byte{}
+	}
+	l.Bound[name] = bytes.Clone(value)
+}
+
+func (l *List) boundSize() (n int) {
+	for name, value := range l.Bound {
+		n += len(name) + len(value)
+	}
+	return n
 }
 
 // New makes an empty list.
@@ -286,6 +319,9 @@ func (l *List) Encode(listKey, nonce []byte) ([]byte, error) {
 	if len(l.Records) > MaxRecords {
 		return nil, fmt.Errorf("%d records are more than a list holds", len(l.Records))
 	}
+	if n := l.boundSize(); n > MaxBound {
+		return nil, fmt.Errorf("%d bytes are more than can be bound to a list", n)
+	}
 	aead, err := subkey(listKey, "virt-trust/list/v1")
 	if err != nil {
 		return nil, err
@@ -305,12 +341,12 @@ func (l *List) Encode(listKey, nonce []byte) ([]byte, error) {
 		records = append(records, b)
 	}
 	l.encoded = encoded
-	body, err := encMode.Marshal(records)
+	plain, err := encMode.Marshal(body[cbor.RawMessage]{records, l.Bound})
 	if err != nil {
 		return nil, err
 	}
 	id := KeyID(listKey)
-	h := make([]byte, 0, headerSize+len(body)+aead.Overhead())
+	h := make([]byte, 0, headerSize+len(plain)+aead.Overhead())
 	h = append(h, magic...)
 	h = binary.BigEndian.AppendUint16(h, version)
 	h = binary.BigEndian.AppendUint16(h, headerSize)
@@ -319,7 +355,7 @@ func (l *List) Encode(listKey, nonce []byte) ([]byte, error) {
 	h = binary.BigEndian.AppendUint64(h, l.Counter)
 	h = binary.BigEndian.AppendUint64(h, uint64(l.Paid))
 	h = append(h, nonce...)
-	return aead.Seal(h, nonce, body, h[:headerSize]), nil
+	return aead.Seal(h, nonce, plain, h[:headerSize]), nil
 }
 
 // UntrustedHeader reads the header of a list file, which only Decode checks.
@@ -361,17 +397,25 @@ func Decode(b, listKey []byte) (*List, error) {
 		return nil, fmt.Errorf("%w: its key is another one", ErrKey)
 	}
 	n := h.size()
-	body, err := aead.Open(nil, b[n-NonceSize:n], b[n:], b[:n])
+	plain, err := aead.Open(nil, b[n-NonceSize:n], b[n:], b[:n])
 	if err != nil {
 		return nil, ErrKey
 	}
-	var records []*Record
-	if err := decMode.Unmarshal(body, &records); err != nil {
+	var in body[*Record]
+	if h.Version == 1 {
+		err = decMode.Unmarshal(plain, &in.Records)
+	} else {
+		err = decMode.Unmarshal(plain, &in)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrFormat, err)
 	}
 	l := New()
-	l.Generation, l.Counter, l.Paid = h.Generation, h.Counter, h.Paid
-	for _, r := range records {
+	l.Generation, l.Counter, l.Paid, l.Bound = h.Generation, h.Counter, h.Paid, in.Bound
+	if l.boundSize() > MaxBound {
+		return nil, fmt.Errorf("%w: more is bound to it than can be", ErrFormat)
+	}
+	for _, r := range in.Records {
 		if r == nil || r.UUID == "" || len(r.History) > MaxHistory || len(r.OlderTags) > MaxTags*len(Tag{}) || len(r.OlderTags)%len(Tag{}) != 0 {
 			return nil, fmt.Errorf("%w: a record that is none", ErrFormat)
 		}

@@ -37,6 +37,10 @@ func sampleOf(counted bool) *List {
 		}
 		l.Records[r.UUID] = r
 	}
+	if counted {
+		l.Bind("recovery", []byte("age1..."))
+		l.Bind("other", []byte{1, 2})
+	}
 	return l
 }
 
@@ -60,7 +64,7 @@ func TestNext(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	fresh, err := (&List{Generation: n.Generation, Counter: n.Counter, Paid: n.Paid, Records: n.Records}).Encode(key, nonce)
+	fresh, err := (&List{Generation: n.Generation, Counter: n.Counter, Paid: n.Paid, Records: n.Records, Bound: n.Bound}).Encode(key, nonce)
 	if err != nil || !bytes.Equal(again, fresh) || n.Generation != l.Generation+1 {
 		t.Error("another encoding", err)
 	}
@@ -131,6 +135,21 @@ func TestEveryAlterationIsSeen(t *testing.T) {
 	}
 }
 
+// What is bound to a list is as bounded as all else in it.
+func TestBound(t *testing.T) {
+	l := sample()
+	n := l.Next()
+	n.Bind("recovery", nil)
+	n.Bind("other", []byte{3})
+	if len(n.Bound) != 1 || len(l.Bound) != 2 || l.Bound["other"][0] != 1 {
+		t.Fatal("the next list's values are the last one's")
+	}
+	n.Bind("big", make([]byte, MaxBound))
+	if _, err := n.Encode(key, nonce); err == nil {
+		t.Fatal("more than can be bound")
+	}
+}
+
 func TestHistory(t *testing.T) {
 	r := &Record{}
 	for i := range 40 {
@@ -197,8 +216,8 @@ func FuzzDecode(f *testing.F) {
 	if v1, err := os.ReadFile("testdata/list-v1"); err == nil {
 		f.Add(v1, true)
 	}
-	body, _ := encMode.Marshal([]*Record{{UUID: "u"}})
-	f.Add(body, false)
+	plain, _ := encMode.Marshal(body[*Record]{[]*Record{{UUID: "u"}}, map[string][]byte{"a": {1}}})
+	f.Add(plain, false)
 	f.Fuzz(func(t *testing.T, b []byte, sealed bool) {
 		if !sealed { // what lies under the seal must not hurt either
 			aead, _ := subkey(key, "virt-trust/list/v1")

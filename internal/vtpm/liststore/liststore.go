@@ -63,10 +63,12 @@ type batch struct {
 	err     error
 }
 
-// Change is one record put, or, without Put, deleted.
+// Change is one record put, one deleted, or one value bound to the list.
 type Change struct {
 	Put    *list.Record
 	Delete string // UUID
+	Bind   string // the value's name
+	Value  []byte // empty: the value is removed
 }
 
 // signature tells whether the file is the one that was written last.
@@ -227,6 +229,10 @@ func (s *Store) Get(uuid string) *list.Record { return s.list().Records[uuid] }
 // Find gives the record of a UUID or a name, or nil.
 func (s *Store) Find(vm string) *list.Record { return s.list().Find(vm) }
 
+// Bound gives a value that is bound to the list; nil: there is none. It is not
+// to be changed.
+func (s *Store) Bound(name string) []byte { return s.list().Bound[name] }
+
 // Generation is the list's generation.
 func (s *Store) Generation() uint64 { return s.list().Generation }
 
@@ -287,9 +293,12 @@ func (s *Store) commit(changes []Change, raise bool) error {
 	l := s.list().Next()
 	s.carry(l, raise)
 	for _, c := range changes {
-		if c.Put != nil {
+		switch {
+		case c.Put != nil:
 			l.Records[c.Put.UUID] = c.Put.Clone() // the caller may change its own
-		} else {
+		case c.Bind != "":
+			l.Bind(c.Bind, c.Value)
+		default:
 			delete(l.Records, c.Delete)
 		}
 	}
