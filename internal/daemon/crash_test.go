@@ -58,6 +58,23 @@ var operations = map[string]func(ctx context.Context, g *Guard, f *domain.Facts)
 		_, err := g.Repair(ctx, off(f), f)
 		return err
 	},
+	"raise": func(ctx context.Context, g *Guard, f *domain.Facts) error {
+		store, err := g.List(ctx)
+		if err != nil {
+			return err
+		}
+		r := store.Get(f.UUID)
+		s := &session{uuid: f.UUID, dir: r.Instance}
+		if s.noted, err = g.readJournal(r); err == nil {
+			g.sessions[f.UUID] = s
+			err = g.raise(ctx, store, true)
+		}
+		return err
+	},
+	"accept-list": func(ctx context.Context, g *Guard, f *domain.Facts) error {
+		_, err := g.AcceptList(ctx)
+		return err
+	},
 	"delete": func(ctx context.Context, g *Guard, f *domain.Facts) error {
 		store, err := g.List(ctx)
 		if err != nil {
@@ -184,6 +201,35 @@ var scenes = []scene{
 		if noted[len(noted)-1].Digest == statedir.Digest("tpm2-00.permall", written) && !bytes.Equal(h.read(uuidA), written) {
 			h.t.Error("what was noted is lost")
 		}
+	}},
+	{"a raise", "raise", func(h *house) *domain.Facts {
+		f := h.vm(uuidA, true)
+		key := h.start(f)
+		for range 3 {
+			h.write(uuidA, key)
+			h.noted(uuidA)
+		}
+		return f
+	}, func(h *house, f *domain.Facts) {
+		h.startsItself(f)
+		guarded(h, f)
+	}},
+	{"an older list", "accept-list", func(h *house) *domain.Facts {
+		f, _, _ := h.ran(uuidA)
+		older := h.snapshot()
+		h.start(f)
+		h.stop(f)
+		h.raised()
+		h.cutPower(func() { older() })
+		return f
+	}, func(h *house, f *domain.Facts) {
+		if _, err := h.listed(); err != nil {
+			refuses(h.t, err, reason.ListRolledBack)
+			if _, err := h.g.AcceptList(context.Background()); err != nil {
+				h.t.Fatal("it cannot be accepted any more:", err)
+			}
+		}
+		guarded(h, f)
 	}},
 	{"a first label", "prepare", func(h *house) *domain.Facts {
 		f := h.vm(uuidA, true)

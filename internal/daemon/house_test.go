@@ -37,6 +37,7 @@ import (
 	"virt-trust/internal/platform/config"
 	"virt-trust/internal/vtpm/lifecycle"
 	"virt-trust/internal/vtpm/list"
+	"virt-trust/internal/vtpm/liststore"
 	"virt-trust/internal/vtpm/reason"
 	"virt-trust/internal/vtpm/statedir"
 	"virt-trust/internal/vtpm/statefile"
@@ -306,9 +307,8 @@ func (f *fakeTPM) Count(ctx context.Context, next uint64, urgent bool) (uint64, 
 	if n < next {
 		n++
 	}
-	// Whole or not at all: children are killed here too.
-	os.WriteFile(f.nv+".new", fmt.Append(nil, n), 0o600)
-	return n, os.Rename(f.nv+".new", f.nv)
+	// Whole or not at all, and for good: children are killed here too.
+	return n, liststore.WriteFile(f.nv, fmt.Append(nil, n), 0o600)
 }
 
 func (f *fakeTPM) PolicyKeyName() []byte {
