@@ -408,7 +408,7 @@ func (g *Guard) adoptKnown(ctx context.Context, st *start, fresh bool) (string, 
 	}
 	defer keys.Wipe()
 	if s.State.Exists {
-		s.State.Auth = judge(r, st.dir, keys)
+		s.State.Auth = authenticate(st.dir, keys)
 		switch d := lifecycle.State(r, s, g.policy()); d.Plan {
 		case lifecycle.Start, lifecycle.StartRecovered:
 			r = lifecycle.Settled(r, s.State.Digest, s.Journal, g.unix())

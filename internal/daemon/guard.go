@@ -493,15 +493,6 @@ func authenticate(dir *statedir.Seen, keys *secret.Buffer) lifecycle.Auth {
 	return lifecycle.Forged
 }
 
-// judge authenticates a state, and says whether the VM had it before.
-func judge(r *list.Record, dir *statedir.Seen, keys *secret.Buffer) lifecycle.Auth {
-	auth := authenticate(dir, keys)
-	if auth == lifecycle.Authentic && r.Had(tagOf(dir, keys)) {
-		auth = lifecycle.Old
-	}
-	return auth
-}
-
 // tagOf gives the tag of an encrypted state, zero where it cannot be told.
 func tagOf(dir *statedir.Seen, keys *secret.Buffer) list.Tag {
 	if keys == nil || !dir.Exists() {

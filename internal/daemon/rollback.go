@@ -177,7 +177,8 @@ func (g *Guard) checkpoint(store *liststore.Store, s *session) error {
 		return nil
 	}
 	n := r.Clone()
-	for _, p := range s.noted {
+	listed := slices.IndexFunc(s.noted, func(p list.Past) bool { return p.Digest == r.Baseline })
+	for _, p := range s.noted[listed+1:] {
 		n.SetBaseline(p.Digest, p.Time)
 		n.Noted = true
 	}
@@ -185,15 +186,15 @@ func (g *Guard) checkpoint(store *liststore.Store, s *session) error {
 	if err := store.Commit(liststore.Change{Put: n}); err != nil {
 		return err
 	}
-	s.tags, s.reverts = nil, 0
+	s.reverts = 0
 	return nil
 }
 
 // remember takes into a record what its session knows alone. Called with the
 // session's lock held.
 func (s *session) remember(n *list.Record) {
-	for _, t := range s.tags {
-		n.SetTag(t)
+	if s.tags != nil {
+		n.Tag, n.OlderTags = s.tags.Tag, s.tags.OlderTags
 	}
 	if s.reverts > 0 {
 		n.Reverts += s.reverts
@@ -201,14 +202,30 @@ func (s *session) remember(n *list.Record) {
 	}
 }
 
-// had reports whether a state that was written now holds what an older one
-// held. Called with the session's lock held.
-func had(s *session, r *list.Record, t list.Tag) bool {
-	n := len(s.tags)
-	if t == (list.Tag{}) || n > 0 && s.tags[n-1] == t || n == 0 && r.Tag == t {
+// tagged holds the tags of a running VM's states. Called with the session's
+// lock held.
+func (s *session) tagged(r *list.Record) *list.Record {
+	if s.tags == nil {
+		s.tags = &list.Record{Tag: r.Tag, OlderTags: r.OlderTags}
+	}
+	return s.tags
+}
+
+// wentBack looks whether what a VM's vTPM has written now is what a saved image
+// held. It reports whether policy forbids that. Called with the session's lock
+// held.
+func (g *Guard) wentBack(s *session, r *list.Record, tag list.Tag) (forbidden bool) {
+	// Before all else swtpm writes what QEMU gives it from an image. Later a guest
+	// can make its vTPM hold again what it held before.
+	if len(s.noted) > 0 || !s.tagged(r).Had(tag) {
 		return false
 	}
-	return r.Had(t) || n > 0 && r.Tag == t || slices.Contains(s.tags, t)
+	if s.unwanted = g.cfg.Policy.Restore == "refuse"; s.unwanted {
+		g.log.WithField(journal.VM, s.uuid).WithField(journal.VMName, r.Name).Warn("the vTPM went back with a saved image or a snapshot, which policy.restore forbids: its next start is refused")
+		return true
+	}
+	g.reverted(s, r, "the vTPM went back with a saved image or a snapshot: what it holds now it held before")
+	return false
 }
 
 // reverted notes that a VM's vTPM was taken back by a saved image, once for a

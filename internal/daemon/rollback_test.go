@@ -309,6 +309,10 @@ func TestRevertedImages(t *testing.T) {
 		h.noted(uuidA)
 	}
 	h.start(f)
+	for _, what := range []byte{7, 8, 7} { // as a guest may
+		h.put(uuidA, h.holding(key, what))
+		h.noted(uuidA)
+	}
 	save(1)
 	restore(1)
 	if n := reverts(); n != 0 {

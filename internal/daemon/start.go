@@ -34,9 +34,10 @@ type session struct {
 	ended bool
 	state list.State
 
-	tags     []list.Tag // of what was noted since the record was last written
-	reverts  uint32     // as tags: 1 where the vTPM was taken back
-	reverted int64      // when that was; 0: it was not
+	tags     *list.Record // the tags as the record shall have them; nil: as it has them
+	reverts  uint32       // 1 where the vTPM was taken back, and the record does not say so yet
+	reverted int64        // when that was; 0: it was not
+	unwanted bool         // it was, which policy.restore forbids: nothing that it writes counts
 	// suspect: it was started from a saved image, and was not saved, as far as is
 	// known, when it stopped last. Under Guard.mu.
 	suspect bool
@@ -79,7 +80,7 @@ func (g *Guard) decide(ctx context.Context, f *domain.Facts, p lifecycle.Policy,
 			break
 		}
 		if auth != lifecycle.NotAsked {
-			st.seen.State.Auth = judge(st.r, st.dir, st.keys)
+			st.seen.State.Auth = authenticate(st.dir, st.keys)
 		}
 		st.seen.Restored = restored
 		st.d = lifecycle.Prepare(st.r, st.seen, p)
@@ -516,17 +517,12 @@ func (g *Guard) settle(s *session) (sound bool, err error) {
 	if seen.Digest == newest {
 		return true, nil
 	}
-	if !g.plausible(s, r, seen) {
+	if s.unwanted || !g.plausible(s, r, seen) {
 		return false, nil
 	}
 	tag := tagOf(seen, s.keys)
-	if had(s, r, tag) {
-		// swtpm does so when QEMU gives it the vTPM of a saved image, before all else.
-		if len(s.noted) > 0 || g.cfg.Policy.Restore == "refuse" {
-			g.log.WithField(journal.VM, s.uuid).WithField(journal.VMName, r.Name).Warn("the vTPM state was replaced by an older one while the VM runs; its next start is refused unless swtpm writes it again")
-			return false, nil
-		}
-		g.reverted(s, r, "the vTPM went back with a saved image or a snapshot: what it holds now it held before")
+	if g.wentBack(s, r, tag) {
+		return false, nil
 	}
 	// Kept before it is noted: what is kept is never behind the journal, so that
 	// no crash between the two leaves the newest state without a second copy.
@@ -536,9 +532,7 @@ func (g *Guard) settle(s *session) (sound bool, err error) {
 	if err := g.note(s, r, seen.Digest); err != nil {
 		return true, fmt.Errorf("noting it: %w", err)
 	}
-	if tag != (list.Tag{}) {
-		s.tags = append(s.tags, tag)
-	}
+	s.tagged(r).SetTag(tag)
 	return true, nil
 }
 
@@ -725,7 +719,10 @@ func (g *Guard) rest(ctx context.Context, store *liststore.Store, r *list.Record
 			}
 			defer keys.Wipe()
 		}
-		auth = judge(r, seen, keys)
+		auth = authenticate(seen, keys)
+	}
+	if s != nil && (s.unwanted || auth == lifecycle.Authentic && seen.Digest != lifecycle.Newest(r, entries) && g.wentBack(s, r, tagOf(seen, keys))) {
+		auth = lifecycle.Forged
 	}
 	n, note := lifecycle.Rest(r, seen.Digest, auth, entries, suspended, g.unix())
 	if s != nil {
@@ -859,7 +856,7 @@ func (g *Guard) closeAfterCrash(ctx context.Context, store *liststore.Store, r *
 			return err
 		}
 		defer keys.Wipe()
-		s.State.Auth = judge(r, seen, keys)
+		s.State.Auth = authenticate(seen, keys)
 	}
 	switch d := lifecycle.State(r, s, g.policy()); d.Plan {
 	case lifecycle.Start, lifecycle.StartFresh, lifecycle.StartRecovered:

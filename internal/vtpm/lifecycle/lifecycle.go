@@ -33,7 +33,6 @@ const (
 	NotAsked  Auth = ""
 	Authentic Auth = "authentic"
 	Forged    Auth = "forged"
-	Old       Auth = "old" // authentic, and holding what a state of this VM held before
 	// NoKey: the key is libvirt's, so that only swtpm can tell.
 	NoKey Auth = "no-key"
 )
@@ -306,7 +305,11 @@ func State(r *list.Record, s Seen, p Policy) Decision {
 	}
 
 	accept := keep + ", or " + cmd("accept", s.Name, "--rolled-back") + " takes this one"
-	if past, old := r.Past(st.Digest); old {
+	past, old := r.Past(st.Digest)
+	switch {
+	case old && past.Time == 0:
+		return refuse(reason.VTPMRolledBack, accept, "the vTPM state is an older one of this VM")
+	case old:
 		return refuse(reason.VTPMRolledBack, accept, "the vTPM state is an older one of this VM, in use until %s", time.Unix(past.Time, 0).UTC().Format(time.RFC3339))
 	}
 	for i, j := range s.Journal {
@@ -327,8 +330,6 @@ func State(r *list.Record, s Seen, p Policy) Decision {
 		return refuse(reason.VTPMChanged, keep, "the vTPM state was not written under this VM's key")
 	case st.Auth == NoKey && !r.Open:
 		return refuse(reason.VTPMChanged, keep+", or "+cmd("accept", s.Name, "--rolled-back")+" takes this one", "the vTPM state is not the one that was measured last")
-	case st.Auth == Old:
-		return refuse(reason.VTPMRolledBack, accept, "the vTPM state is an older one of this VM")
 	case !r.Open:
 		return refuse(reason.VTPMRolledBack, accept, "the vTPM state is this VM's, but not its newest")
 	case p.StrictCrashRecovery:
@@ -376,7 +377,7 @@ func Rest(r *list.Record, digest list.Digest, auth Auth, journal []list.Past, su
 	case digest == Newest(r, journal):
 	case digest.IsZero():
 		note = "the vTPM state has gone"
-	case old, auth == Old:
+	case old:
 		note = "the vTPM state was replaced by an older one while the VM ran"
 	case auth == Forged:
 		note = "the vTPM state was replaced while the VM ran"

@@ -33,6 +33,9 @@ const (
 	MaxFile    = MaxRecords * 4096
 	MaxHistory = 8
 	MaxBound   = 1 << 20 // bytes of all bound values
+	MaxOlder   = 64      // states before those
+
+	shortDigest = 8 // bytes
 
 	KeySize   = 32
 	NonceSize = 12
@@ -130,6 +133,8 @@ type Record struct {
 	LabelGeneration uint64 `cbor:"29,keyasint,omitempty"` // of the newest label
 	Reverts         uint32 `cbor:"30,keyasint,omitempty"` // how often the vTPM went back with a saved image
 	Reverted        int64  `cbor:"31,keyasint,omitempty"` // when it did last
+	// Older are the beginnings of digests from before the history, oldest first.
+	Older []byte `cbor:"32,keyasint,omitempty"`
 }
 
 // Clone copies the record deeply.
@@ -140,6 +145,7 @@ func (r *Record) Clone() *Record {
 	c.RecoveryKeys = bytes.Clone(r.RecoveryKeys)
 	c.History = slices.Clone(r.History)
 	c.OlderTags = bytes.Clone(r.OlderTags)
+	c.Older = bytes.Clone(r.Older)
 	return &c
 }
 
@@ -152,26 +158,46 @@ func (r *Record) SetBaseline(d Digest, now int64) {
 		r.Remember(r.Baseline, now)
 	}
 	r.History = slices.DeleteFunc(r.History, func(p Past) bool { return p.Digest == d })
+	if i := r.older(d); i >= 0 {
+		r.Older = slices.Concat(r.Older[:i], r.Older[i+shortDigest:])
+	}
 	r.Baseline = d
 }
 
-// Remember notes a digest that was right once, dropping the oldest.
+// Remember notes a digest that was right once, the oldest with its beginning
+// alone.
 func (r *Record) Remember(d Digest, now int64) {
 	r.History = slices.DeleteFunc(r.History, func(p Past) bool { return p.Digest == d })
 	r.History = append(r.History, Past{d, now})
 	if n := len(r.History) - MaxHistory; n > 0 {
+		older := bytes.Clone(r.Older)
+		for _, p := range r.History[:n] {
+			older = append(older, p.Digest[:shortDigest]...)
+		}
+		r.Older = older[max(0, len(older)-MaxOlder*shortDigest):]
 		r.History = slices.Clone(r.History[n:])
 	}
 }
 
-// Past finds a digest in the record's history.
+// Past finds a digest among those that were right once. Of those before the
+// history the time is not known.
 func (r *Record) Past(d Digest) (Past, bool) {
 	for _, p := range r.History {
 		if p.Digest == d {
 			return p, true
 		}
 	}
-	return Past{}, false
+	return Past{Digest: d}, r.older(d) >= 0
+}
+
+// older finds a digest from before the history.
+func (r *Record) older(d Digest) int {
+	for i := 0; i+shortDigest <= len(r.Older); i += shortDigest {
+		if bytes.Equal(r.Older[i:i+shortDigest], d[:shortDigest]) {
+			return i
+		}
+	}
+	return -1
 }
 
 // List is the vTPM list in memory.
@@ -416,7 +442,8 @@ func Decode(b, listKey []byte) (*List, error) {
 		return nil, fmt.Errorf("%w: more is bound to it than can be", ErrFormat)
 	}
 	for _, r := range in.Records {
-		if r == nil || r.UUID == "" || len(r.History) > MaxHistory || len(r.OlderTags) > MaxTags*len(Tag{}) || len(r.OlderTags)%len(Tag{}) != 0 {
+		if r == nil || r.UUID == "" || len(r.History) > MaxHistory || len(r.OlderTags) > MaxTags*len(Tag{}) || len(r.OlderTags)%len(Tag{}) != 0 ||
+			len(r.Older) > MaxOlder*shortDigest || len(r.Older)%shortDigest != 0 {
 			return nil, fmt.Errorf("%w: a record that is none", ErrFormat)
 		}
 		if _, twice := l.Records[r.UUID]; twice {

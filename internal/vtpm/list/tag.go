@@ -5,17 +5,18 @@ import (
 	"crypto/sha256"
 )
 
-// A state that is written under the VM's key may be an older one, of any age,
-// and swtpm itself writes one when a saved image is restored, under other bytes
-// than before. What it holds tells it: a tag is the beginning of a SHA-256 digest
-// over the decrypted state, which no two states share in practice, since each
-// holds the TPM's clock and its random numbers' next.
+// When a saved image is restored, swtpm writes the vTPM's state of that time, under
+// other bytes than it had then. What it holds tells it: a tag is the beginning of a
+// SHA-256 digest over the decrypted state. A vTPM counts its starts, so that what it
+// first writes in a run is as a rule not what it ever held before; later in a run
+// that may well be. One that was taken back may come to what it held then once more,
+// so that those states are forgotten.
 
 // Tag tells what a vTPM's state holds. The zero Tag is not known.
 type Tag [8]byte
 
-// MaxTags is how many older states a record remembers.
-const MaxTags = 64
+// MaxTags is how many older states a record remembers by what they held.
+const MaxTags = 32
 
 // TagOf gives the tag of a decrypted state.
 func TagOf(plain []byte) (t Tag) {
@@ -24,15 +25,17 @@ func TagOf(plain []byte) (t Tag) {
 	return t
 }
 
-// SetTag makes t the tag of the baseline and remembers the one before it.
+// SetTag makes t the tag of the baseline and remembers the one before it. Where
+// t is an older one, the vTPM was taken back to it.
 func (r *Record) SetTag(t Tag) {
 	if t == (Tag{}) || t == r.Tag {
 		return
 	}
-	older := bytes.Clone(r.OlderTags)
 	if i := r.tag(t); i >= 0 {
-		older = append(older[:i], older[i+len(t):]...)
+		r.Tag, r.OlderTags = t, bytes.Clone(r.OlderTags[:i])
+		return
 	}
+	older := bytes.Clone(r.OlderTags)
 	if r.Tag != (Tag{}) {
 		older = append(older, r.Tag[:]...)
 	}
