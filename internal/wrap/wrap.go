@@ -1,7 +1,8 @@
-// Package wrap is the body of virt-trust-wrapper, which stands before swtpm and
-// swtpm_setup on libvirt's PATH, fetches the vTPM's keys from virt-trustd and
-// becomes the real program, by exec: libvirt's pid file, its lock and its
-// inherited descriptors belong to this process. What holds here:
+// Package wrap is the body of virt-trust-emulator, see Emulator, and of
+// virt-trust-wrapper, which stands before swtpm and swtpm_setup on libvirt's
+// PATH, fetches the vTPM's keys from virt-trustd and becomes the real program,
+// by exec: libvirt's pid file, its lock and its inherited descriptors belong to
+// this process. What holds here:
 //
 //   - a probe (--print-capabilities, --version) becomes the real program at once;
 //   - argv[0], the environment and every inherited descriptor stay as they are;

@@ -53,6 +53,7 @@ var built string
 
 // TestMain is also the fake swtpm: a child with FAKE set tells what it sees.
 func TestMain(m *testing.M) {
+	asEmulator()
 	if os.Getenv("FAKE") == "" {
 		status := m.Run()
 		if built != "" {

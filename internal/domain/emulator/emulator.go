@@ -20,7 +20,14 @@ const (
 	Dir = "/usr/libexec/virt-trust/emulator"
 	// RealDir is where the programs are that they stand for, by the same names.
 	RealDir = "/usr/bin"
+	// Links holds, by the same names, links to the descriptor FD of whoever follows
+	// them: what is executed by one keeps its name in ps(1).
+	Links = Dir + "/open"
+	FD    = 777
 )
+
+// Program is what virt-trust-wrapper(8) asks a grant for by RedeemGrant.
+const Program = "qemu"
 
 // Names are the emulators that there is a wrapper for: of machines that can
 // have an emulated TPM.
