@@ -51,7 +51,8 @@ func run() error {
 		Dirs: daemon.Dirs{State: "/var/lib/virt-trust", Run: "/run/virt-trust", Domains: "/etc/libvirt/qemu"},
 		Programs: daemon.Programs{
 			Hook: "/usr/libexec/virt-trust/virt-trust-hook", Wrapper: "/usr/libexec/virt-trust/virt-trust-wrapper",
-			Script: "/etc/libvirt/hooks/qemu.d/50-virt-trust", Removed: "/run/virt-trust.removed",
+			Emulator: "/usr/libexec/virt-trust/virt-trust-emulator",
+			Script:   "/etc/libvirt/hooks/qemu.d/50-virt-trust", Removed: "/run/virt-trust.removed",
 		},
 	})
 }

@@ -103,6 +103,9 @@ func (g *Guard) Check(ctx context.Context, f *domain.Facts) (note string, err er
 		return "", err
 	}
 	defer st.keys.Wipe()
+	if err := g.checkEmulator(st); err != nil && st.d.Plan != lifecycle.Refuse {
+		return "", err
+	}
 	switch st.d.Plan {
 	case lifecycle.Refuse:
 		return "", st.d.Refusal

@@ -3,6 +3,7 @@ package daemon
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/xml"
 	"errors"
 	"fmt"
@@ -24,6 +25,7 @@ import (
 	contract "virt-trust/dbus"
 	"virt-trust/internal/bus"
 	"virt-trust/internal/domain"
+	"virt-trust/internal/domain/emulator"
 	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/vtpm/imagefile"
 	"virt-trust/internal/vtpm/list"
@@ -69,7 +71,7 @@ func openOffice(t *testing.T) *office {
 	o.address = "unix:path=" + socket
 
 	self := must[string](t)(os.Executable())
-	for _, p := range []string{"hook", "wrapper", "libvirtd", "other"} {
+	for _, p := range []string{"hook", "wrapper", "emulator", "libvirtd", "other"} {
 		to := filepath.Join(o.programs, p)
 		if os.Link(self, to) != nil {
 			copyFile(t, self, to)
@@ -88,8 +90,8 @@ func openOffice(t *testing.T) *office {
 	t.Cleanup(func() { own.Close() })
 	o.s = newService(own, Options{
 		Config: configIn(o.root), Version: "1", Log: logrus.NewEntry(l),
-		Programs: Programs{Hook: filepath.Join(o.programs, "hook"), Wrapper: filepath.Join(o.programs, "wrapper"), Script: filepath.Join(o.root, "script")},
-	}, uint32(os.Getuid()), host)
+		Programs: Programs{Hook: filepath.Join(o.programs, "hook"), Wrapper: filepath.Join(o.programs, "wrapper"), Emulator: filepath.Join(o.programs, "emulator"), Script: filepath.Join(o.root, "script")},
+	}, uint32(os.Getuid()), uint32(os.Getuid()), host)
 	o.s.g = o.g
 	o.g.changed = o.s.vmChanged
 	o.g.cfg.Libvirt.Socket = filepath.Join(o.root, "no-libvirt")
@@ -126,6 +128,11 @@ func callBus(address, method string, args []string) {
 	options := dict{}
 	if method == "HandleHook" {
 		options["path"] = dbus.MakeVariant(filepath.Join(filepath.Dir(os.Args[0]), "bin"))
+	}
+	if method == "RedeemGrant" && args[0] == emulator.Program {
+		b, _ := os.ReadFile(emulator.Real("qemu-system-x86_64"))
+		d := sha256.Sum256(b)
+		options["uuid"], options["sha256"] = dbus.MakeVariant(args[1]), dbus.MakeVariant(d[:])
 	}
 	c := conn.Object(bus.Name, bus.Path).Call(bus.ManagerInterface+"."+method, 0, append(in, options)...)
 	if c.Err != nil {

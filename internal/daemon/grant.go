@@ -43,6 +43,7 @@ func (g *Guard) open(st *start, cgroup string) {
 	}
 	g.grants[st.seen.Instance] = gr
 	g.mu.Unlock()
+	g.openEmulator(st, cgroup)
 }
 
 // closeGrant ends a VM's grant.

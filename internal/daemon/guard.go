@@ -23,6 +23,7 @@ import (
 	"virt-trust/internal/domain/libvirt"
 	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/hosttpm/policy"
+	"virt-trust/internal/launcher/measure"
 	"virt-trust/internal/platform/config"
 	"virt-trust/internal/platform/secret"
 	"virt-trust/internal/vtpm/imagefile"
@@ -76,19 +77,22 @@ type Guard struct {
 	stir    chan struct{} // see keepRaised
 
 	openList sync.Mutex // held while the list is being opened
+	adopting sync.Mutex // held while a VM's emulator is changed
+	measurer measure.Measurer
 
 	recovering sync.Mutex // held while what is wrapped to the recovery key changes
 	recovery   atomic.Pointer[recoveryFile]
 
-	mu       sync.Mutex
-	store    *liststore.Store
-	listKey  []byte
-	listErr  error // why there is no store
-	vms      map[string]*vmLock
-	grants   map[string]*grant          // by state path
-	sessions map[string]*session        // by UUID
-	restore  map[string]bool            // UUIDs whose next prepare follows a restore
-	verdicts map[string]*reason.Refusal // last refusals of VMs in the list, see lastRefusal
+	mu        sync.Mutex
+	store     *liststore.Store
+	listKey   []byte
+	listErr   error // why there is no store
+	vms       map[string]*vmLock
+	grants    map[string]*grant          // by state path
+	emulators map[string]*emulatorGrant  // by UUID
+	sessions  map[string]*session        // by UUID
+	restore   map[string]bool            // UUIDs whose next prepare follows a restore
+	verdicts  map[string]*reason.Refusal // last refusals of VMs in the list, see lastRefusal
 
 	before  func(context.Context) // what waits for the TPM before the list key is asked for; may be nil
 	changed func(uuid string)     // tells the bus that a VM's properties changed
@@ -105,7 +109,7 @@ func NewGuard(cfg config.Config, dirs Dirs, tpm TPM, log *logrus.Entry, changed 
 	}
 	g := &Guard{
 		cfg: cfg, dirs: dirs, tpm: tpm, log: log, now: time.Now, stir: make(chan struct{}, 1), bootID: strings.TrimSpace(string(boot)),
-		vms: map[string]*vmLock{}, grants: map[string]*grant{}, sessions: map[string]*session{}, restore: map[string]bool{}, verdicts: map[string]*reason.Refusal{}, changed: changed,
+		vms: map[string]*vmLock{}, grants: map[string]*grant{}, emulators: map[string]*emulatorGrant{}, sessions: map[string]*session{}, restore: map[string]bool{}, verdicts: map[string]*reason.Refusal{}, changed: changed,
 	}
 	if g.journal, err = openDecisions(filepath.Join(dirs.State, "decisions.jsonl")); err != nil {
 		return nil, err

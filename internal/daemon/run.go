@@ -54,13 +54,18 @@ func Run(ctx context.Context, o Options) error {
 	if err != nil {
 		return fmt.Errorf("swtpm.user: %w", err)
 	}
+	qemuUID, _, err := lookupUser(o.Config.QEMU.User)
+	if err != nil {
+		o.Log.WithError(err).Warn("qemu.user: no VM starts under virt-trust's emulator")
+		qemuUID = nobody
+	}
 	conn, err := dbus.ConnectSystemBus()
 	if err != nil {
 		return fmt.Errorf("connecting to the system bus: %w", err)
 	}
 	defer conn.Close()
 
-	s := newService(conn, o, uint32(uid), tpm)
+	s := newService(conn, o, uint32(uid), uint32(qemuUID), tpm)
 	s.working = ctx
 	if s.g, err = NewGuard(o.Config, o.Dirs, tpm, o.Log, s.vmChanged); err != nil {
 		return err
@@ -94,9 +99,12 @@ func Run(ctx context.Context, o Options) error {
 	}
 }
 
-func newService(conn *dbus.Conn, o Options, swtpmUID uint32, tpm *hosttpm.Host) *Service {
+// nobody is no user's number.
+const nobody = 1<<32 - 1
+
+func newService(conn *dbus.Conn, o Options, swtpmUID, qemuUID uint32, tpm *hosttpm.Host) *Service {
 	return &Service{
-		conn: conn, programs: o.Programs, swtpmUID: swtpmUID, version: o.Version, log: o.Log,
+		conn: conn, programs: o.Programs, swtpmUID: swtpmUID, qemuUID: qemuUID, version: o.Version, log: o.Log,
 		slots: make(chan struct{}, maxCalls), others: make(chan struct{}, maxCalls), signals: make(chan func(), 1024),
 		known: map[string]bool{}, host: tpm, working: context.Background(),
 		history: &history{path: filepath.Join(o.Dirs.State, "host-history.jsonl")}, logs: bootLogs{filepath.Join(o.Dirs.State, "event-logs")},

@@ -21,6 +21,7 @@ import (
 	contract "virt-trust/dbus"
 	"virt-trust/internal/bus"
 	"virt-trust/internal/domain"
+	"virt-trust/internal/domain/emulator"
 	"virt-trust/internal/domain/libvirt"
 	"virt-trust/internal/domain/swtpmargs"
 	"virt-trust/internal/hosttpm"
@@ -32,10 +33,11 @@ import (
 
 // Programs are where the package puts what talks to virt-trustd.
 type Programs struct {
-	Hook    string // /usr/libexec/virt-trust/virt-trust-hook
-	Wrapper string // /usr/libexec/virt-trust/virt-trust-wrapper
-	Script  string // /etc/libvirt/hooks/qemu.d/50-virt-trust
-	Removed string // /run/virt-trust.removed: when the package was removed since boot, if it was
+	Hook     string // /usr/libexec/virt-trust/virt-trust-hook
+	Wrapper  string // /usr/libexec/virt-trust/virt-trust-wrapper
+	Emulator string // /usr/libexec/virt-trust/virt-trust-emulator
+	Script   string // /etc/libvirt/hooks/qemu.d/50-virt-trust
+	Removed  string // /run/virt-trust.removed: when the package was removed since boot, if it was
 }
 
 // Service offers a Guard on D-Bus (org.virttrust1(5)).
@@ -44,6 +46,7 @@ type Service struct {
 	conn     *dbus.Conn
 	programs Programs
 	swtpmUID uint32
+	qemuUID  uint32
 	version  string
 	log      *logrus.Entry
 	slots    chan struct{} // of libvirt's hooks and wrappers
@@ -86,6 +89,7 @@ const (
 	reader access = iota // whom the bus lets through: root and group virt-trust
 	hookOnly
 	wrapperOnly
+	emulatorOnly
 	polkitAction
 )
 
@@ -100,7 +104,7 @@ func (s *Service) serve(sender dbus.Sender, method string, who access, limit tim
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	slots := s.others
-	if who == hookOnly || who == wrapperOnly {
+	if who == hookOnly || who == wrapperOnly || who == emulatorOnly {
 		slots = s.slots
 	}
 	select {
@@ -138,6 +142,10 @@ func (s *Service) admit(ctx context.Context, c *caller, method string, who acces
 	case wrapperOnly:
 		if c.uid != s.swtpmUID || c.exe != s.programs.Wrapper || c.traced {
 			return reason.Refuse(reason.PolicyForbids, "let libvirt start swtpm", "grants are for virt-trust's wrapper, run as libvirt's swtpm user")
+		}
+	case emulatorOnly:
+		if c.uid != s.qemuUID || c.exe != s.programs.Emulator || c.traced {
+			return reason.Refuse(reason.PolicyForbids, "let libvirt start QEMU", "this grant is for virt-trust's emulator, run as libvirt's QEMU user")
 		}
 	case polkitAction:
 		ok, err := authorized(ctx, s.conn, c, bus.Name+"."+strings.ToLower(method))
@@ -191,6 +199,9 @@ func (s *Service) manager() map[string]any {
 		},
 		"RedeemGrant": func(program, path string, options dict, sender dbus.Sender) (action string, keys []dbus.Variant, derr *dbus.Error) {
 			keys = []dbus.Variant{}
+			if program == emulator.Program {
+				return "pass", keys, s.redeemEmulator(options, sender)
+			}
 			derr = s.serve(sender, "RedeemGrant", wrapperOnly, redeemDeadline, func(ctx context.Context, c *caller) error {
 				r, err := s.g.Redeem(program, path, c)
 				if err != nil {
@@ -285,6 +296,7 @@ func (s *Service) manager() map[string]any {
 		},
 	}
 	maps.Copy(methods, s.recoveryMethods())
+	maps.Copy(methods, s.emulatorMethods())
 	return methods
 }
 
@@ -353,11 +365,7 @@ func (s *Service) verb(method string, who access, body func(context.Context, lib
 }
 
 func (s *Service) lookup(ctx context.Context, vm string) (libvirt.Domain, error) {
-	socket, _, err := libvirt.Socket(s.g.cfg.Libvirt.Socket)
-	if err != nil {
-		return libvirt.Domain{}, err
-	}
-	c, err := libvirt.Dial(ctx, socket)
+	c, err := s.dial(ctx)
 	if err != nil {
 		return libvirt.Domain{}, err
 	}

@@ -14,6 +14,7 @@ import (
 
 	"virt-trust/internal/domain"
 	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/launcher/measure"
 	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/platform/secret"
 	"virt-trust/internal/vtpm/lifecycle"
@@ -53,6 +54,9 @@ type start struct {
 	keys  *secret.Buffer
 	d     lifecycle.Decision
 	notes []note
+	// emulator is the QEMU that was measured for it, behind virt-trust's emulator;
+	// nil of a VM that is released.
+	emulator *measure.File
 }
 
 // note is something that happened on the way, for log and journal.
@@ -234,6 +238,14 @@ func (g *Guard) prepare(ctx context.Context, f *domain.Facts) (*start, error) {
 		st, err := g.decide(ctx, f, g.policy(), false)
 		if err != nil {
 			return nil, err
+		}
+		if err := g.checkEmulator(st); err != nil {
+			r := reason.As(err)
+			if r == nil || g.cfg.Mode != "audit" {
+				st.keys.Wipe()
+				return nil, err
+			}
+			g.report(f.UUID, f.Name, "prepare", wouldRefuse, r.Code, r.Text(), journal.WouldRefuse)
 		}
 		if st.d.Plan == lifecycle.Refuse && g.cfg.Mode == "audit" {
 			g.report(f.UUID, f.Name, "prepare", wouldRefuse, st.d.Refusal.Code, st.d.Refusal.Text(), journal.WouldRefuse)
@@ -577,8 +589,13 @@ func (g *Guard) settleAll() {
 
 // Launched ends a start: it is asked between swtpm's start and QEMU's: a swtpm that has not
 // redeemed its grant did not come through the wrapper, and has no keys.
-func (g *Guard) Launched(f *domain.Facts) error {
+func (g *Guard) Launched(f *domain.Facts) (err error) {
 	defer g.lock(f.UUID)()
+	defer func() {
+		if err == nil {
+			g.readyEmulator(f.UUID)
+		}
+	}()
 	g.mu.Lock()
 	gr := g.grants[f.StateDir(g.cfg.Swtpm.StateRoot)]
 	ok := gr != nil && gr.uuid == f.UUID && (gr.pass || gr.redeemed["swtpm"])
@@ -654,6 +671,7 @@ func (g *Guard) stateOf(r *list.Record) list.State {
 func (g *Guard) Stopped(ctx context.Context, f *domain.Facts, suspended bool) error {
 	defer g.lock(f.UUID)()
 	g.closeGrant(f.UUID)
+	g.closeEmulator(f.UUID)
 	store := g.peek()
 	if store == nil {
 		return errors.New("the vTPM list is not open: the stop is noted when it is")

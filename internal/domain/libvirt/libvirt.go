@@ -225,6 +225,65 @@ func (c *Client) Resume(ctx context.Context, uuid string) error {
 	return nil
 }
 
+// Definition gives a persistent domain's XML as its next start has it, without
+// secrets; of another, what it runs by.
+func (c *Client) Definition(ctx context.Context, uuid string) (xml string, err error) {
+	err = c.do(ctx, func() error {
+		ref, err := c.find(uuid)
+		if err == nil {
+			xml, err = c.lv.DomainGetXMLDesc(ref, golibvirt.DomainXMLInactive)
+		}
+		return err
+	})
+	if err != nil {
+		return "", fmt.Errorf("asking for the definition of %.100q: %w", uuid, err)
+	}
+	return xml, nil
+}
+
+// Redefine changes a persistent domain's definition and then, where it has one,
+// the XML in its managed save image. edit is given each as it is, secrets
+// included, and gives what it shall be. definition and saved say what was
+// changed, also beside an error.
+func (c *Client) Redefine(ctx context.Context, uuid string, edit func(xml []byte, saved bool) ([]byte, error)) (definition, saved bool, err error) {
+	err = c.do(ctx, func() error {
+		ref, err := c.find(uuid)
+		if err != nil {
+			return err
+		}
+		change := func(image bool, now string, err error, define func(string) error) (bool, error) {
+			if err != nil {
+				return false, err
+			}
+			then, err := edit([]byte(now), image)
+			if err != nil || string(then) == now {
+				return false, err
+			}
+			err = define(string(then))
+			return err == nil, err
+		}
+		now, err := c.lv.DomainGetXMLDesc(ref, golibvirt.DomainXMLInactive|golibvirt.DomainXMLSecure)
+		if definition, err = change(false, now, err, func(xml string) error {
+			_, err := c.lv.DomainDefineXML(xml)
+			return err
+		}); err != nil {
+			return err
+		}
+		if has, err := c.lv.DomainHasManagedSaveImage(ref, 0); err != nil || has == 0 {
+			return err
+		}
+		now, err = c.lv.DomainManagedSaveGetXMLDesc(ref, golibvirt.DomainXMLSecure)
+		saved, err = change(true, now, err, func(xml string) error {
+			return c.lv.DomainManagedSaveDefineXML(ref, golibvirt.OptString{xml}, 0)
+		})
+		return err
+	})
+	if err != nil {
+		return definition, saved, fmt.Errorf("changing the definition of %.100q: %w", uuid, err)
+	}
+	return definition, saved, nil
+}
+
 // List gives every domain, active or not.
 func (c *Client) List(ctx context.Context) ([]Domain, error) {
 	var list []Domain

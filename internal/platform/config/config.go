@@ -42,6 +42,8 @@ type Config struct {
 	Swtpm    Swtpm    `toml:"swtpm"`
 	Libvirt  Libvirt  `toml:"libvirt"`
 	Grant    Grant    `toml:"grant"`
+	QEMU     QEMU     `toml:"qemu"`
+	Emulator Emulator `toml:"emulator"`
 }
 
 // TPM is the host's TPM.
@@ -85,6 +87,16 @@ type Grant struct {
 	Lifetime Duration `toml:"lifetime"` // from prepare to the last redemption
 }
 
+// QEMU is how libvirt runs QEMU.
+type QEMU struct {
+	User string `toml:"user"` // user of qemu.conf
+}
+
+// Emulator is virt-trust's own, which stands before QEMU.
+type Emulator struct {
+	Require bool `toml:"require"` // refuse VMs with a vTPM that name another
+}
+
 // Default gives the compiled-in configuration.
 func Default() Config {
 	return Config{
@@ -97,6 +109,7 @@ func Default() Config {
 		Rollback: Rollback{Window: Duration(time.Second), PerYear: 20_000},
 		Swtpm:    Swtpm{User: "tss", StateRoot: "/var/lib/libvirt/swtpm"},
 		Grant:    Grant{Lifetime: Duration(time.Minute)},
+		QEMU:     QEMU{User: "libvirt-qemu"},
 	}
 }
 
@@ -179,6 +192,9 @@ func (c Config) check() error {
 	}
 	if c.Swtpm.User == "" {
 		errs = append(errs, errors.New("swtpm.user: empty"))
+	}
+	if c.QEMU.User == "" {
+		errs = append(errs, errors.New("qemu.user: empty"))
 	}
 	if len(c.TPM.PCRs) == 0 {
 		errs = append(errs, errors.New("tpm.pcrs: empty: nothing would be bound to the host's state"))
