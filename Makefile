@@ -32,8 +32,11 @@ GO ?= go
 GOFLAGS_BUILD = -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
 
 # program:its main package; virt-trust makes its own completion
-MAINS = virt-trust:helper/virt-trust virt-trustd:helper/virt-trustd virt-trust-hook:hooks/qemu virt-trust-wrapper:wrapper
-LIBEXEC = virt-trustd virt-trust-hook virt-trust-wrapper
+MAINS = virt-trust:helper/virt-trust virt-trustd:helper/virt-trustd virt-trust-hook:hooks/qemu virt-trust-wrapper:wrapper virt-trust-emulator:wrapper/emulator
+LIBEXEC = virt-trustd virt-trust-hook virt-trust-wrapper virt-trust-emulator
+# as package emulator has them: the names, and the descriptor
+EMULATORS = qemu-system-aarch64 qemu-system-ppc64 qemu-system-x86_64
+EMULATOR_FD = 777
 MAN = $(wildcard packaging/man/*.[1-8])
 
 .PHONY: build install deb lint-deb test check faults demo bench soak fuzz clean help
@@ -57,6 +60,11 @@ install: build
 	install -d $(DESTDIR)$(libexecdir)/bin
 	ln -sf ../virt-trust-wrapper $(DESTDIR)$(libexecdir)/bin/swtpm
 	ln -sf ../virt-trust-wrapper $(DESTDIR)$(libexecdir)/bin/swtpm_setup
+	install -d $(DESTDIR)$(libexecdir)/emulator/open
+	@set -e; for e in $(EMULATORS); do \
+		ln -sf ../virt-trust-emulator $(DESTDIR)$(libexecdir)/emulator/$$e; \
+		ln -sf /proc/self/fd/$(EMULATOR_FD) $(DESTDIR)$(libexecdir)/emulator/open/$$e; \
+	done
 	$(INSTALL_PROGRAM) hooks/qemu.d/50-virt-trust $(DESTDIR)$(sysconfdir)/libvirt/hooks/qemu.d/50-virt-trust
 	$(INSTALL) packaging/virt-trustd.toml $(DESTDIR)$(sysconfdir)/virt-trust/virt-trustd.toml
 	$(INSTALL) packaging/apparmor/virt-trust $(DESTDIR)$(sysconfdir)/apparmor.d/virt-trust

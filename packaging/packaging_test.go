@@ -4,6 +4,7 @@ package packaging
 import (
 	"bytes"
 	"encoding/xml"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"virt-trust/internal/domain/emulator"
 	"virt-trust/internal/platform/config"
 )
 
@@ -134,10 +136,31 @@ func TestContractPage(t *testing.T) {
 	// And the other way round: methods that polkit guards have their actions.
 	policy := read(t, "org.virttrust1.policy")
 	for _, action := range []string{
-		"adopt", "release", "repair", "accept", "setrecovery", "confirmrecovery", "recover", "backup", "restore", "approve", "nextboot", "revoke",
+		"adopt", "release", "repair", "accept", "setrecovery", "confirmrecovery", "recover", "backup", "restore", "approve", "nextboot", "revoke", "adoptemulator", "restoreemulator",
 	} {
 		if !strings.Contains(policy, `<action id="org.virttrust1.`+action+`">`) {
 			t.Errorf("polkit has no action %s", action)
+		}
+	}
+}
+
+// TestEmulators: the emulators are installed as virt-trust's programs look for them.
+func TestEmulators(t *testing.T) {
+	makefile, triggers := read(t, "../Makefile"), read(t, "debian/triggers")
+	for _, want := range []string{
+		"EMULATORS = " + strings.Join(emulator.Names(), " ") + "\n", fmt.Sprintf("EMULATOR_FD = %d\n", emulator.FD),
+		"libexecdir = $(prefix)/libexec/virt-trust\n", "$(libexecdir)/emulator/open/$$e;",
+	} {
+		if !strings.Contains(makefile, want) {
+			t.Errorf("the Makefile lacks %q", want)
+		}
+	}
+	if emulator.Links != "/usr/libexec/virt-trust/emulator/open" || emulator.Dir+"/open" != emulator.Links {
+		t.Error(emulator.Dir, emulator.Links)
+	}
+	for _, name := range emulator.Names() {
+		if !strings.Contains(triggers, "interest-noawait "+emulator.Real(name)+"\n") {
+			t.Errorf("an upgrade of %s goes unnoticed", name)
 		}
 	}
 }
@@ -189,7 +212,7 @@ profile libvirt-00000000-0000-0000-0000-000000000001 flags=(attach_disconnected)
 `)
 	for _, profile := range []string{"usr.sbin.libvirtd", "libvirt/libvirt-vm"} {
 		plain := run(t, parser, "-Q", "-K", "-b", dir, "--preprocess", filepath.Join(dir, profile))
-		if !strings.Contains(plain, "/usr/libexec/virt-trust/virt-trust-wrapper") {
+		if !strings.Contains(plain, "/usr/libexec/virt-trust/virt-trust-wrapper") || !strings.Contains(plain, "/usr/libexec/virt-trust/virt-trust-emulator") {
 			t.Errorf("%s does not include our rules", profile)
 		}
 		run(t, parser, "-Q", "-K", "-b", dir, filepath.Join(dir, profile))
@@ -263,6 +286,23 @@ func TestRemovalRefuses(t *testing.T) {
 	if out, err := prerm("upgrade", "9.9"); err != nil {
 		t.Errorf("upgrade: %v: %s", err, out)
 	}
+	if err := os.RemoveAll(filepath.Join(root, "var/lib/virt-trust/vtpm")); err != nil {
+		t.Fatal(err)
+	}
+	for _, names := range []string{"etc/libvirt/qemu/web.xml", "run/libvirt/qemu/web.xml", "var/lib/virt-trust/emulators.json"} {
+		put(t, filepath.Join(root, names), "  <emulator>"+emulator.Dir+"/qemu-system-x86_64</emulator>\n{\"uuid\": \"/usr/bin/qemu\"}\n")
+		// virt-trust cannot restore anything here.
+		if out, err := prerm("remove"); err == nil || !strings.Contains(out, "its emulator") {
+			t.Errorf("%s names it: %v: %s", names, err, out)
+		}
+		if err := os.Remove(filepath.Join(root, names)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out, err := prerm("remove"); err != nil {
+		t.Errorf("with all restored: %v: %s", err, out)
+	}
+	put(t, filepath.Join(root, "var/lib/virt-trust/vtpm/11111111-1111-1111-1111-111111111111/label"), "")
 	put(t, filepath.Join(root, "etc/virt-trust/allow-strand"), "")
 	if out, err := prerm("remove"); err != nil {
 		t.Errorf("with the admin's word: %v: %s", err, out)

@@ -130,6 +130,7 @@ func (c *Command) root() *cobra.Command {
 	root.AddCommand(c.statusCommand(), c.listCommand(), c.showCommand(), c.labelCommand(), c.logCommand(),
 		c.checkCommand(), c.hostCommand(), c.reasonCommand(), c.versionCommand())
 	root.AddCommand(c.changeCommands()...)
+	root.AddCommand(c.emulatorCommand())
 	root.AddCommand(c.recoveryCommands()...)
 	return root
 }

@@ -195,7 +195,11 @@ func (c *Command) every(ctx context.Context, method string) error {
 	if err != nil {
 		return err
 	}
+	return c.each(ctx, method, todo)
+}
 
+// each does a change for VMs, one after the other.
+func (c *Command) each(ctx context.Context, method string, todo []target) error {
 	changes := []Change{}
 	var refused, failed int
 	for i, t := range todo {
@@ -225,7 +229,7 @@ func (c *Command) every(ctx context.Context, method string) error {
 		}
 		changes = append(changes, ch)
 	}
-	err = c.print(changes, func(w io.Writer) {
+	err := c.print(changes, func(w io.Writer) {
 		for _, ch := range changes {
 			ch.write(w)
 		}

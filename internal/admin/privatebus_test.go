@@ -120,6 +120,7 @@ func write(t *testing.T, path, text string) {
 // fake is a virt-trustd that says what it is told to. Its methods are those of
 // org.virttrust1.xml.
 type fake struct {
+	emulators     []map[string]any
 	conn          *dbus.Conn
 	manager, host map[string]any
 	vms           []map[string]any
@@ -254,13 +255,20 @@ func (f *fake) serve(t *testing.T, address string) {
 			}
 			return out, nil
 		},
+		"Emulators": func(map[string]dbus.Variant) ([]map[string]dbus.Variant, *dbus.Error) {
+			out := []map[string]dbus.Variant{}
+			for _, e := range f.emulators {
+				out = append(out, variants(e))
+			}
+			return out, nil
+		},
 		"CheckLabel": func([]byte, map[string]dbus.Variant) (map[string]dbus.Variant, *dbus.Error) {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			return variants(f.label), nil
 		},
 	}
-	for _, m := range []string{"Adopt", "Release", "Repair", "Accept"} {
+	for _, m := range []string{"Adopt", "Release", "Repair", "Accept", "AdoptEmulator", "RestoreEmulator"} {
 		manager[m] = change(m)
 	}
 	getAll := func(msg dbus.Message, iface string) (map[string]dbus.Variant, *dbus.Error) {

@@ -318,6 +318,10 @@ func (s *Service) emulators(_ dict, sender dbus.Sender) ([]dict, *dbus.Error) {
 		if err != nil {
 			return err
 		}
+		remembered, err := s.g.readEmulators()
+		if err != nil {
+			return err
+		}
 		for _, d := range list {
 			xml, err := c.Definition(ctx, d.UUID)
 			if errors.Is(err, libvirt.ErrNoDomain) {
@@ -331,9 +335,13 @@ func (s *Service) emulators(_ dict, sender dbus.Sender) ([]dict, *dbus.Error) {
 				s.log.WithField(journal.VM, d.UUID).WithError(err).Warn("a VM's emulator cannot be told")
 				continue
 			}
+			e := strs("uuid", d.UUID, "name", d.Name, "emulator", f.Emulator, "runs", "")
+			if now, err := domain.Parse([]byte(d.XML)); err == nil && d.Active {
+				e["runs"] = dbus.MakeVariant(now.Emulator)
+			}
+			// One that was not restored to the end counts, too.
 			_, ours := emulator.Ours(f.Emulator)
-			e := strs("uuid", d.UUID, "name", d.Name, "emulator", f.Emulator)
-			for k, v := range map[string]bool{"adopted": ours, "vtpm": f.TPM != nil, "active": d.Active, "persistent": d.Persistent} {
+			for k, v := range map[string]bool{"adopted": ours || remembered[d.UUID] != "", "vtpm": f.TPM != nil, "persistent": d.Persistent} {
 				e[k] = dbus.MakeVariant(v)
 			}
 			all = append(all, e)
