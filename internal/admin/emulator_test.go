@@ -22,7 +22,7 @@ func TestEmulator(t *testing.T) {
 		}
 	})
 	stdout, stderr, code := run(t, "emulator", "list")
-	if code != ExitDone || stderr != "" || !strings.Contains(stdout, "web        yes   "+qemu+"                     "+ours+"\n") || strings.Contains(stdout, "\x1b") {
+	if code != ExitDone || stderr != "" || !strings.Contains(strings.Join(strings.Fields(stdout), " "), " web yes "+qemu+" "+ours+" ") || strings.Contains(stdout, "\x1b") {
 		t.Errorf("exit %d, %q\n%s", code, stderr, stdout)
 	}
 	stdout, _, _ = run(t, "emulator", "list", "--json")

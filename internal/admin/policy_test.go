@@ -150,30 +150,33 @@ func TestPolicy(t *testing.T) {
 	gid, _ := strconv.Atoi(group.Gid)
 	member := uid(t, "nobody")
 	member.Groups = []uint32{uint32(gid)}
-	callers := map[string]*syscall.Credential{"root": {}, "member": member, "tss": uid(t, "tss"), "other": uid(t, "nobody")}
+	callers := map[string]*syscall.Credential{"root": {}, "member": member, "tss": uid(t, "tss"), "qemu": uid(t, "libvirt-qemu"), "other": uid(t, "nobody")}
 
 	const std = "org.freedesktop.DBus."
 	readers := map[string]bool{"root": true, "member": true}
 	root := map[string]bool{"root": true}
 	for call, allowed := range map[string]map[string]bool{
-		std + "Properties.Get":                   readers,
-		std + "Properties.GetAll":                readers,
-		std + "Properties.Set":                   root,
-		std + "Peer.Ping":                        readers,
-		std + "Introspectable.Introspect":        readers,
-		std + "ObjectManager.GetManagedObjects":  readers,
-		bus.ManagerInterface + ".GetVM":          readers,
-		bus.ManagerInterface + ".Check":          readers,
-		bus.ManagerInterface + ".CheckLabel":     readers,
-		bus.ManagerInterface + ".Log":            readers,
-		bus.ManagerInterface + ".Adopt":          readers,
-		bus.ManagerInterface + ".Release":        readers,
-		bus.ManagerInterface + ".Repair":         readers,
-		bus.ManagerInterface + ".Accept":         readers,
-		bus.ManagerInterface + ".HandleHook":     root,
-		bus.ManagerInterface + ".RedeemGrant":    {"root": true, "tss": true},
-		bus.ManagerInterface + ".NotYetInvented": root,
-		bus.VMInterface + ".NotYetInvented":      root,
+		std + "Properties.Get":                    readers,
+		std + "Properties.GetAll":                 readers,
+		std + "Properties.Set":                    root,
+		std + "Peer.Ping":                         readers,
+		std + "Introspectable.Introspect":         readers,
+		std + "ObjectManager.GetManagedObjects":   readers,
+		bus.ManagerInterface + ".GetVM":           readers,
+		bus.ManagerInterface + ".Check":           readers,
+		bus.ManagerInterface + ".CheckLabel":      readers,
+		bus.ManagerInterface + ".Log":             readers,
+		bus.ManagerInterface + ".Adopt":           readers,
+		bus.ManagerInterface + ".Release":         readers,
+		bus.ManagerInterface + ".Repair":          readers,
+		bus.ManagerInterface + ".Accept":          readers,
+		bus.ManagerInterface + ".Emulators":       readers,
+		bus.ManagerInterface + ".AdoptEmulator":   readers,
+		bus.ManagerInterface + ".RestoreEmulator": readers,
+		bus.ManagerInterface + ".HandleHook":      root,
+		bus.ManagerInterface + ".RedeemGrant":     {"root": true, "tss": true, "qemu": true},
+		bus.ManagerInterface + ".NotYetInvented":  root,
+		bus.VMInterface + ".NotYetInvented":       root,
 	} {
 		for name, credential := range callers {
 			want := "denied"
