@@ -68,10 +68,10 @@ func TestEmulator(t *testing.T) {
 		unseals(t, g)
 		pid := strings.TrimSpace(h.Must("cat", "/run/libvirt/qemu/measured.pid"))
 		for of, want := range map[string]string{
-			"readlink /proc/" + pid + "/exe":                   real,
-			"cat /proc/" + pid + "/comm":                       qemu[:15],
+			"readlink /proc/" + pid + "/exe":                     real,
+			"cat /proc/" + pid + "/comm":                         qemu[:15],
 			"tr '\\0' '\\n' </proc/" + pid + "/cmdline | sed 1q": ours,
-			"stat -c %U /proc/" + pid:                          "libvirt-qemu",
+			"stat -c %U /proc/" + pid:                            "libvirt-qemu",
 		} {
 			if got := strings.TrimSpace(h.Shell(of)); got != want {
 				t.Errorf("%s: %q, want %q", of, got, want)
