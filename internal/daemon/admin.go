@@ -656,7 +656,7 @@ func (g *Guard) putBack(st *start, keys *secret.Buffer) error {
 // unnoted reports whether a kept state was written in the last instant before
 // a crash: it is this VM's, and none that is known.
 func (g *Guard) unnoted(st *start, keys *secret.Buffer, kept []byte, digest list.Digest) bool {
-	return st.r.Open && !lifecycle.Familiar(st.r, st.seen.Journal, digest) && keys != nil && statefile.Verify(kept, stateKey(keys)) == nil
+	return st.r.Open && !lifecycle.Familiar(st.r, st.seen.Journal, digest) && authenticate(&statedir.Seen{Data: kept}, keys) == lifecycle.Authentic
 }
 
 // Accept takes what lies there as right, on the admin's word.

@@ -34,6 +34,7 @@ var operations = map[string]func(ctx context.Context, g *Guard, f *domain.Facts)
 		}
 		r := store.Get(f.UUID)
 		s := &session{uuid: f.UUID, dir: r.Instance}
+		s.writes.Store(true)
 		if s.noted, err = g.readJournal(r); err == nil {
 			_, err = g.settle(s)
 		}

@@ -132,6 +132,9 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 	}
 	gr.redeemed[program] = true
 	if program == "swtpm_setup" {
+		if s := g.sessions[gr.uuid]; s != nil {
+			s.writes.Store(true)
+		}
 		var err error
 		if gr.setup, err = unix.PidfdOpen(c.pid, 0); err != nil {
 			r.Close()

@@ -339,23 +339,29 @@ func TestWhileItRuns(t *testing.T) {
 		h.start(f)
 	})
 	t.Run("replaced between prepare and QEMU", func(t *testing.T) {
-		for _, what := range []string{"older", "forged", "deleted"} {
+		for _, what := range []string{"older", "forged", "deleted", "the VM's own"} {
 			h := newHouse(t)
 			f, _, v := h.ran(uuidA)
 			if err := h.prepare(f); err != nil {
 				t.Fatal(err)
 			}
-			h.keys(uuidA)
+			key, _ := h.keys(uuidA)
 			switch what {
 			case "older":
 				h.put(uuidA, v[0])
 			case "forged":
 				h.write(uuidA, bytes.Repeat([]byte{9}, 32))
+			case "the VM's own": // which nobody remembers: swtpm has not begun to write
+				h.write(uuidA, key)
 			case "deleted": // swtpm would make a blank one
 				os.Remove(h.state(uuidA))
 			}
 			if r := reason.As(h.g.Launched(f)); r == nil || r.Code != reason.VTPMChanged {
 				t.Errorf("%s: %v", what, r)
+			}
+			h.stop(f)
+			if h.prepare(f) == nil {
+				t.Errorf("%s: the next start takes it", what)
 			}
 		}
 	})

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"virt-trust/internal/domain"
@@ -34,6 +35,9 @@ type session struct {
 	noted []list.Past
 	ended bool
 	state list.State
+	// writes: swtpm may have written. Until QEMU has it load its state, only a
+	// swtpm_setup may.
+	writes atomic.Bool
 
 	tags     *list.Record // the tags as the record shall have them; nil: as it has them
 	reverts  uint32       // 1 where the vTPM was taken back, and the record does not say so yet
@@ -529,6 +533,9 @@ func (g *Guard) settle(s *session) (sound bool, err error) {
 	if seen.Digest == newest {
 		return true, nil
 	}
+	if !s.writes.Load() && !newest.IsZero() {
+		return false, nil
+	}
 	if s.unwanted || !g.plausible(s, r, seen) {
 		return false, nil
 	}
@@ -602,6 +609,9 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 	s := g.sessions[f.UUID]
 	g.mu.Unlock()
 	if !ok && g.cfg.Mode != "enforce" {
+		if s != nil {
+			s.writes.Store(true)
+		}
 		return nil
 	}
 	if !ok {
@@ -628,6 +638,7 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 		g.reverted(s, &list.Record{Name: f.Name}, "the VM was restored from a saved image, and was not saved when it stopped last")
 		s.mu.Unlock()
 	}
+	s.writes.Store(true)
 	g.setState(f.UUID, list.Running)
 	return nil
 }
@@ -739,7 +750,11 @@ func (g *Guard) rest(ctx context.Context, store *liststore.Store, r *list.Record
 		}
 		auth = authenticate(seen, keys)
 	}
-	if s != nil && (s.unwanted || auth == lifecycle.Authentic && seen.Digest != lifecycle.Newest(r, entries) && g.wentBack(s, r, tagOf(seen, keys))) {
+	switch {
+	case s == nil:
+	case !s.writes.Load() && !lifecycle.Newest(r, entries).IsZero():
+		auth = lifecycle.Forged // swtpm has not come to write
+	case s.unwanted || auth == lifecycle.Authentic && seen.Digest != lifecycle.Newest(r, entries) && g.wentBack(s, r, tagOf(seen, keys)):
 		auth = lifecycle.Forged
 	}
 	n, note := lifecycle.Rest(r, seen.Digest, auth, entries, suspended, g.unix())
@@ -846,6 +861,7 @@ func (g *Guard) resumeOne(ctx context.Context, store *liststore.Store, uuid stri
 		return g.closeAfterCrash(ctx, store, r, entries, false)
 	}
 	s = &session{uuid: uuid, dir: r.Instance, state: list.Running, noted: entries}
+	s.writes.Store(true)
 	if err := g.watch.Add(r.Instance); err != nil {
 		return err
 	}

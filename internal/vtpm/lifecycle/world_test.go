@@ -68,6 +68,7 @@ type vm struct {
 	// In memory.
 	session bool // virt-trustd's
 	noted   []list.Past
+	writes  bool // swtpm may have written
 	on      bool // swtpm runs
 
 	// Ghosts.
@@ -177,10 +178,11 @@ func (w *world) answersFor(v *vm, d list.Digest) {
 }
 
 func (v *vm) files() []list.Past {
-	if v.r != nil && v.r.Open && v.of == v.r.Generation {
-		return v.journal
+	if v.r == nil || !v.r.Open || v.of != v.r.Generation ||
+		v.r.Noted && !slices.ContainsFunc(v.journal, func(p list.Past) bool { return p.Digest == v.r.Baseline }) {
+		return nil
 	}
-	return nil
+	return v.journal
 }
 
 func (w *world) see(v *vm) Seen {
@@ -317,7 +319,7 @@ func (w *world) open(v *vm, r *list.Record, d Decision, s Seen) {
 	w.commit(v, r)
 	v.journal = nil
 	w.step()
-	v.session, v.noted = true, nil
+	v.session, v.noted, v.writes = true, nil, false
 }
 
 func (w *world) newLabel(v *vm, key uint32) []byte {
@@ -377,24 +379,23 @@ func (w *world) finishAdoption(v *vm) {
 	w.takeIn(v, v.r.Clone())
 }
 
-// settle is what follows a write: it is made durable, noted and kept.
+// settle is what follows a write: it is made durable, kept and noted.
 func (w *world) settle(v *vm) (sound bool) {
 	if !v.session || v.r == nil || !v.r.Open {
 		return true
 	}
-	if v.cur.n == 0 {
-		return Newest(v.r, v.noted).IsZero()
-	}
+	newest := Newest(v.r, v.noted)
 	d := v.cur.digest()
-	if d == Newest(v.r, v.noted) {
+	switch {
+	case v.cur.n == 0:
+		return newest.IsZero()
+	case d == newest:
 		return true
 	}
 	w.step()
 	v.volatile = false
 	w.step()
-	_, old := v.r.Past(d)
-	old = old || d == v.r.Baseline || slices.ContainsFunc(v.noted, func(p list.Past) bool { return p.Digest == d })
-	if old || v.auth(v.cur) != Authentic {
+	if !v.writes && !newest.IsZero() || Familiar(v.r, v.noted, d) || v.auth(v.cur) != Authentic {
 		return false
 	}
 	w.keep(v, v.cur)
@@ -408,6 +409,19 @@ func (w *world) settle(v *vm) (sound bool) {
 	return true
 }
 
+// checkpoint takes what a running VM has written into its record.
+func (w *world) checkpoint(v *vm) {
+	if n := len(v.noted); !v.session || v.r == nil || !v.r.Open || n == 0 || v.noted[n-1].Digest == v.r.Baseline {
+		return
+	}
+	r := v.r.Clone()
+	for _, p := range v.noted {
+		r.SetBaseline(p.Digest, p.Time)
+		r.Noted = true
+	}
+	w.commit(v, r)
+}
+
 // write is swtpm's.
 func (w *world) write(v *vm) {
 	if !v.volatile {
@@ -417,8 +431,8 @@ func (w *world) write(v *vm) {
 	v.cur, v.volatile, v.curHit, v.zeroed = file{w.n, v.key, statefile.Encrypted}, true, false, false
 	v.made = append(v.made, w.n)
 	v.copies = append(v.copies, v.cur)
-	if n := len(v.copies); n > 12 {
-		v.copies = slices.Delete(v.copies, 0, n-12)
+	if n := len(v.copies); n > 40 {
+		v.copies = slices.Delete(v.copies, 0, n-40)
 	}
 }
 
@@ -461,6 +475,7 @@ func (w *world) start(v *vm) *reason.Refusal {
 		w.stop(v)
 		return nil
 	}
+	v.writes = true
 	w.loads(v)
 	return nil
 }
@@ -516,6 +531,9 @@ func (w *world) rest(v *vm) {
 			auth = v.auth(v.cur)
 		}
 	}
+	if v.session && !v.writes && !Newest(v.r, entries).IsZero() {
+		auth = Forged
+	}
 	n, _ := Rest(v.r, v.cur.digest(), auth, entries, false, w.clock)
 	if v.cur.n != 0 && n.Baseline == v.cur.digest() {
 		w.keep(v, v.cur)
@@ -558,7 +576,7 @@ func (w *world) boot() {
 				w.closeAfterCrash(v)
 				return
 			}
-			v.session, v.noted = true, slices.Clone(v.files())
+			v.session, v.noted, v.writes = true, slices.Clone(v.files()), true
 			w.settle(v)
 		}) {
 			return
@@ -668,9 +686,15 @@ func (w *world) attack(v *vm) {
 	}
 }
 
+// remembered reports whether the record will know a state as an older one even
+// when all that was noted has come into it.
 func (w *world) remembered(v *vm, f file) bool {
-	_, past := v.r.Past(f.digest())
-	return past || slices.ContainsFunc(v.files(), func(p list.Past) bool { return p.Digest == f.digest() })
+	r := v.r.Clone()
+	for _, p := range v.files() {
+		r.SetBaseline(p.Digest, p.Time)
+	}
+	_, past := r.Past(f.digest())
+	return past
 }
 
 // The admin.
@@ -701,7 +725,8 @@ func (w *world) repair(v *vm) *reason.Refusal {
 			return reason.Refuse(reason.VTPMMissing, "bring it back from a backup", "")
 		}
 		w.replace(v, v.kept)
-		w.commit(v, Settled(v.r, d, s.Journal, w.clock))
+		r := Settled(v.r, d, s.Journal, w.clock)
+		w.commit(v, r)
 		v.journal = nil
 	}
 	return nil
@@ -790,7 +815,7 @@ func (w *world) accept(v *vm) *reason.Refusal {
 		return reason.Refuse(reason.VTPMMissing, "'virt-trust repair' puts the kept state back", "")
 	case v.cur.digest() == Newest(v.r, s.Journal):
 		return nil
-	case v.auth(v.cur) != Authentic:
+	case v.auth(v.cur) == Forged:
 		return reason.Refuse(reason.VTPMChanged, "'virt-trust repair' puts the kept state back", "")
 	}
 	i := slices.Index(v.made, v.cur.n)
@@ -799,7 +824,8 @@ func (w *world) accept(v *vm) *reason.Refusal {
 	}
 	w.keep(v, v.cur)
 	v.made, v.durable, v.before = v.made[:i+1], i, i
-	w.commit(v, Settled(v.r, v.cur.digest(), s.Journal, w.clock))
+	r := Settled(v.r, v.cur.digest(), s.Journal, w.clock)
+	w.commit(v, r)
 	v.journal = nil
 	v.curHit = false
 	return nil
@@ -947,8 +973,10 @@ func (w *world) event() {
 		case e < 99 && !w.up:
 			w.happens(v, "virt-trustd starts")
 			w.boot()
-		case e < 99:
+		case e < 97:
 			w.daemon(func() { w.settle(v) })
+		case e < 99:
+			w.daemon(func() { w.checkpoint(v) })
 		default:
 			w.happens(v, "power cut")
 			w.powerCut()
