@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
+	"slices"
 
 	"github.com/google/go-tpm/tpm2"
 )
@@ -44,15 +45,24 @@ type place struct {
 
 // findCounter finds the counter of this use, or the first free handle.
 func (c *client) findCounter(k *keySet, use string) (place, error) {
+	const size = uint32(lastListIndex - firstListIndex + 1)
+	r, err := tpm2.GetCapability{Capability: tpm2.TPMCapHandles, Property: uint32(firstListIndex), PropertyCount: size}.Execute(c)
+	if err != nil {
+		return place{}, err
+	}
+	handles, err := r.CapabilityData.Data.Handles()
+	if err != nil {
+		return place{}, err
+	}
 	var free place
 	for index := firstListIndex; index <= lastListIndex; index++ {
-		r, err := tpm2.NVReadPublic{NVIndex: index}.Execute(c)
-		if isRC(err, tpm2.TPMRCHandle) {
+		if !slices.Contains(handles.Handle, index) {
 			if free.index == 0 {
 				free.index = index
 			}
 			continue
 		}
+		r, err := tpm2.NVReadPublic{NVIndex: index}.Execute(c)
 		if err != nil {
 			return place{}, err
 		}

@@ -182,3 +182,35 @@ func TestListCounterGivesWay(t *testing.T) {
 		t.Fatal(order)
 	}
 }
+
+// What another program has put into our range is left alone.
+func TestListCounterAmongOthers(t *testing.T) {
+	t.Parallel()
+	e, dir, _ := startMade(t)
+	tpm := e.other()
+	owner := tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)}
+	define := func(index tpm2.TPMHandle) {
+		t.Helper()
+		n := counterTemplate(index)
+		if _, err := (tpm2.NVDefineSpace{AuthHandle: owner, PublicInfo: tpm2.New2B(n)}).Execute(tpm); err != nil {
+			t.Fatal(err)
+		}
+	}
+	define(firstListIndex)
+	define(firstListIndex + 2)
+	define(lastListIndex + 1)
+	h := open(t, e.sock, dir)
+	first, err := h.FirstCount(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	count(t, h, first, first)
+	if p := h.counter.Load(); p.index != firstListIndex+1 {
+		t.Errorf("it is at %#x", uint32(p.index))
+	}
+	h.counter.Store(nil)
+	count(t, h, first+1, first+1)
+	if v := value(t, h); v != first+1 {
+		t.Error(v)
+	}
+}
