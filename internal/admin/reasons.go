@@ -27,11 +27,11 @@ var advice = map[reason.Code][2]string{
 	},
 	reason.ListRolledBack: {
 		"The file of the vTPM list is an older one: from a backup, a snapshot of the file system, or an attacker's copy. virt-trustd remembers the newest, and after a boot the counter in the host's TPM tells. A counter that was deleted, or that went back with a TPM which is itself emulated, is told in the same way.",
-		"Find out who did it. If the file was replaced while virt-trustd runs: 'virt-trust repair --list' writes the newest back. If you have restored the host's disk: 'virt-trust accept --list-rolled-back' takes the list as it is, with all VMs whose vTPM states are of the same time; for the others there is 'virt-trust accept VM --rolled-back'. If only the list is lost: 'virt-trust repair --list' makes it again from the labels and the states that are there.",
+		"Find out who did it. If the file was replaced while virt-trustd runs: 'virt-trust repair --list' writes the newest back. If you have restored the host's disk: 'virt-trust accept --list-rolled-back' takes the list as it is, with all VMs whose vTPM states are of the same time; for the others there is 'virt-trust accept VM --rolled-back'.",
 	},
 	reason.ListDamaged: {
 		"The file of the vTPM list is gone, or was altered, or was written under another key.",
-		"'virt-trust repair --list' writes the list back from virt-trustd's memory or, where that is gone, rebuilds it from the labels of the VMs.",
+		"'virt-trust repair --list' writes the list back from virt-trustd's memory or, where that is gone, rebuilds it from the labels of the VMs. That takes each vTPM state for right that lies there and is the VM's own: without the list nobody can tell whether it is the newest.",
 	},
 	reason.VTPMUnknown: {
 		"A VM that is not in the list has a vTPM state that cannot be taken in by itself: it is encrypted or damaged, or policy.adopt is off.",

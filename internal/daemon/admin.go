@@ -728,7 +728,8 @@ func (g *Guard) RepairList(ctx context.Context) (what string, err error) {
 	if _, err = g.List(ctx); err == nil {
 		return "the vTPM list is readable: there was nothing to repair", nil
 	}
-	if r := reason.As(err); r == nil || (r.Code != reason.ListDamaged && r.Code != reason.ListRolledBack) {
+	// An older list is worth more than none: by it older states are still told.
+	if r := reason.As(err); r == nil || r.Code != reason.ListDamaged {
 		return "", err
 	}
 	return g.rebuildList(ctx, nil)

@@ -89,6 +89,8 @@ func TestOlderVarLib(t *testing.T) {
 	// What was restored on purpose starts on the admin's word.
 	h.cutPower(func() { older() })
 	refuses(t, h.prepare(f), reason.ListRolledBack)
+	_, err := h.g.RepairList(background) // which would take every state there is
+	refuses(t, err, reason.ListRolledBack)
 	must[string](t)(h.g.AcceptList(background))
 	h.start(f)
 	h.decrypts(uuidA, key)
