@@ -469,19 +469,30 @@ func (s *Service) note(e HostEvent, id journal.Event, level logrus.Level) {
 }
 
 // keepEventLog keeps the log of this boot, if its state is approved and none
-// was kept, for later boots to be held against. A history that is not there yet
-// begins with what is approved.
+// was kept, for later boots to be held against. What is approved and not in the
+// history, by the first provisioning or with the recovery key, is noted there.
 func (s *Service) keepEventLog(ctx context.Context) error {
 	states, err := s.host.States(ctx)
 	if err != nil {
 		return err
 	}
-	if events, err := s.history.all(); err == nil && len(events) == 0 {
-		for _, a := range slices.Backward(states.Approved) {
-			e := HostEvent{Time: a.Time.UnixMicro(), Event: eventApproved, States: []string{a.ID()}, Note: a.Note, UID: byItself}
-			if err := s.history.add(e); err != nil {
-				return err
-			}
+	events, err := s.history.all()
+	if err != nil {
+		return err
+	}
+	known := map[string]bool{}
+	for _, e := range events {
+		for _, id := range e.States {
+			known[id] = e.Event != eventRevoked
+		}
+	}
+	for _, a := range slices.Backward(states.Approved) {
+		if known[a.ID()] {
+			continue
+		}
+		e := HostEvent{Time: a.Time.UnixMicro(), Event: eventApproved, States: []string{a.ID()}, Note: a.Note, UID: byItself}
+		if err := s.history.add(e); err != nil {
+			return err
 		}
 	}
 	if states.Match == nil {

@@ -81,13 +81,13 @@ func (s store) exchange(k *keySet, now time.Time) error {
 	return s.save(k, now)
 }
 
-// setAside moves a key set and its approved policies out of the way.
+// setAside moves a key set, and what its policy key has signed, out of the way.
 func (s store) setAside(now time.Time) error {
 	aside := filepath.Join(s.dir, setAsideDir, strconv.FormatInt(now.UnixNano(), 10))
 	if err := os.MkdirAll(aside, 0o700); err != nil {
 		return err
 	}
-	for _, name := range []string{keysDir, policiesDir} {
+	for _, name := range []string{keysDir, policiesDir, waiverFile, revocationFile} {
 		err := os.Rename(filepath.Join(s.dir, name), filepath.Join(aside, name))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
