@@ -301,11 +301,14 @@ func (a *approval) components(bank string) ([]eventlog.Component, error) {
 			}
 			switch {
 			case given:
+				c.Path = old
 				o, err := measure(old, bank)
-				if err != nil {
+				switch {
+				case err == nil:
+					c.Old = []eventlog.File{o}
+				case k.kind != eventlog.Other || !errors.Is(err, os.ErrNotExist):
 					return nil, err
 				}
-				c.Old = []eventlog.File{o}
 			case k.kind == eventlog.Other:
 				if c.Path, err = filepath.Abs(path); err != nil {
 					return nil, err

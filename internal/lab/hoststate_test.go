@@ -199,7 +199,6 @@ func TestHostUpdates(t *testing.T) {
 		t.Errorf("dry run: exit %d, %s", code, out)
 	}
 	t.Log(out)
-
 	// Back, and the first kernel is revoked: also old files do not bring it back.
 	boots(third)
 	starts(t, g)

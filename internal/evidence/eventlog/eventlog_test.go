@@ -285,7 +285,10 @@ func TestPredictRefuses(t *testing.T) {
 		{"uki", Component{Kind: Unified, Old: []File{f["uki"]}, New: f["kernel"]}, "no unified kernel image"},
 		{"sd", Component{Kind: Kernel, New: f["kernel2"]}, "does not show"},
 		{"sd", Component{Kind: Kernel, Old: []File{f["kernel"]}, New: f["initrd"]}, "no image that firmware boots"},
+		{"sd", Component{Kind: Kernel, Old: []File{f["initrd"]}, New: f["kernel2"]}, "does not show"},
+		{"sd", Component{Kind: Initrd, Old: []File{f["kernel"]}, New: f["initrd2"]}, "does not show"},
 		{"sd", Component{Kind: Shim, New: f["shim"]}, "does not show"},
+		{"grub", Component{Kind: Kernel, Path: "initrd", Old: []File{f["initrd"]}, New: f["kernel2"]}, "does not show initrd"},
 		{"grub", Component{Kind: Other, Path: "/etc/passwd", New: f["initrd"]}, "does not show"},
 		{"uki", Component{Kind: Cmdline, Text: "quiet"}, "no command line"},
 	} {

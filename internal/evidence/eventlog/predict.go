@@ -23,7 +23,9 @@ type Component struct {
 	Kind string
 	New  File
 	Old  []File // what may be there now, the first that the log knows counts
-	Path string // of Other: where the file lies, for a log that names it
+	// Path of an Other is where the present file lies, for a log that names it. Of
+	// another kind it is the name of an Old that was meant: no other one will do.
+	Path string
 	Text string // of Cmdline
 }
 
@@ -161,6 +163,9 @@ func (p *prediction) replace(c Component) error {
 		return fmt.Errorf("%s is no image that firmware boots", c.New.Name)
 	}
 	for _, old := range c.Old {
+		if isImage := old.Image != nil; isImage != (c.New.Image != nil) || c.Kind == Initrd && isImage {
+			continue
+		}
 		n := p.put(pcrImages, BootApplication, old.Image, c.New.Image)
 		if n > 0 && old.Sections != nil {
 			return p.image(old, c.New)
@@ -181,6 +186,9 @@ func (p *prediction) replace(c Component) error {
 // present file is not there any more to be held against it.
 func (p *prediction) byName(c Component) error {
 	missing := fmt.Errorf("the event log does not show what %s takes the place of; name the present file: OLD=NEW", c.New.Name)
+	if c.Path != "" && c.Kind != Other {
+		return fmt.Errorf("the event log does not show %s, which %s would take the place of", c.Path, c.New.Name)
+	}
 	n := 0
 	switch c.Kind {
 	case Shim:
