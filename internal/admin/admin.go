@@ -132,6 +132,7 @@ func (c *Command) root() *cobra.Command {
 	root.AddCommand(c.changeCommands()...)
 	root.AddCommand(c.emulatorCommand())
 	root.AddCommand(c.recoveryCommands()...)
+	root.AddCommand(c.launcherCommand(), c.launchLogCommand())
 	return root
 }
 

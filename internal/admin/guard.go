@@ -84,6 +84,9 @@ type Manager struct {
 	Libvirt     string `json:"libvirt"`
 	Recovery    string `json:"recovery_key,omitempty"` // none, unconfirmed, confirmed, altered
 
+	LaunchLog        string `json:"launch_log"` // replays, does-not-replay, unknown
+	LaunchLogProblem string `json:"launch_log_problem,omitempty"`
+
 	Counter       uint64 `json:"list_counter"`
 	RaiseDue      bool   `json:"raise_due"`
 	RaisedWithin  uint64 `json:"raised_within_us"` // microseconds
@@ -137,6 +140,7 @@ type VM struct {
 	KeyOwner    string     `json:"key_owner"`
 	Recovery    string     `json:"recovery,omitempty"` // wrapped, none
 	Baseline    string     `json:"baseline,omitempty"`
+	EKDigest    string     `json:"ek_digest,omitempty"` // SHA-256 of the RSA EK's SubjectPublicKeyInfo
 	Generation  uint64     `json:"generation"`
 	Created     *time.Time `json:"created,omitempty"`
 	Changed     *time.Time `json:"changed,omitempty"`
@@ -151,7 +155,7 @@ func newVM(p props) VM {
 	return VM{
 		UUID: p.text("UUID"), Name: p.text("Name"), State: p.text("State"), StatePath: p.text("StatePath"),
 		LabelPath: p.text("LabelPath"), LabelState: p.text("LabelState"), LabelID: p.text("LabelID"),
-		KeyOwner: p.text("KeyOwner"), Recovery: p.text("Recovery"), Baseline: p.text("Baseline"), Generation: p.number("Generation"),
+		KeyOwner: p.text("KeyOwner"), Recovery: p.text("Recovery"), Baseline: p.text("Baseline"), EKDigest: p.text("EKDigest"), Generation: p.number("Generation"),
 		Created: p.time("Created"), Changed: p.time("Changed"),
 		LastVerdict: p.text("LastVerdict"), LastReason: p.text("LastReason"), LastWhat: p.text("LastWhat"),
 		Reverts: p.number("Reverts"), Reverted: p.time("Reverted"),
@@ -174,6 +178,7 @@ func (g *guard) manager(ctx context.Context) (Manager, error) {
 		Version: p.text("Version"), Mode: p.text("Mode"),
 		ListState: p.text("ListState"), ListProblem: p.text("ListProblem"), Generation: p.number("ListGeneration"),
 		VMs: p.number("VMCount"), Libvirt: p.text("LibvirtState"), Recovery: p.text("RecoveryState"),
+		LaunchLog: p.text("LaunchLogState"), LaunchLogProblem: p.text("LaunchLogProblem"),
 		Counter: p.number("ListCounter"), RaiseDue: p.flag("RaiseDue"), RaisedWithin: p.number("RaisedWithin"),
 		RaisesLeft: p.number("RaisesLeft"), RaisesPerYear: p.number("RaisesPerYear"),
 	}, err

@@ -149,6 +149,7 @@ func (vm VM) write(w io.Writer) {
 		"State", vm.State,
 		"vTPM", vm.StatePath,
 		"Baseline", vm.Baseline,
+		"EK digest", vm.EKDigest,
 		"Key", key,
 		"Recovery", recovery,
 		"Label", label,

@@ -70,8 +70,8 @@ var advice = map[reason.Code][2]string{
 		"Start the VM through libvirt. After an installation: 'systemctl restart libvirtd', which running VMs do not notice. After a cleared or replaced TPM nobody can read the list and the vTPMs any more: 'systemctl stop virt-trustd', remove /var/lib/virt-trust, 'systemctl start virt-trustd'; then bring back plain vTPM states from a backup made before adoption, or give the VMs new, empty ones with 'virt-trust adopt --new VM'.",
 	},
 	reason.LauncherNotApproved: {
-		"QEMU, firmware, swtpm or a library of it is not one of the approved files.",
-		"Bring back the approved file (reinstall its package), or approve the new one.",
+		"QEMU, one of its modules, firmware, swtpm, a library of it or a program of virt-trust is not an approved file: it was replaced by hand, its digest was revoked, or no source of launcher.policy vouches for it. The line names the file, its SHA-256 digest, and the one that is approved. Also given when the file of the Reference Values is missing, altered or an older one.",
+		"Bring back the approved file, as by 'apt install --reinstall PACKAGE'. If the file is right, approve it: 'virt-trust launcher approve FILE', which also lifts a revocation. 'virt-trust launcher list' shows what is approved, and by whom. Where the Reference Values themselves are lost: 'virt-trust launcher reset' begins them anew; see to it first that the host's packages are in order ('dpkg --verify' or 'rpm --verify --all').",
 	},
 	reason.VMElsewhere: {
 		"The VM's vTPM is on its way to another host, or lives there. An incoming migration of a guarded VM is refused with this code as long as hosts cannot hand vTPMs over.",

@@ -65,6 +65,10 @@ func (s Status) write(w io.Writer) {
 	if s.listKnown() {
 		list = fmt.Sprintf("%s, %s, generation %d", s.ListState, plural(s.VMs, "VM", "VMs"), s.Generation)
 	}
+	launchLog := s.LaunchLog
+	if s.LaunchLogProblem != "" {
+		launchLog += ": " + s.LaunchLogProblem
+	}
 	tpm := s.Host.Device
 	if s.Host.Manufacturer != "" {
 		tpm += " (" + s.Host.Manufacturer + ")"
@@ -80,6 +84,7 @@ func (s Status) write(w io.Writer) {
 		"TPM", tpm,
 		"vTPM list", list,
 		"List's problem", s.ListProblem,
+		"Launch log", launchLog,
 		"Rollback", s.Manager.rollback(),
 		"Recovery key", recoveryAdvice(s.Recovery),
 	)

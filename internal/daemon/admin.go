@@ -98,6 +98,9 @@ func (g *Guard) Check(ctx context.Context, f *domain.Facts) (note string, err er
 	if s != nil {
 		return "the VM runs", nil
 	}
+	if _, err := g.launchers(ctx, f); err != nil {
+		return "", err
+	}
 	st, err := g.decide(ctx, f, g.policy(), true)
 	if err != nil {
 		return "", err

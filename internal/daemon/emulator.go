@@ -47,7 +47,7 @@ func (g *Guard) checkEmulator(st *start) error {
 		path, err := filepath.EvalSymlinks(emulator.Real(name))
 		if err == nil {
 			var files []measure.File
-			if files, err = g.measurer.Measure([]measure.Target{{Role: measure.Emulator, Path: path}}); err == nil {
+			if files, err = g.launch.measurer.Measure([]measure.Target{{Role: measure.Emulator, Path: path}}); err == nil {
 				st.emulator = &files[0]
 				return nil
 			}

@@ -25,13 +25,14 @@ type grant struct {
 	cgroup   string         // of the hook, and so of libvirt: whoever redeems is in it
 	expires  time.Time
 	redeemed map[string]bool
+	runs     []launcher
 	setup    int // descriptor of the process that redeemed as swtpm_setup, or -1
 }
 
 // open opens a grant after prepare, in place of one that is open still.
 func (g *Guard) open(st *start, cgroup string) {
 	gr := &grant{
-		uuid: st.f.UUID, cgroup: cgroup, expires: g.now().Add(g.grantLifetime()), redeemed: map[string]bool{}, setup: -1,
+		uuid: st.f.UUID, cgroup: cgroup, expires: g.now().Add(g.grantLifetime()), redeemed: map[string]bool{}, setup: -1, runs: st.runs,
 		pass: st.d.Plan == lifecycle.Pass || st.r.KeyOwner == list.Libvirts,
 	}
 	if !gr.pass {

@@ -23,6 +23,7 @@ import (
 	"virt-trust/internal/domain/libvirt"
 	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/hosttpm/policy"
+	"virt-trust/internal/launcher/launchlog"
 	"virt-trust/internal/launcher/measure"
 	"virt-trust/internal/platform/config"
 	"virt-trust/internal/platform/secret"
@@ -53,6 +54,8 @@ type TPM interface {
 	PCRs(ctx context.Context) (policy.State, error)
 	ApproveWith(ctx context.Context, policyKey []byte, note string, states ...policy.State) error
 	Reprovision(ctx context.Context, listKey []byte) error
+	ReadPCR(ctx context.Context, index uint) (hosttpm.PCR, error)
+	ExtendPCR(ctx context.Context, e hosttpm.Extension) error
 }
 
 // Dirs are where virt-trustd keeps its things.
@@ -72,13 +75,13 @@ type Guard struct {
 	log     *logrus.Entry
 	journal *decisions
 	watch   *statedir.Watcher
+	launch  launch
 	now     func() time.Time
 	bootID  string
 	stir    chan struct{} // see keepRaised
 
 	openList sync.Mutex // held while the list is being opened
 	adopting sync.Mutex // held while a VM's emulator is changed
-	measurer measure.Measurer
 
 	recovering sync.Mutex // held while what is wrapped to the recovery key changes
 	recovery   atomic.Pointer[recoveryFile]
@@ -111,6 +114,7 @@ func NewGuard(cfg config.Config, dirs Dirs, tpm TPM, log *logrus.Entry, changed 
 		cfg: cfg, dirs: dirs, tpm: tpm, log: log, now: time.Now, stir: make(chan struct{}, 1), bootID: strings.TrimSpace(string(boot)),
 		vms: map[string]*vmLock{}, grants: map[string]*grant{}, emulators: map[string]*emulatorGrant{}, sessions: map[string]*session{}, restore: map[string]bool{}, verdicts: map[string]*reason.Refusal{}, changed: changed,
 	}
+	g.launch.measurer, g.launch.log.standing = &measure.Measurer{}, launchlog.NotChecked
 	if g.journal, err = openDecisions(filepath.Join(dirs.State, "decisions.jsonl")); err != nil {
 		return nil, err
 	}
@@ -141,6 +145,9 @@ func (g *Guard) Close() error {
 		g.endSessionLocked(s)
 		s.mu.Unlock()
 	}
+	g.launch.mu.Lock()
+	g.launch.log.close()
+	g.launch.mu.Unlock()
 	return errors.Join(err, g.journal.Close())
 }
 

@@ -7,6 +7,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
@@ -34,6 +35,7 @@ import (
 	"virt-trust/internal/domain/libvirt"
 	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/hosttpm/policy"
+	"virt-trust/internal/launcher/measure"
 	"virt-trust/internal/platform/config"
 	"virt-trust/internal/vtpm/lifecycle"
 	"virt-trust/internal/vtpm/list"
@@ -158,6 +160,8 @@ type fakeTPM struct {
 	held    chan struct{} // not nil: it answers when this is closed
 	asking  int           // who waits for an answer
 	unwraps int
+	pcr     hosttpm.PCR // the launch PCR; zero: as after a reset
+	extends int
 }
 
 func newFakeTPM() *fakeTPM {
@@ -282,6 +286,46 @@ func (f *fakeTPM) BindKeyName() []byte {
 	return append([]byte{0, 11}, h[:]...)
 }
 
+func (f *fakeTPM) ReadPCR(ctx context.Context, index uint) (hosttpm.PCR, error) {
+	if err := f.ask(ctx); err != nil {
+		return hosttpm.PCR{}, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.pcr.Values == nil {
+		f.pcr.Values = map[string][]byte{"sha1": make([]byte, 20), "sha256": make([]byte, 32)}
+	}
+	return f.pcr, nil
+}
+
+func (f *fakeTPM) ExtendPCR(ctx context.Context, e hosttpm.Extension) error {
+	now, err := f.ReadPCR(ctx, e.PCR)
+	if err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.pcr.Values = map[string][]byte{}
+	for bank, v := range now.Values {
+		h := sha1.New()
+		if bank == "sha256" {
+			h = sha256.New()
+		}
+		h.Write(v)
+		h.Write(e.Digests[bank])
+		f.pcr.Values[bank] = h.Sum(nil)
+	}
+	f.extends++
+	return nil
+}
+
+// reset is what a boot does to the PCRs.
+func (f *fakeTPM) reset() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.pcr = hosttpm.PCR{ResetCount: f.pcr.ResetCount + 1}
+}
+
 func (f *fakeTPM) Sign(ctx context.Context, d [32]byte) ([]byte, error) {
 	if err := f.ask(ctx); err != nil {
 		return nil, err
@@ -401,6 +445,7 @@ func folder(t testing.TB) string {
 func configIn(root string) config.Config {
 	c := config.Default()
 	c.Swtpm.StateRoot = filepath.Join(root, "swtpm")
+	c.Launcher.Policy = []string{config.FirstUse} // dpkg takes its time; see launch_test.go
 	if u, err := user.Current(); err == nil {
 		c.Swtpm.User = u.Username
 	}
@@ -431,6 +476,7 @@ func (h *house) boot(change ...func(*config.Config)) {
 		h.t.Fatal(err)
 	}
 	g := h.g
+	g.launch.measurer = measurer
 	g.now = func() time.Time {
 		h.mu.Lock()
 		defer h.mu.Unlock()
@@ -469,9 +515,13 @@ func (h *house) dir(uuid string) string   { return filepath.Join(h.root, "swtpm"
 func (h *house) state(uuid string) string { return filepath.Join(h.dir(uuid), "tpm2-00.permall") }
 func (h *house) image(uuid string) string { return filepath.Join(h.root, "images", uuid+".qcow2") }
 
-const domainXML = `<domain type='kvm'><name>%s</name><uuid>%s</uuid><devices>
+// The emulator is this program, which nothing starts.
+const domainXML = `<domain type='kvm'><name>%s</name><uuid>%s</uuid><devices><emulator>/proc/self/exe</emulator>
 <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='%s'/><target dev='vda'/></disk>
 <tpm model='tpm-crb'><backend type='emulator' version='2.0'>%s</backend></tpm></devices></domain>`
+
+// measurer remembers digests for all tests.
+var measurer = &measure.Measurer{}
 
 func factsIn(root, uuid, inTPM string) *domain.Facts {
 	name := "vm-" + uuid[:1]

@@ -50,7 +50,7 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	defer tpm.Close()
-	uid, _, err := lookupUser(o.Config.Swtpm.User)
+	uid, gid, err := lookupUser(o.Config.Swtpm.User)
 	if err != nil {
 		return fmt.Errorf("swtpm.user: %w", err)
 	}
@@ -72,6 +72,9 @@ func Run(ctx context.Context, o Options) error {
 	}
 	defer s.g.Close()
 	s.g.before = s.settleHost
+	if err := s.g.chain(o.Programs, uid, gid); err != nil {
+		return err
+	}
 	// The list is opened before calls come in, if the TPM lets it be.
 	s.openList(ctx)
 	if err := s.export(); err != nil {
@@ -200,6 +203,9 @@ func (s *Service) keepUp(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-t.C:
+		}
+		if s.g.peek() != nil {
+			s.g.checkSoon(ctx)
 		}
 		if s.g.peek() == nil {
 			s.openList(ctx)

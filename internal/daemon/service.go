@@ -287,6 +287,12 @@ func (s *Service) manager() map[string]any {
 			})
 			return all, derr
 		},
+		"Launchers":       s.launchers,
+		"ApproveLauncher": s.approveLauncher,
+		"RevokeLauncher":  s.revokeLauncher,
+		"ImportLaunchers": s.importLaunchers,
+		"ResetLaunchers":  s.resetLaunchers,
+		"LaunchLog":       s.launchLog,
 		"CheckLabel": func(payload []byte, options dict, sender dbus.Sender) (dict, *dbus.Error) {
 			result := dict{}
 			return result, s.serve(sender, "CheckLabel", reader, adminDeadline, func(context.Context, *caller) error {
@@ -407,6 +413,7 @@ func (s *Service) hook(ctx context.Context, c *caller, op domain.Operation, doc,
 	}
 	switch op {
 	case domain.OpPrepare:
+		ctx = withPath(ctx, path)
 		err = s.wrapperInUse(f, path, c.parent)
 		switch r := reason.As(err); {
 		case err == nil:
@@ -553,11 +560,13 @@ func (s *Service) properties(path dbus.ObjectPath, iface string) (dict, bool) {
 
 func (s *Service) managerProperties() dict {
 	state, problem, generation, count := s.g.listState()
+	logState, logProblem := s.g.launchLogState()
 	d := dict{
 		"Version": dbus.MakeVariant(s.version), "Mode": dbus.MakeVariant(s.g.cfg.Mode),
 		"ListState": dbus.MakeVariant(state), "ListProblem": dbus.MakeVariant(problem),
 		"ListGeneration": dbus.MakeVariant(generation), "VMCount": dbus.MakeVariant(uint32(count)),
 		"LibvirtState": dbus.MakeVariant(s.libvirtState()), "RecoveryState": dbus.MakeVariant(s.g.recoveryState()),
+		"LaunchLogState": dbus.MakeVariant(logState), "LaunchLogProblem": dbus.MakeVariant(logProblem),
 	}
 	maps.Copy(d, s.g.raised())
 	return d
@@ -577,7 +586,7 @@ func (s *Service) vmProperties(r *list.Record) dict {
 		recovery = "wrapped"
 	}
 	d := strs("Recovery", recovery, "UUID", r.UUID, "Name", r.Name, "State", string(s.g.stateOf(r)), "StatePath", r.Instance, "LabelPath", r.LabelPath, "LabelState", labelState,
-		"LabelID", labelID(r), "KeyOwner", string(r.KeyOwner), "Baseline", r.Baseline.String(), "LastVerdict", verdict, "LastReason", code, "LastWhat", what)
+		"LabelID", labelID(r), "KeyOwner", string(r.KeyOwner), "Baseline", r.Baseline.String(), "EKDigest", r.EKDigest.String(), "LastVerdict", verdict, "LastReason", code, "LastWhat", what)
 	for k, v := range map[string]uint64{"Generation": r.Generation, "Created": uint64(r.Created) * 1e6, "Changed": uint64(r.Changed) * 1e6, "Reverted": uint64(r.Reverted) * 1e6} {
 		d[k] = dbus.MakeVariant(v)
 	}

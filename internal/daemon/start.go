@@ -58,6 +58,7 @@ type start struct {
 	keys  *secret.Buffer
 	d     lifecycle.Decision
 	notes []note
+	runs  []launcher // what will run for it
 	// emulator is the QEMU that was measured for it, behind virt-trust's emulator;
 	// nil of a VM that is released.
 	emulator *measure.File
@@ -172,6 +173,11 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 
 	r := lifecycle.Verdict(lifecycle.Opened(st.r, g.bootID, g.unix()), nil, g.unix())
 	r.Name = f.Name
+	var generation uint64
+	if generation, err = g.admit(ctx, f, st.runs); err != nil {
+		return err
+	}
+	r.Launchers = max(r.Launchers, generation)
 	if st.r.LabelDigest == r.LabelDigest && !r.LabelDigest.IsZero() && st.seen.Label.Path != "" {
 		r.LabelPath = st.seen.Label.Path
 	}
@@ -237,6 +243,12 @@ func (g *Guard) prepare(ctx context.Context, f *domain.Facts) (*start, error) {
 	} else if used {
 		return nil, reason.Refuse(reason.PolicyForbids, "stop the VM, or end that swtpm: 'fuser -v "+dir+"/.lock' names it", "a swtpm is running on this vTPM")
 	}
+	runs, err := g.launchers(ctx, f)
+	if r := reason.As(err); r != nil && r.Code == reason.LauncherNotApproved && g.cfg.Mode == "audit" {
+		g.report(f.UUID, f.Name, "prepare", wouldRefuse, r.Code, r.Text(), journal.WouldRefuse)
+	} else if err != nil {
+		return nil, err
+	}
 	var notes []note
 	for range 4 {
 		st, err := g.decide(ctx, f, g.policy(), false)
@@ -270,6 +282,7 @@ func (g *Guard) prepare(ctx context.Context, f *domain.Facts) (*start, error) {
 			return nil, err
 		}
 		if !again {
+			st.runs = runs
 			return st, nil
 		}
 		st.keys.Wipe()
@@ -637,6 +650,13 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 		s.mu.Lock()
 		g.reverted(s, &list.Record{Name: f.Name}, "the VM was restored from a saved image, and was not saved when it stopped last")
 		s.mu.Unlock()
+	}
+	if err := g.launched(context.Background(), f, gr.runs); err != nil {
+		r := reason.As(err)
+		if g.cfg.Mode == "enforce" || r == nil {
+			return err
+		}
+		g.report(f.UUID, f.Name, "start", wouldRefuse, r.Code, r.Text(), journal.WouldRefuse)
 	}
 	s.writes.Store(true)
 	g.setState(f.UUID, list.Running)

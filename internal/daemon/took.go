@@ -13,11 +13,12 @@ type took map[string]time.Duration
 
 // The steps.
 const (
-	tookTPM   = "tpm"   // commands of the TPM, and the wait for it
-	tookState = "state" // reading and hashing the vTPM's state
-	tookLabel = "label" // reading and writing the label
-	tookList  = "list"  // checking and committing the vTPM list
-	tookAll   = "all"
+	tookTPM       = "tpm"       // commands of the TPM, and the wait for it
+	tookState     = "state"     // reading and hashing the vTPM's state
+	tookLabel     = "label"     // reading and writing the label
+	tookList      = "list"      // checking and committing the vTPM list
+	tookLaunchers = "launchers" // finding and measuring what will run
+	tookAll       = "all"
 )
 
 type tookKey struct{}

@@ -53,6 +53,10 @@ type Boot struct {
 	PCR        uint   `json:"pcr"`
 	// Before is what the PCR held, in hexadecimal, by bank: normally zeros.
 	Before map[string]string `json:"before"`
+	// Gap says what is wrong with what the PCR was extended by before, in this boot;
+	// a log that has one proves nothing of that, and counts as one that does not
+	// replay.
+	Gap string `json:"gap,omitempty"`
 }
 
 // File is a file that runs for VMs, or that one runs.

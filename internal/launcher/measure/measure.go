@@ -2,7 +2,7 @@
 // them. What it finds:
 //
 //   - the emulator that the domain XML names, with links resolved; where that is
-//     virt-trust's own wrapper, the real one that it stands for as well;
+//     virt-trust's own, the real one that it stands for as well;
 //   - the emulator's modules, which it loads as it needs them: the shared
 //     objects in the folder "qemu" under the library folders of its prefix
 //     (/usr/lib/x86_64-linux-gnu/qemu, /usr/lib64/qemu, /usr/lib/qemu);
@@ -32,6 +32,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virt-trust/internal/domain"
+	"virt-trust/internal/domain/emulator"
 )
 
 // Roles of files.
@@ -100,14 +101,11 @@ func (m *Measurer) Targets(f *domain.Facts, path string) ([]Target, error) {
 	if f.Emulator == "" {
 		return nil, errors.New("the domain XML names no emulator")
 	}
-	emulator := f.Emulator
-	if same(emulator, m.Wrapper) {
-		var err error
-		if emulator, err = m.real(filepath.Base(emulator), path); err != nil {
-			return nil, err
-		}
+	runs := f.Emulator
+	if name, ours := emulator.Ours(runs); ours {
+		runs = emulator.Real(name)
 	}
-	if err := add(Emulator, emulator); err != nil {
+	if err := add(Emulator, runs); err != nil {
 		return nil, err
 	}
 	for _, o := range modules(all[0].Path) {
@@ -139,7 +137,11 @@ func (m *Measurer) Targets(f *domain.Facts, path string) ([]Target, error) {
 			all = append(all, Target{Library, l})
 		}
 	}
-	for _, o := range m.Own {
+	own := m.Own
+	if runs != f.Emulator {
+		own = append(slices.Clone(own), f.Emulator)
+	}
+	for _, o := range own {
 		if err = errors.Join(err, add(Own, o)); err != nil {
 			return nil, err
 		}

@@ -46,7 +46,7 @@ func TestTargets(t *testing.T) {
 	put(t, in("usr/bin/swtpm"), "#!swtpm")
 	put(t, in("usr/bin/swtpm_setup"), "#!setup")
 	wrapper := put(t, in("libexec/wrapper"), "wrapper")
-	for _, p := range []string{"swtpm", "swtpm_setup", "qemu-real"} {
+	for _, p := range []string{"swtpm", "swtpm_setup"} {
 		link(t, wrapper, in("libexec/bin/"+p))
 	}
 	put(t, in("fw/code.fd"), "code")
@@ -72,8 +72,7 @@ func TestTargets(t *testing.T) {
 		w        domain.Firmware
 		more     []string
 	}{
-		"no firmware":      {in("usr/bin/qemu"), domain.Firmware{Arch: "aarch64"}, nil},
-		"behind a wrapper": {in("libexec/bin/qemu-real"), domain.Firmware{Arch: "aarch64"}, nil},
+		"no firmware": {in("usr/bin/qemu"), domain.Firmware{Arch: "aarch64"}, nil},
 		"loader and template": {in("usr/bin/qemu"), with(func(w *domain.Firmware) { w.Loader, w.Template = in("fw/code.fd"), in("fw/ms.fd") }),
 			[]string{"firmware fw/code.fd", "nvram-template fw/ms.fd"}},
 		"loader alone":    {in("usr/bin/qemu"), with(func(w *domain.Firmware) { w.Auto, w.Loader = "", in("fw/code.fd") }), []string{"firmware fw/code.fd", "nvram-template fw/vars.fd"}},
@@ -99,10 +98,9 @@ func TestTargets(t *testing.T) {
 		}
 	}
 	for name, f := range map[string]*domain.Facts{
-		"no emulator":         {},
-		"a missing emulator":  {Emulator: in("usr/bin/none")},
-		"a missing firmware":  {Emulator: in("usr/bin/qemu"), Firmware: domain.Firmware{Loader: in("fw/none.fd"), Template: in("fw/vars.fd")}},
-		"wrapper for nothing": {Emulator: in("libexec/wrapper")},
+		"no emulator":        {},
+		"a missing emulator": {Emulator: in("usr/bin/none")},
+		"a missing firmware": {Emulator: in("usr/bin/qemu"), Firmware: domain.Firmware{Loader: in("fw/none.fd"), Template: in("fw/vars.fd")}},
 	} {
 		if got, err := m.Targets(f, path); err == nil {
 			t.Errorf("%s: %v", name, got)

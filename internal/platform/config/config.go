@@ -44,6 +44,7 @@ type Config struct {
 	Grant    Grant    `toml:"grant"`
 	QEMU     QEMU     `toml:"qemu"`
 	Emulator Emulator `toml:"emulator"`
+	Launcher Launcher `toml:"launcher"`
 }
 
 // TPM is the host's TPM.
@@ -97,6 +98,21 @@ type Emulator struct {
 	Require bool `toml:"require"` // refuse VMs with a vTPM that name another
 }
 
+// Sources of Reference Values for launchers.
+const (
+	FirstUse = "trust-on-first-use"
+	Package  = "package"
+	Manifest = "manifest"
+)
+
+// Launcher is what may run VMs.
+type Launcher struct {
+	Policy       []string `toml:"policy"`        // who may approve besides the admin: FirstUse, Package, Manifest
+	PCR          uint     `toml:"pcr"`           // of the host's TPM, for the launch log
+	ManifestKeys string   `toml:"manifest_keys"` // public keys in PEM
+	RequireLog   bool     `toml:"require_log"`   // refuse starts while the launch log does not replay
+}
+
 // Default gives the compiled-in configuration.
 func Default() Config {
 	return Config{
@@ -110,6 +126,7 @@ func Default() Config {
 		Swtpm:    Swtpm{User: "tss", StateRoot: "/var/lib/libvirt/swtpm"},
 		Grant:    Grant{Lifetime: Duration(time.Minute)},
 		QEMU:     QEMU{User: "libvirt-qemu"},
+		Launcher: Launcher{Policy: []string{FirstUse, Package}, PCR: 15, ManifestKeys: "/etc/virt-trust/manifest-keys.pem"},
 	}
 }
 
@@ -185,6 +202,7 @@ func (c Config) check() error {
 		oneOf("tpm.bank", c.TPM.Bank, "sha256", "sha384"),
 		oneOf("policy.crash_recovery", c.Policy.CrashRecovery, "authenticated", "strict"),
 		oneOf("policy.restore", c.Policy.Restore, "allow", "refuse"),
+		abs("launcher.manifest_keys", c.Launcher.ManifestKeys),
 		abs("tpm.device", c.TPM.Device), abs("tpm.event_log", c.TPM.EventLog), abs("swtpm.state_root", c.Swtpm.StateRoot),
 	}
 	if c.Libvirt.Socket != "" {
@@ -218,6 +236,17 @@ func (c Config) check() error {
 	}
 	if n := c.Rollback.PerYear; n < 1000 || n > 1_000_000 {
 		errs = append(errs, fmt.Errorf("rollback.per_year: %d is not between 1000 and 1000000", n))
+	}
+	for _, p := range c.Launcher.Policy {
+		errs = append(errs, oneOf("launcher.policy", p, FirstUse, Package, Manifest))
+	}
+	switch p := c.Launcher.PCR; {
+	case p > 15:
+		errs = append(errs, fmt.Errorf("launcher.pcr: PCR %d is none that lasts until the next boot", p))
+	case p == 10:
+		errs = append(errs, errors.New("launcher.pcr: PCR 10 is the kernel's own"))
+	case seen[p]:
+		errs = append(errs, fmt.Errorf("launcher.pcr: PCR %d is in tpm.pcrs, which VM starts must not change", p))
 	}
 	for key, d := range map[string]Duration{"tpm.timeout": c.TPM.Timeout, "grant.lifetime": c.Grant.Lifetime} {
 		if d < Duration(time.Second) || d > Duration(10*time.Minute) {

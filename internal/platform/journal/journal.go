@@ -53,6 +53,9 @@ const (
 	HostRevoked     Event = "488f2db3065b41348b244bdb45c5c753" // the approval of one was withdrawn
 	NextBootGiven   Event = "6dc89d1a22ad42f9b4204968ced44d59" // the next boot will not be checked, or will be after all
 	NextBootUsed    Event = "a1a842f0af374620936609df5facc2d5" // this boot was one without PCR check
+	LauncherLearned Event = "a3d1f0c25f6e4c7f9b0d9a1c7e5b42d8" // a program or firmware was approved on first use or by its package
+	LauncherChanged Event = "5c2b7d9e84f14d0aa1e36f0b9c47d215" // an admin or a manifest changed what may run
+	LaunchLogBroken Event = "e81f4a6b2c9d4f35b7a0d6c3195e72fa" // the launch log does not replay to its PCR
 	KeysGranted     Event = "0cd3f62e16c544fbb99610e01504132f" // vTPM keys were handed to swtpm
 )
 

@@ -135,6 +135,13 @@ type Record struct {
 	Reverted        int64  `cbor:"31,keyasint,omitempty"` // when it did last
 	// Older are the beginnings of digests from before the history, oldest first.
 	Older []byte `cbor:"32,keyasint,omitempty"`
+
+	// EKDigest is the SHA-256 digest of the vTPM's RSA endorsement key, as
+	// SubjectPublicKeyInfo in DER; none before its first start, and of a TPM 1.2.
+	EKDigest Digest `cbor:"23,keyasint,omitzero"`
+	// Launchers is the generation of the Reference Values for launchers under which
+	// the record was opened last: a file of an older one was rolled back.
+	Launchers uint64 `cbor:"40,keyasint,omitempty"`
 }
 
 // Clone copies the record deeply.

@@ -1,0 +1,190 @@
+// Package ek reads the endorsement key of a vTPM. It has the real swtpm load a
+// copy of the state, since loading writes, in a folder of its own in memory and
+// as swtpm's user, and asks it over a socket that nobody else has. Taking the
+// state apart instead would be quicker and would believe the guest, which can
+// put anything beside its keys.
+package ek
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+	"golang.org/x/sys/unix"
+
+	"virt-trust/internal/platform/secret"
+)
+
+// Reader says how swtpm is run.
+type Reader struct {
+	Swtpm    string // the real one
+	Dir      string // for the copies: on a tmpfs
+	UID, GID int    // of swtpm's user
+}
+
+// limit is for all of it; an RSA key that has to be derived takes a second.
+const limit = 5 * time.Second
+
+// handle is where the RSA EK is kept (TCG EK Credential Profile 2.5, 2.2.1.4).
+const handle = tpm2.TPMHandle(0x81010001)
+
+// Digest gives the SHA-256 digest of the RSA-2048 endorsement key of the TCG's
+// template (EK Credential Profile, B.3.3) as SubjectPublicKeyInfo in DER: what
+//
+//	openssl x509 -in ek.cert -noout -pubkey | openssl pkey -pubin -outform der | sha256sum
+//
+// says of the vTPM's EK certificate. state is the content of the state file of
+// this name, under stateKey, or plain where stateKey is nil.
+func (r Reader) Digest(ctx context.Context, name string, state, stateKey []byte) (d [sha256.Size]byte, err error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	dir, err := r.copy(name, state)
+	if err != nil {
+		return d, err
+	}
+	defer os.RemoveAll(dir)
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return d, err
+	}
+	theirs := os.NewFile(uintptr(fds[1]), "tpm")
+	defer theirs.Close()
+	ours := os.NewFile(uintptr(fds[0]), "tpm")
+	conn, err := net.FileConn(ours)
+	if err = errors.Join(err, ours.Close()); err != nil {
+		return d, err
+	}
+	defer conn.Close()
+
+	const first = 3 // of ExtraFiles
+	c := exec.CommandContext(ctx, r.Swtpm, "socket", "--tpm2", "--tpmstate", "dir="+dir, "--fd", fmt.Sprint(first), "--flags", "not-need-init,startup-clear", "--terminate")
+	c.Env, c.Dir, c.WaitDelay = []string{"PATH=/usr/bin:/bin"}, dir, time.Second
+	c.ExtraFiles = []*os.File{theirs}
+	if stateKey != nil {
+		key, err := secret.HexMemfd("vtpm-state-key", stateKey)
+		if err != nil {
+			return d, err
+		}
+		defer key.Close()
+		c.ExtraFiles = append(c.ExtraFiles, key)
+		c.Args = append(c.Args, "--key", fmt.Sprintf("fd=%d,format=hex,mode=aes-256-cbc", first+1))
+	}
+	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if os.Geteuid() == 0 && r.UID != 0 {
+		c.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(r.UID), Gid: uint32(r.GID)}
+	}
+	var words bytes.Buffer
+	c.Stderr = &words
+	// Pdeathsig follows the thread that starts the child, which Go may end: a child
+	// that goes with it is an error like any other here.
+	if err := c.Start(); err != nil {
+		return d, err
+	}
+	theirs.Close()
+	if t, ok := ctx.Deadline(); ok {
+		_ = conn.SetDeadline(t)
+	}
+	d, err = ask(transport.FromReadWriter(conn))
+	conn.Close()
+	if e := c.Wait(); err != nil {
+		return d, fmt.Errorf("asking swtpm: %w (%v, %.200q)", err, e, strings.TrimSpace(words.String()))
+	}
+	return d, nil
+}
+
+// copy puts the state into a new folder of swtpm's user.
+func (r Reader) copy(name string, state []byte) (string, error) {
+	if name == "" || filepath.Base(name) != name {
+		return "", fmt.Errorf("%.40q is no name of a state file", name)
+	}
+	dir, err := os.MkdirTemp(r.Dir, "ek-")
+	if err != nil {
+		return "", err
+	}
+	file := filepath.Join(dir, name)
+	err = os.WriteFile(file, state, 0o600)
+	if os.Geteuid() == 0 {
+		err = errors.Join(err, os.Chown(file, r.UID, r.GID), os.Chown(dir, r.UID, r.GID))
+	}
+	if err != nil {
+		os.RemoveAll(dir)
+		return "", err
+	}
+	return dir, nil
+}
+
+// ask takes the key that is kept, if it is a primary key of this vTPM's
+// endorsement hierarchy and of the template; else it has it derived anew.
+func ask(t transport.TPM) (d [sha256.Size]byte, err error) {
+	defer func() {
+		if p := recover(); p != nil { // go-tpm takes responses apart by reflection
+			err = fmt.Errorf("the response cannot be read: %v", p)
+		}
+	}()
+	var public *tpm2.TPMTPublic
+	if r, err := (tpm2.ReadPublic{ObjectHandle: handle}).Execute(t); err == nil {
+		p, err := r.OutPublic.Contents()
+		if err != nil {
+			return d, err
+		}
+		if genuine(p, r.Name.Buffer, r.QualifiedName.Buffer) {
+			public = p
+		}
+	}
+	if public == nil {
+		r, err := tpm2.CreatePrimary{PrimaryHandle: tpm2.TPMRHEndorsement, InPublic: tpm2.New2B(tpm2.RSAEKTemplate)}.Execute(t)
+		if err != nil {
+			return d, fmt.Errorf("deriving the endorsement key: %w", err)
+		}
+		if public, err = r.OutPublic.Contents(); err != nil {
+			return d, err
+		}
+	}
+	parms, err := public.Parameters.RSADetail()
+	if err != nil {
+		return d, err
+	}
+	unique, err := public.Unique.RSA()
+	if err != nil {
+		return d, err
+	}
+	key, err := tpm2.RSAPub(parms, unique)
+	if err != nil {
+		return d, err
+	}
+	der, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return d, err
+	}
+	return sha256.Sum256(der), nil
+}
+
+// genuine reports whether a key has the EK's template, and is a primary key of
+// the endorsement hierarchy: then its qualified name is the hash of the
+// hierarchy's handle and its name (Part 1, 16).
+func genuine(p *tpm2.TPMTPublic, name, qualified []byte) bool {
+	want := tpm2.RSAEKTemplate
+	if p.Type != want.Type || p.NameAlg != want.NameAlg || p.ObjectAttributes != want.ObjectAttributes || !bytes.Equal(p.AuthPolicy.Buffer, want.AuthPolicy.Buffer) {
+		return false
+	}
+	parms, err := p.Parameters.RSADetail()
+	if err != nil || parms.KeyBits != 2048 {
+		return false
+	}
+	h := sha256.New()
+	h.Write([]byte{0x40, 0, 0, 0x0b}) // TPM_RH_ENDORSEMENT
+	h.Write(name)
+	return len(qualified) == 2+sha256.Size && bytes.Equal(qualified[2:], h.Sum(nil))
+}
