@@ -54,7 +54,7 @@ func (g *Guard) chain(p Programs, uid, gid int) error {
 	if err != nil {
 		return err
 	}
-	g.launch.measurer.Wrapper, g.launch.measurer.Own = p.Wrapper, []string{p.Hook, p.Wrapper, self}
+	g.launch.measurer.Wrapper, g.launch.measurer.Own = p.Wrapper, []string{p.Hook, p.Wrapper, p.Emulator, self}
 	g.launch.ek = &ek.Reader{Dir: g.dirs.Run, UID: uid, GID: gid}
 	return nil
 }

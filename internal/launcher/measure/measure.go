@@ -137,11 +137,7 @@ func (m *Measurer) Targets(f *domain.Facts, path string) ([]Target, error) {
 			all = append(all, Target{Library, l})
 		}
 	}
-	own := m.Own
-	if runs != f.Emulator {
-		own = append(slices.Clone(own), f.Emulator)
-	}
-	for _, o := range own {
+	for _, o := range m.Own {
 		if err = errors.Join(err, add(Own, o)); err != nil {
 			return nil, err
 		}
