@@ -298,7 +298,7 @@ func (g *Guard) listRefusal(err error) error {
 	case errors.Is(err, liststore.ErrDamaged):
 		return reason.Refuse(reason.ListDamaged, mend, "%s: %s", path, err)
 	}
-	return g.tpmRefusal(err)
+	return err
 }
 
 // peek gives the list if it is open, without asking anyone.

@@ -22,8 +22,26 @@ import (
 
 func (g *Guard) rollback() liststore.Rollback {
 	return liststore.Rollback{
-		Counter: g.tpm, Each: g.cfg.Rollback.Window == 0, PerYear: g.cfg.Rollback.PerYear, Now: g.now, Stirred: g.stirred,
+		Counter: tpmCounter{g}, Each: g.cfg.Rollback.Window == 0, PerYear: g.cfg.Rollback.PerYear, Now: g.now, Stirred: g.stirred,
 	}
+}
+
+// tpmCounter is the TPM's counter, whose failures are refusals.
+type tpmCounter struct{ g *Guard }
+
+func (c tpmCounter) Counter(ctx context.Context) (uint64, error) {
+	n, err := c.g.tpm.Counter(ctx)
+	return n, c.g.tpmRefusal(err)
+}
+
+func (c tpmCounter) FirstCount(ctx context.Context) (uint64, error) {
+	n, err := c.g.tpm.FirstCount(ctx)
+	return n, c.g.tpmRefusal(err)
+}
+
+func (c tpmCounter) Count(ctx context.Context, next uint64, urgent bool) (uint64, error) {
+	n, err := c.g.tpm.Count(ctx, next, urgent)
+	return n, c.g.tpmRefusal(err)
 }
 
 // stirred wakes keepRaised.
