@@ -342,6 +342,7 @@ func (s *Service) revoke(ctx context.Context, c *caller, ids []string, options d
 	if len(ids) == 0 {
 		return nil, errors.New("no state was named")
 	}
+	pending, _ := s.host.Waiver()
 	gone, err := s.host.Revoke(ctx, option[bool](options, "force"), ids...)
 	if errors.Is(err, hosttpm.ErrUnknownState) {
 		return nil, reason.Refuse(reason.PolicyForbids, "'virt-trust host states' lists them", "%s", err)
@@ -357,6 +358,9 @@ func (s *Service) revoke(ctx context.Context, c *caller, ids []string, options d
 		s.logs.prune(states)
 	}
 	e := HostEvent{Event: eventRevoked, States: names, What: "revoked, with every copy of its approval", Note: option[string](options, "note"), UID: int64(c.uid)}
+	if pending != nil {
+		e.What += "; the boot without PCR check that was asked for is taken back with it"
+	}
 	s.note(e, journal.HostRevoked, logrus.WarnLevel)
 	result := strs("what", e.What)
 	result["states"] = dbus.MakeVariant(names)

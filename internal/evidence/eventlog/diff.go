@@ -35,7 +35,8 @@ func Diff(was, now *Log, bank string, pcrs []uint) ([]Change, error) {
 	for _, p := range pcrs {
 		all = append(all, diff(p, a.of(p), b.of(p))...)
 	}
-	return all, nil
+	// An image that is measured twice, as a kernel is by shim and GRUB, is told once.
+	return slices.Compact(all), nil
 }
 
 func localityOf(l *Log) int {
