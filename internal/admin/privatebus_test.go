@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"os/user"
@@ -126,6 +127,7 @@ type fake struct {
 	vms           []map[string]any
 	check         map[string]map[string]any // by VM
 	refuse        map[string]*reason.Refusal
+	methods       map[string]any // more of them
 
 	mu        sync.Mutex // of what follows: each call has its goroutine
 	label     map[string]any
@@ -271,6 +273,7 @@ func (f *fake) serve(t *testing.T, address string) {
 	for _, m := range []string{"Adopt", "Release", "Repair", "Accept", "AdoptEmulator", "RestoreEmulator"} {
 		manager[m] = change(m)
 	}
+	maps.Copy(manager, f.methods)
 	getAll := func(msg dbus.Message, iface string) (map[string]dbus.Variant, *dbus.Error) {
 		switch iface {
 		case bus.ManagerInterface:

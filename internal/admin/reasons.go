@@ -31,7 +31,7 @@ var advice = map[reason.Code][2]string{
 	},
 	reason.ListDamaged: {
 		"The file of the vTPM list is gone, or was altered, or was written under another key.",
-		"'virt-trust repair --list' writes the list back from virt-trustd's memory or, where that is gone, rebuilds it from the labels of the VMs. That takes each vTPM state for right that lies there and is the VM's own: without the list nobody can tell whether it is the newest.",
+		"'virt-trust repair --list' writes the list back from virt-trustd's memory or, where that is gone, rebuilds it from the labels of the VMs. That takes each vTPM state for right that lies there and is the VM's own: without the list nobody can tell whether it is the newest. Where the TPM was cleared or replaced as well: 'virt-trust recover' with the recovery key.",
 	},
 	reason.VTPMUnknown: {
 		"A VM that is not in the list has a vTPM state that cannot be taken in by itself: it is encrypted or damaged, or policy.adopt is off.",
@@ -62,12 +62,12 @@ var advice = map[reason.Code][2]string{
 		"Put the VM's own image back. If the VM is a wanted copy: 'virt-trust adopt VM' gives the image a label of its own and the VM a vTPM of its own.",
 	},
 	reason.LabelOtherHost: {
-		"The image comes from another host, whose TPM alone can unwrap the keys in the label.",
-		"Start the VM on its own host, or release it there before it is moved. 'virt-trust adopt --new VM' gives it a new vTPM on this host.",
+		"The image comes from another host, whose TPM alone, or whose recovery key, can unwrap the keys in the label.",
+		"Start the VM on its own host, or release it there before it is moved. With that host's recovery key, and the VM's vTPM folder: 'virt-trust recover VM'. 'virt-trust adopt --new VM' gives it a new vTPM on this host.",
 	},
 	reason.KeyNotReleased: {
-		"No vTPM keys are handed out: there is no launch grant (swtpm was started by hand, twice or too late, or libvirt does not use the wrapper or hook yet), or the host's TPM was cleared or replaced, and its keys are gone.",
-		"Start the VM through libvirt. After an installation: 'systemctl restart libvirtd', which running VMs do not notice. After a cleared or replaced TPM nobody can read the list and the vTPMs any more: 'systemctl stop virt-trustd', remove /var/lib/virt-trust, 'systemctl start virt-trustd'; then bring back plain vTPM states from a backup made before adoption, or give the VMs new, empty ones with 'virt-trust adopt --new VM'.",
+		"No vTPM keys are handed out: there is no launch grant (swtpm was started by hand, twice or too late, or libvirt does not use the wrapper or hook yet), or the host's TPM was cleared or replaced, and its keys are gone; or a recovery key is not the one of this host.",
+		"Start the VM through libvirt. After an installation: 'systemctl restart libvirtd', which running VMs do not notice. After a cleared or replaced TPM: 'virt-trust recover' with the recovery key. Without one nobody can read the list and the vTPMs any more: 'systemctl stop virt-trustd', move /var/lib/virt-trust away, 'systemctl start virt-trustd'; then bring vTPMs back from backups with 'virt-trust restore', or give the VMs new, empty ones with 'virt-trust adopt --new VM'.",
 	},
 	reason.LauncherNotApproved: {
 		"QEMU, one of its modules, firmware, swtpm, a library of it or a program of virt-trust is not an approved file: it was replaced by hand, its digest was revoked, or no source of launcher.policy vouches for it. The line names the file, its SHA-256 digest, and the one that is approved. Also given when the file of the Reference Values is missing, altered or an older one.",

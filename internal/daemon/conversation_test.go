@@ -95,12 +95,11 @@ func TestConversationInput(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer theirs.Close()
 	go func() {
 		theirs.Write(bytes.Repeat([]byte("k"), 100))
 		theirs.Close()
 	}()
-	b, err := ours.input(100 + 1)
+	b, err := ours.input(recovery.MaxBackup) // the most that is asked for
 	if err != nil || len(b.Bytes()) != 100 {
 		t.Fatal(err)
 	}

@@ -36,16 +36,19 @@ type Backup struct {
 const (
 	backupVersion = 1
 	backupName    = "backup.json"
-	maxMeta       = 64 << 10
-	maxState      = 1 << 20
+	maxTo         = 32
 
-	// MaxBackup bounds a backup in the clear.
-	MaxBackup = maxMeta + maxState + 16<<10
-	maxTo     = 32
+	// MaxBackup bounds a backup in the clear. libtpms' largest state has 146 KB.
+	MaxBackup = 1 << 20
+	maxMeta   = 16 << 10
+	maxState  = MaxBackup - maxMeta - 16<<10
 )
 
 // Archive gives the tar archive.
 func (b Backup) Archive() ([]byte, error) {
+	if len(b.State) > maxState {
+		return nil, fmt.Errorf("a vTPM's state of %d bytes, at most %d", len(b.State), maxState)
+	}
 	b.Version = backupVersion
 	meta, err := json.MarshalIndent(b, "", "  ")
 	if err != nil {

@@ -32,6 +32,15 @@ func TestBackup(t *testing.T) {
 	if err != nil || !reflect.DeepEqual(*got, want) {
 		t.Fatalf("%+v, %v", got, err)
 	}
+	large := sample()
+	large.State = make([]byte, maxState)
+	if archive, err := large.Archive(); err != nil || len(archive) > MaxBackup {
+		t.Errorf("the largest has %d bytes, %v", len(archive), err)
+	}
+	large.State = make([]byte, maxState+1)
+	if _, err := large.Archive(); err == nil {
+		t.Error("too large")
+	}
 	k := newKey(t)
 	public, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
