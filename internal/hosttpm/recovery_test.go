@@ -30,6 +30,9 @@ func TestReprovision(t *testing.T) {
 	e, dir, _ := startMade(t)
 	h := open(t, e.sock, dir)
 	listKey, policyKey := secrets(t, h)
+	if err := h.Waive(t.Context(), "an update"); err != nil {
+		t.Fatal(err)
+	}
 	bind, policyName := h.BindKeyName(), h.PolicyKeyName()
 	h.Close()
 	e.stop()
@@ -46,6 +49,9 @@ func TestReprovision(t *testing.T) {
 		t.Fatal(err)
 	}
 	works(t, h)
+	if w, err := h.store.waiver(h.keys.Load()); w != nil || err != nil {
+		t.Errorf("the old policy key's waiver: %v, %v", w, err)
+	}
 	got, newPolicy := secrets(t, h)
 	if !bytes.Equal(got, listKey) {
 		t.Error("another list key")

@@ -52,12 +52,12 @@ func TestRecovery(t *testing.T) {
 			t.Fatalf("not shown: %s", shown)
 		}
 		refusedBy(t, host.Run("virt-trust", "recovery", "new"), reason.PolicyForbids)
-		host.Must("virt-trust", "recovery", "new", "--replace", "--output", key)
+		t.Log(host.Must("virt-trust", "recovery", "new", "--replace", "--output", key))
 		if s := recoveryState(t, host); s != "unconfirmed" {
 			t.Errorf("made: %q", s)
 		}
 		refusedBy(t, host.RunInput(once, "virt-trust", "recovery", "confirm"), reason.KeyNotReleased)
-		host.Must("virt-trust", "recovery", "confirm", "-i", key)
+		t.Log(host.Must("virt-trust", "recovery", "confirm", "-i", key), host.Must("virt-trust", "recovery", "show"))
 		if s := recoveryState(t, host); s != "confirmed" {
 			t.Errorf("confirmed: %q", s)
 		}
@@ -75,7 +75,7 @@ func TestRecovery(t *testing.T) {
 		host.Must("systemctl", "restart", "virt-trustd")
 		refused(t, g, reason.HostNotApproved)
 		refusedBy(t, host.RunInput(once, "virt-trust", "recover"), reason.KeyNotReleased) // the wrong key
-		t.Log(host.Must("virt-trust", "recover", "-i", key))
+		t.Log(host.Shell("virt-trust recover -i " + key + " 2>&1"))
 		starts(t, g)
 	})
 	t.Run("TPM cleared", func(t *testing.T) {
@@ -89,7 +89,7 @@ func TestRecovery(t *testing.T) {
 			t.Errorf("a key that is cut off: exit %d, %s%s", r.Code, r.Stdout, r.Stderr)
 		}
 		refused(t, g, reason.KeyNotReleased)
-		t.Log(host.Must("virt-trust", "recover", "-i", key))
+		t.Log(host.Shell("virt-trust recover -i " + key + " 2>&1"))
 		starts(t, g)
 	})
 	t.Run("board swapped, list lost, shares", func(t *testing.T) {
@@ -104,7 +104,7 @@ func TestRecovery(t *testing.T) {
 		if r := host.Run("virt-trust", "recover", "--share", "/root/shares/share-3.txt"); r.Code != 1 || !strings.Contains(r.Stderr, "2 shares of set") {
 			t.Errorf("one share: exit %d, %s", r.Code, r.Stderr)
 		}
-		t.Log(host.Must("virt-trust", "recover", "--share", "/root/shares/share-3.txt", "--share", "/root/shares/share-1.txt"))
+		t.Log(host.Shell("virt-trust recover --share /root/shares/share-3.txt --share /root/shares/share-1.txt 2>&1"))
 		starts(t, g)
 	})
 	t.Run("backup of a VM that runs", func(t *testing.T) {
