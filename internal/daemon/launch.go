@@ -277,7 +277,7 @@ func (g *Guard) admit(ctx context.Context, f *domain.Facts, all []launcher) (uin
 		if v.Revoked && l.by != "" {
 			return 0, reason.Refuse(reason.LauncherNotApproved, "start the VM again", "%s was revoked while the VM was being started", l.Path)
 		}
-		if !l.learn || v.Source != "" {
+		if !l.learn || v.Source != "" && !v.Learn {
 			continue
 		}
 		if err := next.Learn(refvalues.Found{Path: l.Path, Digest: l.SHA256}, l.by, l.detail, g.unix()); err != nil {
