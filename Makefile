@@ -7,7 +7,7 @@
 # make demo     a guarded VM on a private test host, and an attack on it
 # make bench    guarded against plain libvirt, as ratios
 # make faults   kills, power cuts, broken disks and TPMs at every step: figures
-# make soak     starts, stops, crashes and power cuts for SOAK (1h)
+# make soak     EVENTS (2000) random events in the lives of six VMs, for SOAK (24h) at most
 # make fuzz     every fuzzer for FUZZTIME (10m)
 # make clean
 
@@ -26,7 +26,8 @@ datadir = $(prefix)/share
 unitdir = $(prefix)/lib/systemd/system
 sysconfdir = /etc
 FUZZTIME ?= 10m
-SOAK ?= 1h
+SOAK ?= 24h
+EVENTS ?= 2000
 
 GO ?= go
 GOFLAGS_BUILD = -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
@@ -118,7 +119,7 @@ bench: deb
 
 soak: deb
 	internal/lab/install-packages.sh
-	VIRT_TRUST_LAB=1 VIRT_TRUST_SOAK=$(SOAK) $(GO) test -count=1 -timeout 24h -run '^(TestSoak|TestPowerCut)$$' -v ./internal/lab
+	VIRT_TRUST_LAB=1 VIRT_TRUST_SOAK=$(SOAK) VIRT_TRUST_EVENTS=$(EVENTS) $(GO) test -count=1 -timeout 24h -run '^(TestSoak|TestPowerCut)$$' -v ./internal/lab
 
 # go test takes one fuzzer of one package at a time
 fuzz:

@@ -695,10 +695,14 @@ func (g *Guard) accept(ctx context.Context, st *start) (what string, err error) 
 		}
 		r = lifecycle.Settled(r, s.State.Digest, s.Journal, g.unix())
 		r.SetTag(tagOf(st.dir, keys))
-		if err := g.keepState(r.UUID, st.dir); err != nil {
+		// The newest is given up when the older one is durable and in the list, not before.
+		if _, err := statedir.Settle(r.Instance); err != nil {
 			return "", err
 		}
 		if err := st.store.Commit(liststore.Change{Put: r}); err != nil {
+			return "", err
+		}
+		if err := g.keepState(r.UUID, st.dir); err != nil {
 			return "", err
 		}
 		what = "an older vTPM state was accepted on the admin's word"

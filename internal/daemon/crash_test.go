@@ -18,8 +18,10 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"virt-trust/internal/domain"
+	"virt-trust/internal/recovery"
 	"virt-trust/internal/vtpm/imagefile"
 	"virt-trust/internal/vtpm/list"
+	"virt-trust/internal/vtpm/liststore"
 	"virt-trust/internal/vtpm/reason"
 	"virt-trust/internal/vtpm/statedir"
 )
@@ -59,6 +61,27 @@ var operations = map[string]func(ctx context.Context, g *Guard, f *domain.Facts)
 		_, err := g.Repair(ctx, off(f), f)
 		return err
 	},
+	"accept": func(ctx context.Context, g *Guard, f *domain.Facts) error {
+		_, err := g.Accept(ctx, off(f), f)
+		return err
+	},
+	"recovery key": func(ctx context.Context, g *Guard, f *domain.Facts) error {
+		if _, err := g.List(ctx); err != nil {
+			return err
+		}
+		k, err := keyIn(g.dirs.State)
+		if err == nil {
+			_, err = g.SetRecovery(ctx, k.Recipient(), quietly)
+		}
+		return err
+	},
+	"recover": func(ctx context.Context, g *Guard, f *domain.Facts) error {
+		k, err := keyIn(g.dirs.State)
+		if err == nil {
+			_, err = g.Recover(ctx, k, quietly)
+		}
+		return err
+	},
 	"raise": func(ctx context.Context, g *Guard, f *domain.Facts) error {
 		store, err := g.List(ctx)
 		if err != nil {
@@ -83,6 +106,25 @@ var operations = map[string]func(ctx context.Context, g *Guard, f *domain.Facts)
 		}
 		return g.delete(ctx, store, store.Get(f.UUID), "it was undefined")
 	},
+}
+
+// keyIn is the recovery key that a scene has put beside the house's state.
+func keyIn(state string) (*recovery.Key, error) {
+	b, err := os.ReadFile(filepath.Join(filepath.Dir(state), "recovery.key"))
+	if err != nil {
+		return nil, err
+	}
+	return recovery.Parse(b)
+}
+
+// putKey makes a recovery key for keyIn.
+func (h *house) putKey() *recovery.Key {
+	h.t.Helper()
+	k := must[*recovery.Key](h.t)(recovery.NewKey())
+	if err := os.WriteFile(filepath.Join(h.root, "recovery.key"), []byte(k.Text()), 0o600); err != nil {
+		h.t.Fatal(err)
+	}
+	return k
 }
 
 // carryOutInChild does an operation in the house at root, and gives the exit status.
@@ -256,6 +298,38 @@ var scenes = []scene{
 		}
 		return f
 	}, guarded},
+	{"acceptance", "accept", func(h *house) *domain.Facts {
+		f, _, versions := h.ran(uuidA)
+		h.put(uuidA, versions[0])
+		return f
+	}, guarded},
+	{"a recovery key", "recovery key", func(h *house) *domain.Facts {
+		f, _, _ := h.ran(uuidA)
+		h.putKey()
+		return f
+	}, func(h *house, f *domain.Facts) {
+		guarded(h, f)
+		k := must[*recovery.Key](h.t)(keyIn(h.g.dirs.State))
+		must[string](h.t)(h.g.SetRecovery(background, k.Recipient(), quietly))
+		h.otherTPM()
+		must[string](h.t)(h.g.Recover(background, k, quietly))
+		h.tpm = nil // the next case has the first TPM
+		h.start(f)
+	}},
+	{"a recovery", "recover", func(h *house) *domain.Facts {
+		f, _, _ := h.ran(uuidA)
+		must[string](h.t)(h.g.SetRecovery(background, h.putKey().Recipient(), quietly))
+		os.Remove(liststore.Path(h.g.dirs.State))
+		return f
+	}, func(h *house, f *domain.Facts) {
+		if err := h.prepare(f); err != nil {
+			if reason.As(err) == nil {
+				h.t.Fatal(err)
+			}
+			must[string](h.t)(h.g.Recover(background, must[*recovery.Key](h.t)(keyIn(h.g.dirs.State)), quietly))
+		}
+		guarded(h, f)
+	}},
 	{"release", "release", func(h *house) *domain.Facts { f, _, _ := h.ran(uuidA); return f }, func(h *house, f *domain.Facts) {
 		store := must[interface{ Get(string) *list.Record }](h.t)(h.listed())
 		if r := store.Get(uuidA); r == nil || r.State != list.Released {
