@@ -1,8 +1,11 @@
 package daemon
 
 import (
+	"bytes"
+	"compress/gzip"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -256,5 +259,91 @@ func TestHostNextBoot(t *testing.T) {
 	_, err := o.ask(t, "Approve", "predict", components.Encode([]eventlog.Component{{Kind: eventlog.Cmdline, Text: "quiet"}}), dict{})
 	if r := reason.As(err); r == nil || !strings.Contains(r.What, "does not lead to the values of PCR 9") {
 		t.Error("a prediction from an edited log: ", err)
+	}
+}
+
+// What systemd-pcrlock predicts is approved with what it does not predict as it
+// is; and after other PCRs were configured, the state that the host is in.
+func TestHostPCRLock(t *testing.T) {
+	t.Parallel()
+	o, m := bootedOffice(t, bootLog(t, "uki"))
+	values := must[map[uint][]byte](t)(bootLog(t, "uki2").Replay("sha256"))
+	prediction := fmt.Sprintf(`{"pcrBank":"sha256","pcrValues":[{"pcr":4,"values":["%064x","%x"]},{"pcr":9,"values":["%x"]},{"pcr":11,"values":["%x"]}]}`, 1, values[4], values[9], values[11])
+	d, err := o.ask(t, "Approve", "pcrlock", []dict{}, dict{"prediction": dbus.MakeVariant(prediction)})
+	if err != nil || len(d["states"].Value().([]string)) != 2 || d["what"].Value() != "what systemd-pcrlock predicts for PCR 4, 9, 11" {
+		t.Fatal(d, err)
+	}
+	if _, err := o.ask(t, "Approve", "pcrlock", []dict{}, dict{"prediction": dbus.MakeVariant("{}")}); reason.As(err) == nil {
+		t.Error("a prediction of nothing: ", err)
+	}
+	m.boot(bootLog(t, "uki2"))
+	o.starts(m)
+	if d, err := o.ask(t, "DryRun", dict{}); err != nil || d["approved"].Value() != true {
+		t.Fatal(d, err)
+	}
+
+	o.s.g.cfg.TPM.PCRs = []uint{0, 2, 4, 7, 9, 11}
+	o.starts(m)
+	for _, want := range []string{"the state that the host is in, by PCR 0, 2, 4, 7, 9, 11 in place of 0, 4, 7, 9, 11, 12, 14", "approved already; nothing was changed"} {
+		if d, err := o.ask(t, "Approve", "current", []dict{}, dict{}); err != nil || d["what"].Value() != want {
+			t.Errorf("%v, %v, want %q", d, err, want)
+		}
+	}
+}
+
+// A history survives what a crash makes of its end, and does not grow for
+// ever; a kept event log that is none does no harm.
+func TestHostHistory(t *testing.T) {
+	t.Parallel()
+	h := &history{path: filepath.Join(t.TempDir(), "history")}
+	count := func() int {
+		t.Helper()
+		return len(must[[]HostEvent](t)(h.all()))
+	}
+	if count() != 0 {
+		t.Error("events of nothing")
+	}
+	for range 3 {
+		if err := h.add(HostEvent{Event: eventApproved, Note: "n"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b := must[[]byte](t)(os.ReadFile(h.path))
+	if err := os.WriteFile(h.path, b[:len(b)-5], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.add(HostEvent{Event: eventRevoked}); err != nil || count() != 3 {
+		t.Errorf("after a torn line: %d events, %v", count(), err)
+	}
+	line := `{"time":1,"event":"approved","note":"` + strings.Repeat("n", maxNote) + `","uid":0}` + "\n"
+	if err := os.WriteFile(h.path, []byte(strings.Repeat(line, maxHistory/len(line)+1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.add(HostEvent{Event: eventApproved}); err != nil {
+		t.Fatal(err)
+	}
+	all := must[[]HostEvent](t)(h.all())
+	if st := must[os.FileInfo](t)(os.Stat(h.path)); st.Size() > maxHistory/2+maxHistory/8 || len(all) < maxHistory/len(line)/2 {
+		t.Errorf("%d bytes, %d events", st.Size(), len(all))
+	}
+
+	l := bootLogs{t.TempDir()}
+	if err := l.save("id", bootLog(t, "sd")); err != nil {
+		t.Fatal(err)
+	}
+	if got := must[*eventlog.Log](t)(l.load("id")); !bytes.Equal(got.Marshal(), bootLog(t, "sd").Marshal()) {
+		t.Error("another log comes back")
+	}
+	var bomb bytes.Buffer
+	w := gzip.NewWriter(&bomb)
+	w.Write(make([]byte, 2*eventlog.MaxSize))
+	w.Close()
+	for _, b := range [][]byte{nil, []byte("x"), bomb.Bytes()} {
+		if err := os.WriteFile(l.path("id"), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := l.load("id"); err == nil {
+			t.Errorf("%d bytes are a log", len(b))
+		}
 	}
 }
