@@ -771,7 +771,7 @@ func (g *Guard) rebuildList(ctx context.Context, key *recovery.Key) (what string
 		return "", g.tpmRefusal(err)
 	}
 	g.opened(store)
-	what = fmt.Sprintf("the vTPM list was rebuilt from labels, with %d VMs", len(records))
+	what = "the vTPM list was rebuilt from labels, with " + vms(len(records))
 	for _, l := range lost {
 		what += "; not taken in: " + l
 	}

@@ -122,6 +122,11 @@ func TestRecovery(t *testing.T) {
 			t.Errorf("a command that fails: exit %d", r.Code)
 		}
 		waitFor(t, "the VM goes on", func() bool { return g.State() == "running" })
+		if r := host.Run("sh", "-c", "virt-trust backup guest -r \"$(cat /root/id.pub)\" -o /root/no.age --pause-for 'systemctl kill -s KILL virt-trustd; sleep 1'"); r.Code != 1 {
+			t.Errorf("virt-trustd killed meanwhile: exit %d", r.Code)
+		}
+		waitFor(t, "the next virt-trustd makes the VM go on", func() bool { return g.State() == "running" })
+		unseals(t, g)
 		if r := host.Run("test", "-e", "/root/no.age"); r.Code == 0 {
 			t.Error("there is a backup without its disk")
 		}

@@ -177,8 +177,26 @@ func TestLibvirtd(t *testing.T) {
 	if list, err := c.List(within(t, 10*time.Second)); err != nil || len(list) != 1 || !list[0].Active || list[0].UUID != uuid || !strings.Contains(list[0].XML, "id='1'") {
 		t.Errorf("List: %+v, %v", list, err)
 	}
-	d.do("virsh -q resume other")
+	pause := func(want bool) {
+		t.Helper()
+		if paused, err := c.Pause(within(t, 10*time.Second), uuid); err != nil || paused != want {
+			t.Errorf("Pause: %v, %v", paused, err)
+		}
+	}
+	resume := func() {
+		t.Helper()
+		if err := c.Resume(within(t, 10*time.Second), uuid); err != nil {
+			t.Error(err)
+		}
+	}
+	pause(false) // somebody else did
+	resume()
 	expect(Resumed, "other")
+	pause(true)
+	expect(Suspended, "other")
+	resume()
+	expect(Resumed, "other")
+	resume() // it runs already
 	d.do("virsh -q managedsave other")
 	expect(Suspended, "other")
 	expect(Saved, "other")

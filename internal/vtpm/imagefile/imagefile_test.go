@@ -43,6 +43,33 @@ func TestRemove(t *testing.T) {
 	}
 }
 
+// What HasRoom says is what WriteLabel does.
+func TestHasRoom(t *testing.T) {
+	for _, size := range []string{"512", "1024", "2048", "65536"} {
+		path := filepath.Join(t.TempDir(), "a.qcow2")
+		if out, err := exec.Command("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size="+size, path, "1M").CombinedOutput(); err != nil {
+			if os.Getenv("CI") == "true" {
+				t.Fatalf("%v: %s", err, out)
+			}
+			t.Skip(err)
+		}
+		for _, n := range []int{434, 735, 4096} {
+			room, err := HasRoom(path, n)
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = WriteLabel(path, make([]byte, n))
+			var u *UnsupportedError
+			if room != (err == nil) || err != nil && !errors.As(err, &u) {
+				t.Errorf("clusters of %s bytes, %d bytes: room %v, %v", size, n, room, err)
+			}
+		}
+	}
+	if _, err := HasRoom("/dev/null", 1); err == nil {
+		t.Error("a device that is no disk")
+	}
+}
+
 func TestFileKeepsOwnerAndMode(t *testing.T) {
 	need(t, "qemu-img", "qemu-io")
 	dir := tempDir(t)
