@@ -75,8 +75,9 @@ func TestDiskFaults(t *testing.T) {
 			for _, fault := range diskFaults {
 				os.RemoveAll(h.root)
 				copyTree(t, before, h.root)
-				for i, at := range fault.steps(h, tt.op) {
-					if i%12 != 0 && !allFaults {
+				steps := fault.steps(h, tt.op)
+				for i, at := range steps {
+					if i%(len(steps)/3+1) != 0 && !allFaults {
 						continue
 					}
 					lasting := ""

@@ -330,7 +330,7 @@ func TestPowerCutAtEachWrite(t *testing.T) {
 						continue
 					}
 					seen[tree.digest()] = true
-					if len(seen)%30 != 1 && !allFaults {
+					if len(seen)%80 != 1 && !allFaults {
 						continue
 					}
 					cases.Add(1)
