@@ -73,12 +73,11 @@ func (c *Command) launchLogCommand() *cobra.Command {
 // fetchLaunchLog gives the log as far as it was when the TPM was asked.
 func (c *Command) fetchLaunchLog(ctx context.Context) (file []byte, p props, err error) {
 	err = withGuard(ctx, workTimeout, func(ctx context.Context, g *guard) error {
-		var piece []byte
-		if err := g.Call(ctx, "LaunchLog", []any{uint64(0), map[string]dbus.Variant{}}, &piece, &p); err != nil {
+		if err := g.Call(ctx, "LaunchLog", []any{uint64(0), map[string]dbus.Variant{}}, &file, &p); err != nil {
 			return err
 		}
-		file = piece
 		for uint64(len(file)) < p.number("size") {
+			var piece []byte
 			if err := g.Call(ctx, "LaunchLog", []any{uint64(len(file)), map[string]dbus.Variant{}}, &piece, new(props)); err != nil {
 				return err
 			}
@@ -87,7 +86,7 @@ func (c *Command) fetchLaunchLog(ctx context.Context) (file []byte, p props, err
 			}
 			file = append(file, piece...)
 		}
-		file = file[:p.number("size")]
+		file = file[:min(uint64(len(file)), p.number("size"))]
 		return nil
 	})
 	return file, p, err
