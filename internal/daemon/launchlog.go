@@ -294,6 +294,7 @@ func (g *Guard) checkSoon(ctx context.Context) {
 
 // checkLaunchLog holds the log against the PCR as it is, and takes it to the
 // disk. It gives what the TPM said, and how long the log was then, in bytes.
+// While the TPM is asked VMs may start; where one did, the TPM is asked again.
 func (g *Guard) checkLaunchLog(ctx context.Context) (pcr hosttpm.PCR, size int64, err error) {
 	g.launch.mu.Lock()
 	defer g.launch.mu.Unlock()
@@ -301,11 +302,28 @@ func (g *Guard) checkLaunchLog(ctx context.Context) (pcr hosttpm.PCR, size int64
 	if err := g.openLaunchLog(ctx); err != nil {
 		return pcr, 0, err
 	}
-	if err := l.file.Sync(); err != nil {
-		g.log.WithError(err).Warn("taking the launch log to the disk")
-	}
-	if pcr, err = g.tpm.ReadPCR(ctx, g.cfg.Launcher.PCR); err != nil {
-		return pcr, 0, g.tpmRefusal(err)
+	for try := 0; ; try++ {
+		log, entries, file := l.log, l.log.Entries, l.file
+		const most = 3 // tries after which VMs wait
+		if try < most {
+			g.launch.mu.Unlock()
+		}
+		if e := file.Sync(); e != nil && !errors.Is(e, os.ErrClosed) {
+			g.log.WithError(e).Warn("taking the launch log to the disk")
+		}
+		pcr, err = g.tpm.ReadPCR(ctx, g.cfg.Launcher.PCR)
+		if try < most {
+			g.launch.mu.Lock()
+		}
+		if err != nil {
+			return pcr, 0, g.tpmRefusal(err)
+		}
+		if err := g.openLaunchLog(ctx); err != nil {
+			return pcr, 0, err
+		}
+		if l.log == log && log.Entries == entries {
+			break
+		}
 	}
 	l.unchecked = false
 	switch s := l.log.Against(pcr.Values, pcr.ResetCount); {
@@ -314,7 +332,7 @@ func (g *Guard) checkLaunchLog(ctx context.Context) (pcr hosttpm.PCR, size int64
 		if err := g.openLaunchLog(ctx); err != nil {
 			return pcr, 0, err
 		}
-		pcr.Values = l.live
+		pcr.Values, pcr.ResetCount = l.live, l.log.Boot.ResetCount
 	case s == launchlog.Replays && l.log.Boot.Gap == "":
 		g.stand(s, "")
 	default:
