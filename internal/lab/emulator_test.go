@@ -139,14 +139,14 @@ func TestEmulator(t *testing.T) {
 	t.Run("required", func(t *testing.T) {
 		h := host.In(t)
 		other := h.NewVM(VM{Name: "other", TPM: true})
-		h.Shell("sed -i 's/^#require = false/require = true/' /etc/virt-trust/virt-trustd.toml; systemctl restart virt-trustd")
+		h.Shell("cp -a /etc/virt-trust/virt-trustd.toml /root/; printf '\n[emulator]\nrequire = true\n' >>/etc/virt-trust/virt-trustd.toml; systemctl restart virt-trustd")
 		refused(t, other, reason.PolicyForbids)
 		h.Must("virt-trust", "emulator", "adopt", "--all")
 		if r := other.TryStart(); r.Code != 0 {
 			t.Error(r.Stderr)
 		}
 		h.Must("virsh", "managedsave", other.Name)
-		h.Shell("sed -i 's/^require = true/#&/' /etc/virt-trust/virt-trustd.toml; systemctl restart virt-trustd")
+		h.Shell("cp -a /root/virt-trustd.toml /etc/virt-trust/; systemctl restart virt-trustd")
 		h.Must("virt-trust", "emulator", "restore", other.Name)
 		if r := other.TryStart(); r.Code != 0 {
 			t.Errorf("from its managed save: %s", r.Stderr)
