@@ -35,41 +35,32 @@ type emulatorGrant struct {
 	good     bool
 }
 
-// checkEmulator holds what a VM names as its emulator against the policy, and
-// measures what is behind virt-trust's. A released VM is not asked.
+// checkEmulator holds what a VM names as its emulator against the policy. A
+// released VM is not asked.
 func (g *Guard) checkEmulator(st *start) error {
-	f := st.f
-	name, ours := emulator.Ours(f.Emulator)
-	switch {
-	case st.d.Plan == lifecycle.Pass, !ours && !g.cfg.Emulator.Require:
+	_, ours := emulator.Ours(st.f.Emulator)
+	if ours || !g.cfg.Emulator.Require || st.d.Plan == lifecycle.Pass {
 		return nil
-	case ours:
-		path, err := filepath.EvalSymlinks(emulator.Real(name))
-		if err == nil {
-			var files []measure.File
-			if files, err = g.launch.measurer.Measure([]measure.Target{{Role: measure.Emulator, Path: path}}); err == nil {
-				st.emulator = &files[0]
-				return nil
-			}
-		}
-		return reason.Refuse(reason.LauncherNotApproved, "install it, or run 'virt-trust emulator restore "+f.Name+"'", "the emulator behind %s cannot be measured: %s", f.Emulator, err)
 	}
-	return reason.Refuse(reason.PolicyForbids, fmt.Sprintf("run 'virt-trust emulator adopt %s'", f.Name),
-		"the VM's emulator is %.200q, and emulator.require asks for virt-trust's", f.Emulator)
+	return reason.Refuse(reason.PolicyForbids, fmt.Sprintf("run 'virt-trust emulator adopt %s'", st.f.Name),
+		"the VM's emulator is %.200q, and emulator.require asks for virt-trust's", st.f.Emulator)
 }
 
 // openEmulator opens a grant for a VM that names virt-trust's emulator.
 func (g *Guard) openEmulator(st *start, cgroup string) {
-	var gr *emulatorGrant
-	if _, ours := emulator.Ours(st.f.Emulator); ours {
-		gr = &emulatorGrant{measured: st.emulator, cgroup: cgroup, expires: g.now().Add(g.grantLifetime())}
-	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	delete(g.emulators, st.f.UUID)
-	if gr != nil {
-		g.emulators[st.f.UUID] = gr
+	if _, ours := emulator.Ours(st.f.Emulator); !ours {
+		return
 	}
+	gr := &emulatorGrant{cgroup: cgroup, expires: g.now().Add(g.grantLifetime())}
+	for _, l := range st.runs {
+		if l.Role == measure.Emulator {
+			gr.measured = &l.File
+		}
+	}
+	g.emulators[st.f.UUID] = gr
 }
 
 // readyEmulator makes a VM's grant good: swtpm runs, and QEMU comes next.

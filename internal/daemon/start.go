@@ -15,7 +15,6 @@ import (
 
 	"virt-trust/internal/domain"
 	"virt-trust/internal/hosttpm"
-	"virt-trust/internal/launcher/measure"
 	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/platform/secret"
 	"virt-trust/internal/vtpm/lifecycle"
@@ -59,9 +58,6 @@ type start struct {
 	d     lifecycle.Decision
 	notes []note
 	runs  []launcher // what will run for it
-	// emulator is the QEMU that was measured for it, behind virt-trust's emulator;
-	// nil of a VM that is released.
-	emulator *measure.File
 }
 
 // note is something that happened on the way, for log and journal.
