@@ -329,7 +329,7 @@ func (g *Guard) raised() dict {
 	counter, left, within, exposed := uint64(0), uint32(0), time.Duration(g.cfg.Rollback.Window), false
 	if store := g.peek(); store != nil {
 		pace, now := store.Pace(), g.now()
-		counter, left, exposed = store.Counter(), uint32(pace.Left(now)), store.Exposed()
+		counter, left, exposed = store.Counter(), uint32(pace.Left(now)), store.Exposed() || g.hasNotes(store)
 		within = max(within, pace.Wait(now, false))
 	}
 	return dict{

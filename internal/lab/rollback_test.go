@@ -101,6 +101,22 @@ func TestRollback(t *testing.T) {
 		starts(t, g)
 	})
 
+	t.Run("what a running VM wrote, by a power cut", func(t *testing.T) {
+		h := host.In(t)
+		g := g.In(h)
+		g.Start()
+		settled(t, h)
+		copyTo(h, "/root/running")
+		g.Ask("churn 3")
+		settled(t, h)
+		// swtpm has written, and does not write again.
+		h.Shell(fmt.Sprintf("systemctl stop virt-trustd; cp -a /root/running/swtpm/. /var/lib/libvirt/swtpm/; rm -rf /var/lib/virt-trust/vtpm/%[1]s; cp -a /root/running/virt-trust/vtpm/%[1]s /var/lib/virt-trust/vtpm/; sync", g.UUID))
+		h.PowerCut()
+		refused(t, g, reason.VTPMRolledBack)
+		h.Must("virt-trust", "accept", "vault", "--rolled-back")
+		starts(t, g)
+	})
+
 	t.Run("the label, with its image", func(t *testing.T) {
 		h := host.In(t)
 		g := g.In(h)
