@@ -98,7 +98,7 @@ func TestArrows(t *testing.T) {
 		}
 	}
 	tpm, sql, bus := "github.com/google/go-tpm", "database/sql", "github.com/godbus/dbus/v5"
-	for _, main := range []string{"hooks/qemu", "wrapper"} {
+	for _, main := range []string{"hooks/qemu", "wrapper", "wrapper/emulator"} {
 		never(main, "net/http", sql, tpm, module+"internal/hosttpm", "github.com/spf13/cobra", module+"internal/daemon", "github.com/digitalocean/go-libvirt")
 	}
 	never("helper/virt-trust", tpm, module+"internal/hosttpm", module+"internal/daemon", sql, "net/http")
