@@ -26,6 +26,7 @@ import (
 	"virt-trust/internal/launcher/launchlog"
 	"virt-trust/internal/launcher/measure"
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/platform/secret"
 	"virt-trust/internal/vtpm/imagefile"
 	"virt-trust/internal/vtpm/label"
@@ -118,8 +119,8 @@ func NewGuard(cfg config.Config, dirs Dirs, tpm TPM, log *logrus.Entry, changed 
 	if g.journal, err = openDecisions(filepath.Join(dirs.State, "decisions.jsonl")); err != nil {
 		return nil, err
 	}
-	if err := g.loadRecovery(); err != nil {
-		return nil, err
+	if err := g.loadRecovery(); err != nil { // VMs do not depend on it
+		log.WithField(journal.ID, journal.RecoveryMissing).WithError(err).Error("the recovery key's file cannot be read")
 	}
 	if g.watch, err = statedir.NewWatcher(g.settled, g.settleAll); err != nil {
 		return nil, err

@@ -33,7 +33,7 @@ func (s *Service) recoveryMethods() map[string]any {
 				if err != nil {
 					return nil, err
 				}
-				if s.g.recovery.Load() != nil && !option[bool](options, "replace") {
+				if s.g.recoveryState() != "none" && !option[bool](options, "replace") {
 					return nil, reason.Refuse(reason.PolicyForbids, "'virt-trust recovery new --replace' makes another, and the one that is stored opens nothing any more",
 						"this host has a recovery key")
 				}

@@ -136,6 +136,29 @@ func TestRecoveryFileExchanged(t *testing.T) {
 	}
 }
 
+// A damaged recovery.json keeps no VM from starting, and is made known.
+func TestRecoveryFileDamaged(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	f, _, _ := h.ran(uuidA)
+	h.withRecovery()
+	for _, b := range []string{"", "{", `{"version":2}`, `{"version":1,"recipient":"age1"}`} {
+		if err := os.WriteFile(h.g.recoveryPath(), []byte(b), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		h.reboot()
+		h.start(f)
+		h.stop(f)
+		if h.g.recoveryState() != "altered" || !strings.Contains(h.logged(), "cannot be read") {
+			t.Errorf("%q: %s", b, h.g.recoveryState())
+		}
+	}
+	h.withRecovery()
+	if h.g.recoveryState() != "unconfirmed" {
+		t.Error(h.g.recoveryState())
+	}
+}
+
 func second[T any](_ T, err error) error { return err }
 
 // A VM that runs gets its label when it stops.
