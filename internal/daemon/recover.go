@@ -31,9 +31,9 @@ import (
 func (g *Guard) Recover(ctx context.Context, key *recovery.Key, say func(string)) (what string, err error) {
 	g.recovering.Lock()
 	defer g.recovering.Unlock()
-	f := g.recovery.Load()
-	if f == nil {
-		return "", noRecoveryKey()
+	f, err := g.recoveryKey()
+	if err != nil {
+		return "", err
 	}
 	listKey, err := g.unwrapWith(key, f.WrappedListKey, 32)
 	if err != nil {

@@ -344,9 +344,9 @@ func roomFor(path string, n int) bool {
 func (g *Guard) ConfirmRecovery(answer []byte) (what string, err error) {
 	g.recovering.Lock()
 	defer g.recovering.Unlock()
-	f := g.recovery.Load()
-	if f == nil {
-		return "", noRecoveryKey()
+	f, err := g.recoveryKey()
+	if err != nil {
+		return "", err
 	}
 	if d := sha256.Sum256(answer); !bytes.Equal(d[:], f.TestDigest) {
 		return "", otherRecoveryKey(f)
@@ -359,6 +359,20 @@ func (g *Guard) ConfirmRecovery(answer []byte) (what string, err error) {
 	what = "the recovery key " + f.Recipient + " is confirmed as stored"
 	g.report("", "", "recovery", allow, "", what, "")
 	return what, nil
+}
+
+// recoveryKey gives the host's recovery key, of a file that is read again where
+// it could not be at the start.
+func (g *Guard) recoveryKey() (*recoveryFile, error) {
+	if g.recovery.Load() == nil {
+		if err := g.loadRecovery(); err != nil {
+			return nil, err
+		}
+	}
+	if f := g.recovery.Load(); f != nil {
+		return f, nil
+	}
+	return nil, noRecoveryKey()
 }
 
 func noRecoveryKey() error {
