@@ -701,7 +701,7 @@ func (g *Guard) Stopped(ctx context.Context, f *domain.Facts, suspended bool) er
 	g.closeEmulator(f.UUID)
 	store := g.peek()
 	if store == nil {
-		return errors.New("the vTPM list is not open: the stop is noted when it is")
+		return nil // a start that was refused, or a stop that is noted when the list is opened
 	}
 	r := store.Get(f.UUID)
 	if r == nil || r.State == list.Released || !r.Open {
