@@ -14,6 +14,7 @@ import (
 	"virt-trust/internal/vtpm/lifecycle"
 	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/reason"
+	"virt-trust/internal/vtpm/statedir"
 )
 
 // grant is a launch grant: what prepare opens and the wrapper redeems, once
@@ -26,13 +27,15 @@ type grant struct {
 	expires  time.Time
 	redeemed map[string]bool
 	runs     []launcher
-	setup    int // descriptor of the process that redeemed as swtpm_setup, or -1
+	had      bool // a vTPM, at prepare: swtpm_setup makes none in its place
+	setup    int  // descriptor of the process that redeemed as swtpm_setup, or -1
 }
 
 // open opens a grant after prepare, in place of one that is open still.
 func (g *Guard) open(st *start, cgroup string) {
 	gr := &grant{
 		uuid: st.f.UUID, cgroup: cgroup, expires: g.now().Add(g.grantLifetime()), redeemed: map[string]bool{}, setup: -1, runs: st.runs,
+		had:  st.dir != nil && st.dir.Exists(),
 		pass: st.d.Plan == lifecycle.Pass || st.r.KeyOwner == list.Libvirts,
 	}
 	if !gr.pass {
@@ -101,6 +104,11 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 	if err := g.watchFirst(path); err != nil {
 		return nil, err
 	}
+	empty := false
+	if program == "swtpm_setup" {
+		seen, err := statedir.Look(path)
+		empty = err != nil || !seen.Exists()
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	gr := g.grants[path]
@@ -119,6 +127,8 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 		return nil, g.noKeys("the wrapper was not called by libvirt", "start the VM with libvirt")
 	case gr.redeemed[program]:
 		return nil, g.noKeys("the grant for this start was redeemed before", "start the VM again")
+	case empty && gr.had:
+		return nil, reason.Refuse(reason.VTPMMissing, "'virt-trust repair' puts the kept state back", "the vTPM state in %s was removed while the VM was being started", path)
 	}
 	r := &Redemption{}
 	if !gr.pass {

@@ -114,6 +114,25 @@ func TestGrants(t *testing.T) {
 	no(redeem("swtpm", h.dir(uuidA), libvirts()))
 	h.stop(f)
 
+	// libvirt has swtpm_setup make a vTPM where it finds no folder: not in the
+	// place of one that was there at prepare.
+	if err := h.prepare(f); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(h.dir(uuidA), h.dir(uuidA)+".away"); err != nil {
+		t.Fatal(err)
+	}
+	h.mkdir(uuidA)
+	_, err := h.g.Redeem("swtpm_setup", h.dir(uuidA), libvirts())
+	refuses(t, err, reason.VTPMMissing)
+	os.Remove(h.dir(uuidA))
+	if err := os.Rename(h.dir(uuidA)+".away", h.dir(uuidA)); err != nil {
+		t.Fatal(err)
+	}
+	h.stop(f)
+	h.start(f)
+	h.stop(f)
+
 	// A released VM.
 	if err := h.prepare(other); err != nil {
 		t.Fatal(err)
