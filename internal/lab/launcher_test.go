@@ -103,6 +103,48 @@ func TestLauncher(t *testing.T) {
 	})
 }
 
+// upgrade installs a package's next version, whose program is another one.
+const upgrade = `set -e
+p=$1 program=$2 d=/root/upgrade/$1
+mkdir -p $d/DEBIAN
+dpkg -L $p | while read -r f; do
+	case $f in /etc/*) continue ;; esac
+	if [ -f "$f" ] || [ -L "$f" ]; then cp -a --parents "$f" $d; fi
+done
+printf x >>$d$program
+dpkg-query -W -f 'Package: ${Package}\nVersion: ${Version}+next\nArchitecture: ${Architecture}\nMulti-Arch: foreign\nMaintainer: ${Maintainer}\nDepends: ${Depends}\nDescription: ${binary:Summary}\n' $p >$d/DEBIAN/control
+dpkg-deb --root-owner-group -Znone -b $d $d.deb
+dpkg -i $d.deb`
+
+// TestPackageUpgrade upgrades swtpm and QEMU: what a package brings is approved
+// by itself, and what it replaced is not any more.
+func TestPackageUpgrade(t *testing.T) {
+	h := guarded(t, HostOptions{Name: "upgrade"})
+	g := sealed(t, h, VM{Name: "upgraded", TPM: true, Disk: "qcow2"})
+	for _, p := range []struct{ name, program string }{{"swtpm", "/usr/bin/swtpm"}, {"qemu-system-x86", "/usr/bin/qemu-system-x86_64"}} {
+		t.Run(p.name, func(t *testing.T) {
+			h := h.In(t)
+			g := h.Guest(g.VM)
+			before := digestOf(h, p.program)
+			h.Must("cp", "-p", p.program, "/root/before")
+			h.Must("sh", "-c", upgrade, "sh", p.name, p.program)
+			if digestOf(h, p.program) == before {
+				t.Fatal("the upgrade brought the same program")
+			}
+			starts(t, g)
+			if said := h.Must("virt-trust", "launcher", "list"); !strings.Contains(said, p.name) {
+				t.Errorf("launcher list does not name the package:\n%s", said)
+			}
+			h.Must("virt-trust", "launch-log", "--verify")
+			// The version before, put back by hand.
+			h.Must("mv", "/root/before", p.program)
+			refused(t, g, reason.LauncherNotApproved)
+			h.Must("dpkg", "-i", "/root/upgrade/"+p.name+".deb")
+			starts(t, g)
+		})
+	}
+}
+
 func digestOf(h *Host, file string) string {
 	d, _, _ := strings.Cut(h.Must("sha256sum", file), " ")
 	return d
