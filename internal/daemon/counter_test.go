@@ -147,5 +147,5 @@ func TestKilledWhileCounting(t *testing.T) {
 		t.Fatal(err)
 	}
 	host.Close()
-	t.Logf("figures: killed while counting: %d times, in %d raises: nothing refused, nothing older taken", len(older), raised)
+	figures(t, "killed while counting: %d times, in %d raises: nothing refused, nothing older taken", len(older), raised)
 }

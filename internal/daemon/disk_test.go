@@ -66,7 +66,7 @@ func TestDiskFaults(t *testing.T) {
 	makings(t)
 	var cases, refused atomic.Int64
 	t.Cleanup(func() {
-		t.Logf("figures: disk full, read-only, broken: %d cases, %d with an error, 0 vTPMs lost, 0 wrongly started, 0 refused without a way back", cases.Load(), refused.Load())
+		figures(t, "disk full, read-only, broken: %d cases, %d with an error, 0 vTPMs lost, 0 wrongly started, 0 refused without a way back", cases.Load(), refused.Load())
 	})
 	for _, tt := range scenes {
 		t.Run(tt.name, func(t *testing.T) {

@@ -305,7 +305,7 @@ func TestPowerCutAtEachWrite(t *testing.T) {
 	makings(t)
 	var cases atomic.Int64
 	t.Cleanup(func() {
-		t.Logf("figures: power cuts: %d different disks, 0 vTPMs lost, 0 wrongly started, 0 refused without a way back", cases.Load())
+		figures(t, "power cuts: %d different disks, 0 vTPMs lost, 0 wrongly started, 0 refused without a way back", cases.Load())
 	})
 	for _, tt := range scenes {
 		t.Run(tt.name, func(t *testing.T) {

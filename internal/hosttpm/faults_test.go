@@ -190,7 +190,7 @@ func TestFaults(t *testing.T) {
 	if k, err := (store{dir: dir}).load(); err != nil || len(k.policies) != 1 {
 		t.Errorf("the keys on the disk: %v", err)
 	}
-	t.Logf("figures: TPM faults: %d cases, %d wrong answers, 0 keys lost", cases, wrong)
+	figures(t, "TPM faults: %d cases, %d wrong answers, 0 keys lost", cases, wrong)
 }
 
 // commandsOf counts the commands of a use by a virt-trustd that has just begun.
@@ -306,5 +306,13 @@ func TestFaultsInProvisioning(t *testing.T) {
 		}
 	}
 	works(t, provisioned(t, p.sock, t.TempDir()))
-	t.Logf("figures: TPM faults in the first provisioning: %d cases, 0 keys lost", cases)
+	figures(t, "TPM faults in the first provisioning: %d cases, 0 keys lost", cases)
+}
+
+// figures tells what a test has tried, if each case of it ended well.
+func figures(t *testing.T, format string, args ...any) {
+	t.Helper()
+	if !t.Failed() {
+		t.Logf("figures: "+format, args...)
+	}
 }

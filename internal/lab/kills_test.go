@@ -109,5 +109,5 @@ func TestKills(t *testing.T) {
 		starts(t, g)
 		nowhere(t, g)
 	})
-	t.Logf("figures: killed on a host: %d cases, 0 vTPMs lost, 0 wrongly started, 0 refused without a way back", cases)
+	figures(t, "killed on a host: %d cases, 0 vTPMs lost, 0 wrongly started, 0 refused without a way back", cases)
 }

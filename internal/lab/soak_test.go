@@ -202,7 +202,7 @@ func TestSoak(t *testing.T) {
 		s.h.Run("virsh", "managedsave-remove", g.Name)
 		starts(t, g)
 	}
-	t.Logf("figures: random lives of 6 VMs on a host: %d events, 0 vTPMs lost, 0 wrongly started, 0 refused without a way back; %v", done, s.kinds)
+	figures(t, "random lives of 6 VMs on a host: %d events, 0 vTPMs lost, 0 wrongly started, 0 refused without a way back; %v", done, s.kinds)
 }
 
 // next is an event for a VM in a state.
@@ -212,5 +212,13 @@ func (s *soak) next(state string) soakEvent {
 		if (e.state == "" || e.state == state) && s.random.IntN(30) < e.often {
 			return e
 		}
+	}
+}
+
+// figures tells what a test has tried, if each case of it ended well.
+func figures(t *testing.T, format string, args ...any) {
+	t.Helper()
+	if !t.Failed() {
+		t.Logf("figures: "+format, args...)
 	}
 }
