@@ -2,6 +2,7 @@ package lab
 
 import (
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -51,4 +52,22 @@ func (h *Host) ReplaceTPM() {
 func (h *Host) SlowTPM(by time.Duration) {
 	h.t.Helper()
 	h.WriteFile(TPMSocket+".delay", []byte(by.String()), 0o600)
+}
+
+// BusyTPM says how many commands the slowed TPM was at between two instants,
+// and for how long.
+func (h *Host) BusyTPM(from, to time.Time) (commands int, busy time.Duration) {
+	h.t.Helper()
+	for line := range strings.Lines(string(h.ReadFile(TPMSocket + ".log"))) {
+		var began, ended int64
+		if _, err := fmt.Sscan(line, &began, &ended); err != nil {
+			h.t.Fatalf("lab: the TPM's log: %q", line)
+		}
+		began, ended = max(began, from.UnixMicro()), min(ended, to.UnixMicro())
+		if began < ended {
+			commands++
+			busy += time.Duration(ended-began) * time.Microsecond
+		}
+	}
+	return commands, busy
 }

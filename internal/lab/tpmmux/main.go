@@ -3,7 +3,8 @@
 // connection to the other. It does not keep clients' objects apart, as
 // /dev/tpmrm0 does: a client that leaves handles behind fills the TPM, and a
 // test shall notice. A file beside its socket, named like it with .delay, makes
-// the TPM slow: each command takes as long as it says (100ms) and more.
+// the TPM slow: each command takes as long as it says (100ms) and more. When each
+// of these began and ended is noted in another, .log, in microseconds since 1970.
 package main
 
 import (
@@ -63,11 +64,15 @@ func run(listen, swtpm string) error {
 					return
 				}
 				mu.Lock()
-				time.Sleep(delay(listen + ".delay"))
+				began, by := time.Now(), delay(listen+".delay")
+				time.Sleep(by)
 				_, err = tpm.Write(command)
 				var response []byte
 				if err == nil {
 					response, err = message(tpm)
+				}
+				if by > 0 {
+					note(listen+".log", began, time.Now())
 				}
 				mu.Unlock()
 				if err != nil {
@@ -80,6 +85,16 @@ func run(listen, swtpm string) error {
 			}
 		}()
 	}
+}
+
+// note adds a line to a file.
+func note(path string, began, ended time.Time) {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	fmt.Fprintln(f, began.UnixMicro(), ended.UnixMicro())
 }
 
 // delay is what the file says, or nothing.
