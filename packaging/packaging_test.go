@@ -146,7 +146,7 @@ func TestContractPage(t *testing.T) {
 
 // TestEmulators: the emulators are installed as virt-trust's programs look for them.
 func TestEmulators(t *testing.T) {
-	makefile, triggers := read(t, "../Makefile"), read(t, "debian/triggers")
+	makefile, triggers := read(t, "../Makefile"), read(t, "debian/virt-trust/triggers")
 	for _, want := range []string{
 		"EMULATORS = " + strings.Join(emulator.Names(), " ") + "\n", fmt.Sprintf("EMULATOR_FD = %d\n", emulator.FD),
 		"libexecdir = $(prefix)/libexec/virt-trust\n", "$(libexecdir)/emulator/open/$$e;",
