@@ -39,7 +39,7 @@ const flushed = time.Second
 // virt-trust what swtpm wrote last, or had written when the last flush of the
 // disk began, which is the last but one at any pace but this, or, where the cut
 // came within that flush and left the file torn, the state that virt-trustd keeps
-// and puts back (TestPowerCutAt in internal/daemon starts the VM then); with plain
+// and puts back (TestPowerCut of internal/daemon starts the VM then); with plain
 // libvirt, printed beside it, also states that are old, half zeros or nothing
 // else, as swtpm flushes nothing.
 func TestPowerCut(t *testing.T) {
