@@ -208,5 +208,5 @@ type JoinToken struct {
 	By      string
 	Created time.Time
 	Used    time.Time // zero while it has not been
-	UsedBy  string // node ID
+	UsedBy  string    // node ID
 }
