@@ -153,3 +153,23 @@ func kindOf(c *x509.Certificate) (kind, error) {
 	}
 	return kind{}, idErr
 }
+
+// Describe says in a few words what is signed, for logs.
+func Describe(tbs []byte) string {
+	wrapped, err := sealWithNothing(tbs)
+	if err != nil {
+		return "nothing"
+	}
+	if l, err := x509.ParseRevocationList(wrapped); err == nil {
+		return fmt.Sprintf("CRL %d with %d entries", l.Number, len(l.RevokedCertificateEntries))
+	}
+	c, err := x509.ParseCertificate(wrapped)
+	if err != nil {
+		return "nothing"
+	}
+	k, err := kindOf(c)
+	if err != nil {
+		return "nothing"
+	}
+	return fmt.Sprintf("certificate %s of %s: %q", Serial(c), k.what, c.Subject.CommonName)
+}
