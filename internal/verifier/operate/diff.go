@@ -152,12 +152,12 @@ func (d *differ) appraisals(before, after appraise.Appraisal) {
 	for _, r := range after.Reasons {
 		has[key(r)] = true
 		if !had[key(r)] {
-			d.text("reason", r.Code, "", r.What)
+			d.text("reason", r.Code, "", cmp.Or(r.What, r.Code))
 		}
 	}
 	for _, r := range before.Reasons {
 		if !has[key(r)] {
-			d.text("reason", r.Code, r.What, "")
+			d.text("reason", r.Code, cmp.Or(r.What, r.Code), "")
 		}
 	}
 }
