@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"virt-trust/internal/platform/config"
-	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/cakey"
 	"virt-trust/internal/verifier/operate"
 	"virt-trust/internal/verifier/resultkeys"
@@ -156,5 +155,3 @@ func Rotate(cfg config.Verifier, w io.Writer) error {
 	fmt.Fprintln(w, "a new key signs results once virt-trust-verifier was reloaded (systemctl reload virt-trust-verifier); copy the file to all replicas first")
 	return nil
 }
-
-var _ = ca.Pin{}

@@ -119,3 +119,8 @@ func (p *Problem) write(w http.ResponseWriter) {
 	w.WriteHeader(p.Status)
 	json.NewEncoder(w).Encode(p) // who asked may be gone
 }
+
+// DenyCrossOrigin answers what another site's page made a browser send.
+func DenyCrossOrigin(w http.ResponseWriter) {
+	problem(CrossOrigin, "A browser sends this from the Verifier's own page alone.").write(w)
+}

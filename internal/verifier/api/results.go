@@ -63,7 +63,7 @@ func (a *API) nodeResult(r *request) (any, error) {
 
 // CodeTwoNodes is the reason where two nodes say that a VM runs: one of them has
 // a copy of it, and which cannot be told.
-const CodeTwoNodes = "vm-on-two-nodes"
+const CodeTwoNodes = "vm-runs-twice"
 
 func (a *API) vmResult(r *request) (any, error) {
 	uuid := r.PathValue("vm")

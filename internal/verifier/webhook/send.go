@@ -30,6 +30,8 @@ type Sender struct {
 	Client *http.Client // Guard.Client
 	Now    func() time.Time
 	Log    *logrus.Entry
+	// Observe is told of each attempt, nil for nobody: err is a *Failure.
+	Observe func(err error)
 }
 
 // Failure says that a receiver did not take a delivery.
@@ -49,6 +51,14 @@ func (f *Failure) Unwrap() error { return f.Err }
 
 // Deliver makes one attempt. An error is a *Failure.
 func (s *Sender) Deliver(ctx context.Context, h fleet.Hook, d fleet.Delivery) error {
+	err := s.post(ctx, h, d)
+	if s.Observe != nil {
+		s.Observe(err)
+	}
+	return err
+}
+
+func (s *Sender) post(ctx context.Context, h fleet.Hook, d fleet.Delivery) error {
 	// One ID for all attempts, and for no other webhook.
 	id := fmt.Sprintf("vt_%d_%d", h.ID, d.ID)
 	if d.ID == 0 { // none out of the queue
