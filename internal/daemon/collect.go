@@ -275,7 +275,7 @@ func imaPiece(path string, have uint64) report.Log {
 	case !ok:
 		l.Problem = path + " is no measurement list"
 	default:
-		l.From, l.Data, l.More = have, b[:whole], more || whole < len(b)
+		l.From, l.Data, l.More = have, b[:whole], more
 	}
 	return l
 }
@@ -307,7 +307,7 @@ func wholeEntries(b []byte) (n int, ok bool) {
 		}
 		n += size
 	}
-	return n, n > 0 || len(b) == 0
+	return n, true
 }
 
 // launchLogPiece is what the launch log has grown by since.

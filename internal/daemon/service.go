@@ -68,6 +68,7 @@ type Service struct {
 	denied   rate
 	asked    rate // by the agent
 
+	agent      func() (uid uint32, err error)
 	pcrs       introspect.Reader
 	collecting chan struct{} // has room for one round of evidence
 
@@ -154,7 +155,7 @@ func (s *Service) admit(ctx context.Context, c *caller, method string, who acces
 			return reason.Refuse(reason.PolicyForbids, "let libvirt start QEMU", "this grant is for virt-trust's emulator, run as libvirt's QEMU user")
 		}
 	case agentOnly:
-		if uid, err := agentUID(); c.uid != 0 && (err != nil || c.uid != uid) {
+		if uid, err := s.agent(); c.uid != 0 && (err != nil || c.uid != uid) {
 			return errDenied
 		}
 	case polkitAction:
