@@ -32,10 +32,14 @@ import (
 // PCRs is how many there are (PC Client Platform TPM Profile, 4.6.1).
 const PCRs = 24
 
+// drtm is the first PCR of the dynamic root of trust.
+const drtm = 17
+
 var (
 	// ErrShape: memory does not look as libtpms' does.
 	ErrShape = errors.New("not as libtpms")
-	// ErrNotStarted: there is no active bank, as before TPM2_Startup.
+	// ErrNotStarted: there is no active bank, or its PCRs were never set, as before
+	// the first TPM2_Startup.
 	ErrNotStarted = errors.New("no active bank of PCRs")
 )
 
@@ -149,6 +153,12 @@ func (l *Layout) Read(pcrs, allocation []byte) ([]report.Bank, error) {
 				at := l.Banks[i].First - sp.Start + pcr*l.Stride
 				values[uint(pcr)] = bytes.Clone(pcrs[at : at+h.size])
 			}
+		}
+		// TPM2_Startup sets the PCRs of the dynamic root of trust to ones, and from
+		// then on there is its measurement in PCR 17 (PC Client Platform TPM Profile,
+		// 4.6.2).
+		if d, ok := values[drtm]; ok && !slices.ContainsFunc(d, func(b byte) bool { return b != 0 }) {
+			return nil, ErrNotStarted
 		}
 		banks = append(banks, report.Bank{Algorithm: h.name, Values: values})
 	}
