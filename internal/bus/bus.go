@@ -27,6 +27,8 @@ const (
 	HostInterface    = "org.virttrust1.Host"
 	VMInterface      = "org.virttrust1.VM"
 
+	AttestationInterface = "org.virttrust1.Attestation" // of HostPath
+
 	// ErrorRefused carries a refusal: "REASON-CODE: what; how to mend".
 	ErrorRefused = "org.virttrust1.Error.Refused"
 	// ErrorNotFound says that no VM has this name or UUID.

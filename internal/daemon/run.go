@@ -54,6 +54,10 @@ func Run(ctx context.Context, o Options) error {
 	if err != nil {
 		return fmt.Errorf("swtpm.user: %w", err)
 	}
+	agentUID, _, err := lookupUser(agentUser)
+	if err != nil {
+		agentUID = nobody // there is no agent
+	}
 	qemuUID, _, err := lookupUser(o.Config.QEMU.User)
 	if err != nil {
 		o.Log.WithError(err).Warn("qemu.user: no VM starts under virt-trust's emulator")
@@ -66,7 +70,7 @@ func Run(ctx context.Context, o Options) error {
 	defer conn.Close()
 
 	s := newService(conn, o, uint32(uid), uint32(qemuUID), tpm)
-	s.working = ctx
+	s.working, s.agentUID = ctx, uint32(agentUID)
 	if s.g, err = NewGuard(o.Config, o.Dirs, tpm, o.Log, s.vmChanged); err != nil {
 		return err
 	}
@@ -101,6 +105,9 @@ func Run(ctx context.Context, o Options) error {
 		return errors.New("the system bus closed the connection")
 	}
 }
+
+// agentUser is who virt-trust-agent runs as.
+const agentUser = "virt-trust-agent"
 
 // nobody is no user's number.
 const nobody = 1<<32 - 1
@@ -161,6 +168,9 @@ func (s *Service) openList(ctx context.Context) {
 		}
 		s.emit(bus.Path, propertiesChanged, bus.ManagerInterface, s.managerProperties(), []string{})
 		s.log.WithField("generation", store.Generation()).Infof("the vTPM list is open, with %d VMs", len(store.All()))
+		if _, err := s.g.certifierChain(ctx); err != nil {
+			s.log.WithError(err).Warn("the certifier has no certificate yet: those of vTPMs have nothing above them")
+		}
 		if err := s.keepEventLog(ctx); err != nil {
 			s.log.WithError(err).Info("this boot's event log is not kept: virt-trust host dry-run will not tell events from it")
 		}
@@ -586,6 +596,7 @@ func (s *Service) hostProperties() dict {
 	for name, t := range s.host.Timings() {
 		counts[name], times[name] = uint64(t.Count), uint64(t.Total.Microseconds())
 	}
+	d["CertifierChain"] = dbus.MakeVariant(s.g.chainText())
 	d["CommandCounts"], d["CommandTimes"] = dbus.MakeVariant(counts), dbus.MakeVariant(times)
 	d["NextBoot"] = dbus.MakeVariant(uint64(0))
 	if w, err := s.host.Waiver(); err == nil && w != nil {

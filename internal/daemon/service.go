@@ -36,6 +36,7 @@ type Programs struct {
 	Hook     string // /usr/libexec/virt-trust/virt-trust-hook
 	Wrapper  string // /usr/libexec/virt-trust/virt-trust-wrapper
 	Emulator string // /usr/libexec/virt-trust/virt-trust-emulator
+	EKCert   string // /usr/libexec/virt-trust/virt-trust-ekcert
 	Script   string // /etc/libvirt/hooks/qemu.d/50-virt-trust
 	Removed  string // /run/virt-trust.removed: when the package was removed since boot, if it was
 }
@@ -47,6 +48,7 @@ type Service struct {
 	programs Programs
 	swtpmUID uint32
 	qemuUID  uint32
+	agentUID uint32 // nobody's where there is no agent
 	version  string
 	log      *logrus.Entry
 	slots    chan struct{} // of libvirt's hooks and wrappers
@@ -90,6 +92,8 @@ const (
 	hookOnly
 	wrapperOnly
 	emulatorOnly
+	ekcertOnly
+	agentOnly // and root
 	polkitAction
 )
 
@@ -104,7 +108,7 @@ func (s *Service) serve(sender dbus.Sender, method string, who access, limit tim
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	slots := s.others
-	if who == hookOnly || who == wrapperOnly || who == emulatorOnly {
+	if who == hookOnly || who == wrapperOnly || who == emulatorOnly || who == ekcertOnly {
 		slots = s.slots
 	}
 	select {
@@ -146,6 +150,14 @@ func (s *Service) admit(ctx context.Context, c *caller, method string, who acces
 	case emulatorOnly:
 		if c.uid != s.qemuUID || c.exe != s.programs.Emulator || c.traced {
 			return reason.Refuse(reason.PolicyForbids, "let libvirt start QEMU", "this grant is for virt-trust's emulator, run as libvirt's QEMU user")
+		}
+	case ekcertOnly:
+		if c.uid != s.swtpmUID || c.exe != s.programs.EKCert || c.traced {
+			return reason.Refuse(reason.PolicyForbids, "let libvirt start the VM", "certificates are for virt-trust-ekcert, run by swtpm_setup as libvirt's swtpm user")
+		}
+	case agentOnly:
+		if c.uid != 0 && c.uid != s.agentUID {
+			return errDenied
 		}
 	case polkitAction:
 		ok, err := authorized(ctx, s.conn, c, bus.Name+"."+strings.ToLower(method))
@@ -210,6 +222,11 @@ func (s *Service) manager() map[string]any {
 					return err
 				}
 				action = "pass"
+				defer func() {
+					if r.Certify && option[bool](options, "certificates") { // the wrapper knows of them
+						action += "-certify"
+					}
+				}()
 				if r.State != nil {
 					action = "keys"
 					keys = []dbus.Variant{dbus.MakeVariant(dbus.UnixFD(r.State.Fd())), dbus.MakeVariant(dbus.UnixFD(r.Transfer.Fd()))}
@@ -303,6 +320,7 @@ func (s *Service) manager() map[string]any {
 	}
 	maps.Copy(methods, s.recoveryMethods())
 	maps.Copy(methods, s.emulatorMethods())
+	maps.Copy(methods, s.ekcertMethods())
 	return methods
 }
 
@@ -587,6 +605,13 @@ func (s *Service) vmProperties(r *list.Record) dict {
 	}
 	d := strs("Recovery", recovery, "UUID", r.UUID, "Name", r.Name, "State", string(s.g.stateOf(r)), "StatePath", r.Instance, "LabelPath", r.LabelPath, "LabelState", labelState,
 		"LabelID", labelID(r), "KeyOwner", string(r.KeyOwner), "Baseline", r.Baseline.String(), "EKDigest", r.EKDigest.String(), "LastVerdict", verdict, "LastReason", code, "LastWhat", what)
+	d["EKCertificate"] = dbus.MakeVariant(nonNil(r.EKCertificate))
+	d["AKPublic"] = dbus.MakeVariant(nonNil(r.AKPublic))
+	d["AKCertificate"] = dbus.MakeVariant(nonNil(r.AKCertificate))
+	d["EKSharedWith"] = dbus.MakeVariant([]string{})
+	if store := s.g.peek(); store != nil {
+		d["EKSharedWith"] = dbus.MakeVariant(sharers(store, r))
+	}
 	for k, v := range map[string]uint64{"Generation": r.Generation, "Created": uint64(r.Created) * 1e6, "Changed": uint64(r.Changed) * 1e6, "Reverted": uint64(r.Reverted) * 1e6} {
 		d[k] = dbus.MakeVariant(v)
 	}
@@ -652,7 +677,7 @@ func (s *Service) introspect(msg dbus.Message) (string, *dbus.Error) {
 		b.WriteString(interfaceXML(bus.ManagerInterface) + objectManagerXML)
 		children = []string{"host", "vm"}
 	case p == bus.HostPath:
-		b.WriteString(interfaceXML(bus.HostInterface))
+		b.WriteString(interfaceXML(bus.HostInterface) + interfaceXML(bus.AttestationInterface))
 	case string(p) == strings.TrimSuffix(bus.VMPathPrefix, "/"):
 		if store := s.g.peek(); store != nil {
 			for _, r := range store.All() {
@@ -722,6 +747,7 @@ func (s *Service) export() error {
 	err := errors.Join(
 		s.conn.ExportMethodTable(s.manager(), bus.Path, bus.ManagerInterface),
 		s.conn.ExportMethodTable(s.hostMethods(), bus.HostPath, bus.HostInterface),
+		s.conn.ExportMethodTable(s.attestationMethods(), bus.HostPath, bus.AttestationInterface),
 		// An object of its own has nothing from the tree above it.
 		s.conn.ExportMethodTable(properties, bus.HostPath, "org.freedesktop.DBus.Properties"),
 		s.conn.ExportMethodTable(map[string]any{"Introspect": s.introspect}, bus.HostPath, "org.freedesktop.DBus.Introspectable"),

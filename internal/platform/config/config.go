@@ -45,6 +45,8 @@ type Config struct {
 	QEMU     QEMU     `toml:"qemu"`
 	Emulator Emulator `toml:"emulator"`
 	Launcher Launcher `toml:"launcher"`
+
+	Attestation Attestation `toml:"attestation"`
 }
 
 // TPM is the host's TPM.
@@ -113,6 +115,12 @@ type Launcher struct {
 	RequireLog   bool     `toml:"require_log"`   // refuse starts while the launch log does not replay
 }
 
+// Attestation is what can be proved to others about VMs.
+type Attestation struct {
+	EKCertificates bool `toml:"ek_certificates"` // new vTPMs get theirs from the host's certifier
+	VTPMAK         bool `toml:"vtpm_ak"`         // new vTPMs get an AK for quotes
+}
+
 // Default gives the compiled-in configuration.
 func Default() Config {
 	return Config{
@@ -127,6 +135,8 @@ func Default() Config {
 		Grant:    Grant{Lifetime: Duration(time.Minute)},
 		QEMU:     QEMU{User: "libvirt-qemu"},
 		Launcher: Launcher{Policy: []string{FirstUse, Package}, PCR: 15, ManifestKeys: "/etc/virt-trust/manifest-keys.pem"},
+
+		Attestation: Attestation{EKCertificates: true},
 	}
 }
 
