@@ -335,6 +335,8 @@ func (f *fakeTPM) Sign(ctx context.Context, d [32]byte) ([]byte, error) {
 	return ecdsa.SignASN1(rand.Reader, f.sig, d[:])
 }
 
+func (f *fakeTPM) CertifierPublic() *ecdsa.PublicKey { return &f.sig.PublicKey }
+
 func (f *fakeTPM) counter() (n uint64) {
 	b, _ := os.ReadFile(f.nv)
 	fmt.Sscan(string(b), &n)
