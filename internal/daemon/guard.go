@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"context"
+	"crypto/ecdsa"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
@@ -46,7 +47,8 @@ type TPM interface {
 	WrapKeys(secret []byte) ([]byte, error)
 	UnwrapKeys(ctx context.Context, ciphertext []byte) ([]byte, error)
 	BindKeyName() []byte
-	Sign(ctx context.Context, digest [32]byte) ([]byte, error)
+	Sign(ctx context.Context, digest [32]byte) ([]byte, error) // with the certifier
+	CertifierPublic() *ecdsa.PublicKey
 	liststore.Counter
 
 	// For recovery.
@@ -77,9 +79,13 @@ type Guard struct {
 	journal *decisions
 	watch   *statedir.Watcher
 	launch  launch
-	now     func() time.Time
-	bootID  string
-	stir    chan struct{} // see keepRaised
+	gone    *gone
+
+	certifier certifier
+
+	now    func() time.Time
+	bootID string
+	stir   chan struct{} // see keepRaised
 
 	openList sync.Mutex // held while the list is being opened
 	adopting sync.Mutex // held while a VM's emulator is changed
@@ -118,6 +124,9 @@ func NewGuard(cfg config.Config, dirs Dirs, tpm TPM, log *logrus.Entry, changed 
 	g.launch.measurer, g.launch.log.standing = &measure.Measurer{}, launchlog.NotChecked
 	if g.journal, err = openDecisions(filepath.Join(dirs.State, "decisions.jsonl")); err != nil {
 		return nil, err
+	}
+	if g.gone, err = openGone(dirs.Run); err != nil {
+		log.WithError(err).Warn("which VMs were deleted since boot is not known any more")
 	}
 	if err := g.loadRecovery(); err != nil { // VMs do not depend on it
 		log.WithField(journal.ID, journal.RecoveryMissing).WithError(err).Error("the recovery key's file cannot be read")

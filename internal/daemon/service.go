@@ -25,6 +25,7 @@ import (
 	"virt-trust/internal/domain/libvirt"
 	"virt-trust/internal/domain/swtpmargs"
 	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/introspect"
 	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/vtpm/label"
 	"virt-trust/internal/vtpm/list"
@@ -36,6 +37,7 @@ type Programs struct {
 	Hook     string // /usr/libexec/virt-trust/virt-trust-hook
 	Wrapper  string // /usr/libexec/virt-trust/virt-trust-wrapper
 	Emulator string // /usr/libexec/virt-trust/virt-trust-emulator
+	EKCert   string // /usr/libexec/virt-trust/virt-trust-ekcert
 	Script   string // /etc/libvirt/hooks/qemu.d/50-virt-trust
 	Removed  string // /run/virt-trust.removed: when the package was removed since boot, if it was
 }
@@ -65,6 +67,12 @@ type Service struct {
 	asking   atomic.Bool // for noticeHost
 	wasReady atomic.Bool // the TPM, when it was asked last
 	denied   rate
+	asked    rate // by the agent
+
+	agent      func() (uid uint32, err error)
+	pcrs       introspect.Reader
+	quoter     quoter        // may be nil
+	collecting chan struct{} // has room for one round of evidence
 
 	working    context.Context // ends with virt-trustd
 	conversing sync.Mutex      // held while a conversation goes on
@@ -90,6 +98,8 @@ const (
 	hookOnly
 	wrapperOnly
 	emulatorOnly
+	ekcertOnly
+	agentOnly // and root
 	polkitAction
 )
 
@@ -104,7 +114,7 @@ func (s *Service) serve(sender dbus.Sender, method string, who access, limit tim
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	slots := s.others
-	if who == hookOnly || who == wrapperOnly || who == emulatorOnly {
+	if who == hookOnly || who == wrapperOnly || who == emulatorOnly || who == ekcertOnly {
 		slots = s.slots
 	}
 	select {
@@ -146,6 +156,14 @@ func (s *Service) admit(ctx context.Context, c *caller, method string, who acces
 	case emulatorOnly:
 		if c.uid != s.qemuUID || c.exe != s.programs.Emulator || c.traced {
 			return reason.Refuse(reason.PolicyForbids, "let libvirt start QEMU", "this grant is for virt-trust's emulator, run as libvirt's QEMU user")
+		}
+	case ekcertOnly:
+		if c.uid != s.swtpmUID || c.exe != s.programs.EKCert || c.traced {
+			return reason.Refuse(reason.PolicyForbids, "let libvirt start the VM", "certificates are for virt-trust-ekcert, run by swtpm_setup as libvirt's swtpm user")
+		}
+	case agentOnly:
+		if uid, err := s.agent(); c.uid != 0 && (err != nil || c.uid != uid) {
+			return errDenied
 		}
 	case polkitAction:
 		ok, err := authorized(ctx, s.conn, c, bus.Name+"."+strings.ToLower(method))
@@ -210,6 +228,11 @@ func (s *Service) manager() map[string]any {
 					return err
 				}
 				action = "pass"
+				defer func() {
+					if r.Certify && option[bool](options, "certificates") { // the wrapper knows of them
+						action += "-certify"
+					}
+				}()
 				if r.State != nil {
 					action = "keys"
 					keys = []dbus.Variant{dbus.MakeVariant(dbus.UnixFD(r.State.Fd())), dbus.MakeVariant(dbus.UnixFD(r.Transfer.Fd()))}
@@ -303,25 +326,26 @@ func (s *Service) manager() map[string]any {
 	}
 	maps.Copy(methods, s.recoveryMethods())
 	maps.Copy(methods, s.emulatorMethods())
+	maps.Copy(methods, s.ekcertMethods())
 	return methods
 }
 
-// rate bounds how often something is done: ten times a minute.
+// rate bounds how often something is done in a minute.
 type rate struct {
 	mu   sync.Mutex
 	from time.Time
 	n    int
 }
 
-// over counts, and reports whether it was too often.
-func (r *rate) over(now time.Time) bool {
+// over counts, and reports whether it was more often than most.
+func (r *rate) over(now time.Time, most int) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if now.Sub(r.from) >= time.Minute {
 		r.from, r.n = now, 0
 	}
 	r.n++
-	return r.n > 10
+	return r.n > most
 }
 
 // deny makes known that someone was refused something; name is a VM's, or who or
@@ -332,7 +356,7 @@ func (s *Service) deny(uuid, name, operation string, err error) {
 	if errors.Is(err, errDenied) {
 		r = reason.Refuse(reason.PolicyForbids, "", "%s is for others", operation)
 	}
-	if r == nil || s.denied.over(time.Now()) {
+	if r == nil || s.denied.over(time.Now(), 10) {
 		return
 	}
 	s.g.report(uuid, name, operation, refused, r.Code, r.Text(), journal.Refused)
@@ -544,6 +568,8 @@ func (s *Service) properties(path dbus.ObjectPath, iface string) (dict, bool) {
 		return s.managerProperties(), true
 	case path == bus.HostPath && iface == bus.HostInterface:
 		return s.hostProperties(), true
+	case path == bus.HostPath && iface == bus.AttestationInterface:
+		return dict{}, true
 	case strings.HasPrefix(string(path), bus.VMPathPrefix) && iface == bus.VMInterface:
 		store := s.g.peek()
 		if store == nil {
@@ -587,6 +613,13 @@ func (s *Service) vmProperties(r *list.Record) dict {
 	}
 	d := strs("Recovery", recovery, "UUID", r.UUID, "Name", r.Name, "State", string(s.g.stateOf(r)), "StatePath", r.Instance, "LabelPath", r.LabelPath, "LabelState", labelState,
 		"LabelID", labelID(r), "KeyOwner", string(r.KeyOwner), "Baseline", r.Baseline.String(), "EKDigest", r.EKDigest.String(), "LastVerdict", verdict, "LastReason", code, "LastWhat", what)
+	d["EKCertificate"] = dbus.MakeVariant(nonNil(r.EKCertificate))
+	d["AKPublic"] = dbus.MakeVariant(nonNil(r.AKPublic))
+	d["AKCertificate"] = dbus.MakeVariant(nonNil(r.AKCertificate))
+	d["EKSharedWith"] = dbus.MakeVariant([]string{})
+	if store := s.g.peek(); store != nil {
+		d["EKSharedWith"] = dbus.MakeVariant(sharers(store, r))
+	}
 	for k, v := range map[string]uint64{"Generation": r.Generation, "Created": uint64(r.Created) * 1e6, "Changed": uint64(r.Changed) * 1e6, "Reverted": uint64(r.Reverted) * 1e6} {
 		d[k] = dbus.MakeVariant(v)
 	}
@@ -626,7 +659,7 @@ func pathOf(msg dbus.Message) dbus.ObjectPath {
 func (s *Service) managedObjects(sender dbus.Sender) (map[dbus.ObjectPath]map[string]dict, *dbus.Error) {
 	all := map[dbus.ObjectPath]map[string]dict{}
 	return all, s.serve(sender, "GetManagedObjects", reader, adminDeadline, func(context.Context, *caller) error {
-		all[bus.HostPath] = map[string]dict{bus.HostInterface: s.hostProperties()}
+		all[bus.HostPath] = map[string]dict{bus.HostInterface: s.hostProperties(), bus.AttestationInterface: {}}
 		if store := s.g.peek(); store != nil {
 			for _, r := range store.All() {
 				all[bus.VMPath(r.UUID)] = map[string]dict{bus.VMInterface: s.vmProperties(r)}
@@ -652,7 +685,7 @@ func (s *Service) introspect(msg dbus.Message) (string, *dbus.Error) {
 		b.WriteString(interfaceXML(bus.ManagerInterface) + objectManagerXML)
 		children = []string{"host", "vm"}
 	case p == bus.HostPath:
-		b.WriteString(interfaceXML(bus.HostInterface))
+		b.WriteString(interfaceXML(bus.HostInterface) + interfaceXML(bus.AttestationInterface))
 	case string(p) == strings.TrimSuffix(bus.VMPathPrefix, "/"):
 		if store := s.g.peek(); store != nil {
 			for _, r := range store.All() {
@@ -722,6 +755,7 @@ func (s *Service) export() error {
 	err := errors.Join(
 		s.conn.ExportMethodTable(s.manager(), bus.Path, bus.ManagerInterface),
 		s.conn.ExportMethodTable(s.hostMethods(), bus.HostPath, bus.HostInterface),
+		s.conn.ExportMethodTable(s.attestation(), bus.HostPath, bus.AttestationInterface),
 		// An object of its own has nothing from the tree above it.
 		s.conn.ExportMethodTable(properties, bus.HostPath, "org.freedesktop.DBus.Properties"),
 		s.conn.ExportMethodTable(map[string]any{"Introspect": s.introspect}, bus.HostPath, "org.freedesktop.DBus.Introspectable"),
