@@ -146,16 +146,16 @@ func (s *Service) reportVM(ctx context.Context, nonce []byte, r *list.Record) (v
 		v.EK = r.EKDigest[:]
 	}
 	v.EKCertificate = r.EKCertificate
-	pid, used, err := statedir.Holder(r.Instance)
+	pid, err := statedir.Holder(r.Instance)
 	if err != nil {
 		// It may run: that it cannot be told is told.
 		v.Running, v.Problem = true, text("whether it runs cannot be told: "+err.Error())
 		return v, nil
 	}
-	if v.Running = used; !used {
+	if v.Running = pid != 0; !v.Running {
 		return v, nil
 	}
-	if pid == 0 {
+	if pid < 0 {
 		v.Problem = "its swtpm runs in another pid namespace"
 		return v, nil
 	}
@@ -172,7 +172,7 @@ func (s *Service) reportVM(ctx context.Context, nonce []byte, r *list.Record) (v
 	}
 	v.PCRs, err = s.pcrs.Read(one, target)
 	if errors.Is(err, introspect.ErrGone) {
-		if _, used, e := statedir.Holder(r.Instance); e == nil && !used { // it has just stopped
+		if used, e := statedir.InUse(r.Instance); e == nil && !used { // it has just stopped
 			v.Running = false
 			return v, nil
 		}
