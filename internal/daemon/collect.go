@@ -39,6 +39,7 @@ import (
 const (
 	readers     = 8               // VMs whose PCRs are read at once
 	readLimit   = 2 * time.Second // for one VM
+	quoteLimit  = 3 * time.Second
 	vmsLimit    = 20 * time.Second
 	maxIMAPiece = 16 << 20 // bytes of a log in one round: what is more goes with the next
 	maxLogPiece = 8 << 20
@@ -159,10 +160,10 @@ func (s *Service) reportVM(ctx context.Context, nonce []byte, r *list.Record) (v
 		v.Problem = "its swtpm runs in another pid namespace"
 		return v, nil
 	}
-	one, cancel := context.WithTimeout(ctx, readLimit)
-	defer cancel()
 	target := introspect.Target{Swtpm: pid, QEMU: qemuOf(r.Name), UUID: r.UUID, StateDir: r.Instance}
-	if len(r.AKPublic) > 0 && s.quoter != nil {
+	if len(r.AKPublic) > 0 && s.g.cfg.Attestation.VTPMAK && s.quoter != nil { // the VM is paused for a moment
+		one, cancel := context.WithTimeout(ctx, quoteLimit)
+		defer cancel()
 		q, reading, err := s.quoter.Quote(one, target, report.VTPMQualifyingData(nonce, v.UUID), uint32(ek.AKHandle))
 		if err == nil {
 			v.Quote, v.PCRs = &report.VTPMQuote{Quote: *q, AK: r.AKPublic}, reading
@@ -170,6 +171,8 @@ func (s *Service) reportVM(ctx context.Context, nonce []byte, r *list.Record) (v
 		}
 		s.log.WithField(journal.VM, r.UUID).WithError(err).Debug("a vTPM does not quote")
 	}
+	one, cancel := context.WithTimeout(ctx, readLimit)
+	defer cancel()
 	v.PCRs, err = s.pcrs.Read(one, target)
 	if errors.Is(err, introspect.ErrGone) {
 		if used, e := statedir.InUse(r.Instance); e == nil && !used { // it has just stopped
