@@ -134,7 +134,8 @@ func TestEvidence(t *testing.T) {
 	g := h.NewVM(VM{Name: "proven", TPM: true, Disk: "qcow2"})
 	other := h.NewVM(VM{Name: "other", TPM: true, Disk: "qcow2"})
 	g.Start()
-	guest := strings.Fields(g.Ask("pcrs"))
+	_, own, _ := strings.Cut(g.Ask("pcrs"), " sha256 ")
+	guest := strings.Fields(own)
 	other.Start()
 	other.Destroy()
 
@@ -181,7 +182,7 @@ func TestEvidence(t *testing.T) {
 	}
 	for _, b := range v.PCRs.Banks {
 		for i := uint(0); b.Algorithm == "sha256" && i < 24; i++ {
-			if got := hex.EncodeToString(b.Values[i]); len(guest) != 25 || got != guest[i+1] {
+			if got := hex.EncodeToString(b.Values[i]); len(guest) < 24 || got != guest[i] {
 				t.Errorf("PCR %d of the vTPM is %s, the guest says %v", i, got, guest)
 			}
 		}
