@@ -58,6 +58,9 @@ func open(ctx context.Context, o Options) (*verifier, error) {
 		return nil, err
 	}
 	v := &verifier{tls: rounds.TLSConfig(authority, own, time.Now)}
+	if _, err := v.tls.GetCertificate(nil); err != nil {
+		return nil, err
+	}
 	if v.results, err = newResults(cfg.Results.Keys, own[0]); err != nil {
 		return nil, err
 	}
