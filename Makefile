@@ -1,7 +1,7 @@
 # make build    programs and completion, to bin/
 # make install  to DESTDIR (default: none) under prefix (/usr)
-# make deb      dist/virt-trust_VERSION_amd64.deb
-# make lint-deb what lintian says of it
+# make deb      dist/*_VERSION_amd64.deb: virt-trust, virt-trust-cli, virt-trust-verifier
+# make lint-deb what lintian says of them
 # make test     everything, test hosts included; as root
 # make check    the fast part of it, as anyone
 # make demo     a guarded VM on a private test host, and an attack on it
@@ -38,9 +38,11 @@ LIBEXEC = virt-trustd virt-trust-hook virt-trust-wrapper virt-trust-emulator
 # as package emulator has them: the names, and the descriptor
 EMULATORS = qemu-system-aarch64 qemu-system-ppc64 qemu-system-x86_64
 EMULATOR_FD = 777
-MAN = $(wildcard packaging/man/*.[1-8])
+MAN_CLI = packaging/man/virt-trust.1 packaging/man/virt-trust-reasons.7
+MAN_VERIFIER = $(wildcard packaging/man/virt-trust-verifier*.[1-8])
+MAN_HOST = $(filter-out $(MAN_CLI) $(MAN_VERIFIER),$(wildcard packaging/man/*.[1-8]))
 
-.PHONY: build install deb lint-deb test check faults demo bench soak fuzz clean help
+.PHONY: build install install-cli install-host install-verifier deb lint-deb test check faults demo bench soak fuzz clean help
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -55,8 +57,15 @@ build:
 INSTALL = install -D -p -m 644
 INSTALL_PROGRAM = install -D -p -m 755
 
-install: build
+install: install-cli install-host install-verifier
+
+# The three packages.
+install-cli: build
 	$(INSTALL_PROGRAM) bin/virt-trust $(DESTDIR)$(bindir)/virt-trust
+	$(INSTALL) bin/virt-trust.bash $(DESTDIR)$(datadir)/bash-completion/completions/virt-trust
+	@set -e; for m in $(MAN_CLI); do $(INSTALL) $$m $(DESTDIR)$(datadir)/man/man$${m##*.}/$${m##*/}; done
+
+install-host: build
 	@set -e; for p in $(LIBEXEC); do $(INSTALL_PROGRAM) bin/$$p $(DESTDIR)$(libexecdir)/$$p; done
 	install -d $(DESTDIR)$(libexecdir)/bin
 	ln -sf ../virt-trust-wrapper $(DESTDIR)$(libexecdir)/bin/swtpm
@@ -81,14 +90,15 @@ install: build
 	$(INSTALL) dbus/org.virttrust1.service $(DESTDIR)$(datadir)/dbus-1/system-services/org.virttrust1.service
 	$(INSTALL) dbus/org.virttrust1.xml $(DESTDIR)$(datadir)/dbus-1/interfaces/org.virttrust1.xml
 	$(INSTALL) packaging/org.virttrust1.policy $(DESTDIR)$(datadir)/polkit-1/actions/org.virttrust1.policy
-	$(INSTALL) bin/virt-trust.bash $(DESTDIR)$(datadir)/bash-completion/completions/virt-trust
-	@set -e; for m in $(MAN); do $(INSTALL) $$m $(DESTDIR)$(datadir)/man/man$${m##*.}/$${m##*/}; done
+	@set -e; for m in $(MAN_HOST); do $(INSTALL) $$m $(DESTDIR)$(datadir)/man/man$${m##*.}/$${m##*/}; done
+
+install-verifier: build
 
 deb: build
 	packaging/debian/build
 
 lint-deb: deb
-	lintian --fail-on error dist/virt-trust_$(VERSION)_amd64.deb
+	lintian --fail-on error dist/*_$(VERSION)_amd64.deb
 
 check:
 	@unformatted=$$(gofmt -l helper hooks internal wrapper); [ -z "$$unformatted" ] || { echo "gofmt wants: $$unformatted" >&2; exit 1; }

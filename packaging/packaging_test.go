@@ -146,7 +146,7 @@ func TestContractPage(t *testing.T) {
 
 // TestEmulators: the emulators are installed as virt-trust's programs look for them.
 func TestEmulators(t *testing.T) {
-	makefile, triggers := read(t, "../Makefile"), read(t, "debian/triggers")
+	makefile, triggers := read(t, "../Makefile"), read(t, "debian/virt-trust/triggers")
 	for _, want := range []string{
 		"EMULATORS = " + strings.Join(emulator.Names(), " ") + "\n", fmt.Sprintf("EMULATOR_FD = %d\n", emulator.FD),
 		"libexecdir = $(prefix)/libexec/virt-trust\n", "$(libexecdir)/emulator/open/$$e;",
@@ -255,7 +255,11 @@ func TestUnits(t *testing.T) {
 // TestScripts: the shell can read them, and the hook's script lets VMs pass
 // where the package is gone.
 func TestScripts(t *testing.T) {
-	for _, script := range []string{"debian/postinst", "debian/prerm", "debian/postrm", "debian/build", "../hooks/qemu.d/50-virt-trust"} {
+	scripts, err := filepath.Glob("debian/*/p*")
+	if err != nil || len(scripts) < 3 {
+		t.Fatal(scripts, err)
+	}
+	for _, script := range append(scripts, "debian/build", "../hooks/qemu.d/50-virt-trust") {
 		run(t, "/bin/sh", "-n", script)
 		if fi, err := os.Stat(script); err != nil || fi.Mode()&0o111 == 0 {
 			t.Errorf("%s: %v, not executable", script, err)
@@ -272,7 +276,7 @@ func TestScripts(t *testing.T) {
 func TestRemovalRefuses(t *testing.T) {
 	root := t.TempDir()
 	prerm := func(args ...string) (string, error) {
-		cmd := exec.Command("debian/prerm", args...)
+		cmd := exec.Command("debian/virt-trust/prerm", args...)
 		cmd.Env = append(os.Environ(), "DPKG_ROOT="+root)
 		out, err := cmd.CombinedOutput()
 		return string(out), err

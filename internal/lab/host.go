@@ -424,19 +424,45 @@ func (h *Host) ReadFile(path string) []byte {
 }
 
 // InstallDeb installs, upgrades or reinstalls virt-trust from a file of the
-// machine, with this host's TPM in its configuration.
+// machine, and virt-trust-cli of the same build, with this host's TPM in its
+// configuration.
 func (h *Host) InstallDeb(path string) {
 	h.t.Helper()
 	const config = "/etc/virt-trust/virt-trustd.toml"
 	if _, err := os.Stat(h.Path(config)); errors.Is(err, os.ErrNotExist) {
 		h.WriteFile(config, []byte("[tpm]\ndevice = \""+TPMSocket+"\"\n"), 0o644)
 	}
-	deb, err := os.ReadFile(path)
-	if err != nil {
-		h.t.Fatalf("lab: %v", err)
+	h.dpkg(path, beside(path, "virt-trust-cli"))
+}
+
+// InstallVerifier installs the Verifier's package of the same build.
+func (h *Host) InstallVerifier(path string) {
+	h.t.Helper()
+	h.dpkg(beside(path, "virt-trust-cli"), beside(path, "virt-trust-verifier"))
+}
+
+// beside is another package of the same build.
+func beside(deb, name string) string {
+	_, version, _ := strings.Cut(filepath.Base(deb), "_")
+	return filepath.Join(filepath.Dir(deb), name+"_"+version)
+}
+
+// dpkg installs those of the packages that there are.
+func (h *Host) dpkg(paths ...string) {
+	h.t.Helper()
+	args := []string{"env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--force-confold", "--force-unsafe-io", "-i"}
+	for _, path := range paths {
+		deb, err := os.ReadFile(path)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // of an older version
+		}
+		if err != nil {
+			h.t.Fatalf("lab: %v", err)
+		}
+		h.WriteFile("/root/"+filepath.Base(path), deb, 0o644)
+		args = append(args, "/root/"+filepath.Base(path))
 	}
-	h.WriteFile("/root/"+filepath.Base(path), deb, 0o644)
-	h.Must("env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--force-confold", "--force-unsafe-io", "-i", "/root/"+filepath.Base(path))
+	h.Must(args...)
 	h.Must("sync", "-f", "/") // once, and not for each file: a package that is installed outlives a power cut
 }
 

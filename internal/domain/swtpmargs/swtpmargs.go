@@ -25,6 +25,8 @@ type Call struct {
 	Probe     bool   // asks for information or touches no state: needs no keys
 	StatePath string // of the state directory or, for file://, the file; cleaned; "" if none is named
 	HasKey    bool   // the caller gave a key of its own
+	TPM2      bool   // the TPM is one of family 2.0
+	Config    string // of swtpm_setup: the configuration file that is named, "" if none is
 
 	argv []string
 	args []arg
@@ -192,6 +194,10 @@ func (c *Call) note(a arg) {
 		c.Probe = true
 	case k == keyFlag:
 		c.HasKey = c.HasKey || a.name != "cipher"
+	case a.name == "tpm2":
+		c.TPM2 = true
+	case a.name == "config" && c.Program == SwtpmSetup:
+		c.Config = a.value
 	case a.name == "tpmstate" && c.Program == Swtpm:
 		// swtpm prefers dir= over backend-uri= (swtpm/common.c, parse_tpmstate_options).
 		if dir, ok := subOption(a.value, "dir"); ok {
@@ -255,20 +261,43 @@ func (c Call) WithKeys(stateFD, transferFD int) []string {
 	if c.Program == SwtpmSetup {
 		keys = []string{"--keyfile-fd", strconv.Itoa(stateFD), "--cipher", "aes-256-cbc"}
 	}
-	out := slices.Clone(c.argv[:min(1, len(c.argv))])
-	for _, a := range c.args {
+	return c.with(keys, func(a arg) []string {
 		switch {
 		case long[c.Program][a.name] == keyFlag:
-		case a.end || a.open:
-			out = append(append(out, keys...), a.words...)
-			keys = nil
+			return nil
 		case a.name == "log" && c.Program == Swtpm:
-			out = append(out, withoutLevel(a)...)
-		default:
-			out = append(out, a.words...)
+			return withoutLevel(a)
 		}
+		return a.words
+	})
+}
+
+// WithConfig gives swtpm_setup's call with another configuration file.
+func (c Call) WithConfig(file string) Call {
+	return Parse(c.Program, c.with([]string{"--config", file}, func(a arg) []string {
+		if a.name == "config" {
+			return nil
+		}
+		return a.words
+	}))
+}
+
+// Argv is the command line, argv[0] included.
+func (c Call) Argv() []string { return slices.Clone(c.argv) }
+
+// with gives the command line with more options, and with the others as keep
+// leaves them.
+func (c Call) with(more []string, keep func(arg) []string) []string {
+	out := slices.Clone(c.argv[:min(1, len(c.argv))])
+	for _, a := range c.args {
+		if a.end || a.open {
+			out = append(append(out, more...), a.words...)
+			more = nil
+			continue
+		}
+		out = append(out, keep(a)...)
 	}
-	return append(out, keys...)
+	return append(out, more...)
 }
 
 func withoutLevel(a arg) []string {

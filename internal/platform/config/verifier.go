@@ -73,8 +73,7 @@ type VerifierRetention struct {
 
 // VerifierPeople is how people log in.
 type VerifierPeople struct {
-	SessionKey  string   `toml:"session_key"` // file: seals the page's cookies; all replicas have the same
-	SessionTime Duration `toml:"session_time"`
+	SessionTime Duration `toml:"session_time"` // of the page's
 }
 
 // VerifierOIDC is an OpenID Connect provider. Without an issuer there is none.
@@ -125,7 +124,7 @@ func DefaultVerifier() Verifier {
 		Policy:    VerifierPolicy{ReferenceValues: "learn", ManifestKeys: "/etc/virt-trust/verifier-manifest-keys.pem"},
 		Enrolment: VerifierEnrolment{ManufacturerRoots: "/etc/virt-trust/tpm-roots", Approval: "manufacturer"},
 		Retention: VerifierRetention{Rounds: Duration(30 * 24 * time.Hour), Evidence: Duration(30 * 24 * time.Hour)},
-		People:    VerifierPeople{SessionKey: state + "session.key", SessionTime: Duration(12 * time.Hour)},
+		People:    VerifierPeople{SessionTime: Duration(12 * time.Hour)},
 		OIDC:      VerifierOIDC{NameClaim: "email", RolesClaim: "groups", Reader: []string{}, Operator: []string{}, Policy: []string{}},
 		Webhooks:  VerifierWebhooks{AllowNetworks: []string{}},
 		Limits: VerifierLimits{
@@ -169,7 +168,6 @@ func (c Verifier) check() error {
 		oneOf("enrolment.approval", c.Enrolment.Approval, "manufacturer", "operator"),
 		abs("ca.certificate", c.CA.Certificate), abs("ca.key", c.CA.Key), abs("results.keys", c.Results.Keys),
 		abs("policy.manifest_keys", c.Policy.ManifestKeys), abs("enrolment.manufacturer_roots", c.Enrolment.ManufacturerRoots),
-		abs("people.session_key", c.People.SessionKey),
 		between("rounds.interval", c.Rounds.Interval, time.Second, time.Hour),
 		between("rounds.lifetime", c.Rounds.Lifetime, time.Second, day),
 		between("retention.rounds", c.Retention.Rounds, time.Hour, 3660*day),

@@ -17,7 +17,6 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/asn1"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -27,6 +26,8 @@ import (
 	"net/url"
 	"slices"
 	"time"
+
+	"virt-trust/internal/vtpm/ekcert"
 )
 
 // Lifetimes. A certificate begins backdate before it was given, for clocks that
@@ -152,19 +153,29 @@ func (a *Authority) Node(id Identity, spki []byte, now time.Time) (*x509.Certifi
 
 func nodeURI(id string) *url.URL { return &url.URL{Scheme: "urn", Opaque: "uuid:" + id} }
 
-// Certifier gives the CA certificate over a node's certifier: for EK
-// certificates alone, directly under it.
+// Certifier gives the CA certificate over a node's certifier: for certificates of
+// vTPMs alone, directly under it. Subject and key id are those of package ekcert,
+// so that what the certifier signed before chains to it too.
 func (a *Authority) Certifier(id Identity, spki []byte, now time.Time) (*x509.Certificate, error) {
 	ext, err := id.extension()
 	if err != nil {
 		return nil, err
 	}
-	return a.issue(&x509.Certificate{
-		Subject: pkix.Name{CommonName: id.Name, OrganizationalUnit: []string{"virt-trust vTPM manufacturer"}, SerialNumber: id.Node},
-		IsCA:    true, MaxPathLen: 0, MaxPathLenZero: true, KeyUsage: x509.KeyUsageCertSign,
-		UnknownExtKeyUsage: []asn1.ObjectIdentifier{OIDEKCertificate},
-		ExtraExtensions:    []pkix.Extension{ext},
-	}, spki, now, CertifierLifetime)
+	key, err := x509.ParsePKIXPublicKey(spki)
+	if err != nil {
+		return nil, refuse(Malformed, "the certifier: %v", err)
+	}
+	k, ok := key.(*ecdsa.PublicKey)
+	if !ok {
+		return nil, refuse(CertifierBad, "the certifier is a %T", key)
+	}
+	t, err := ekcert.IssuerTemplate(k)
+	if err != nil {
+		return nil, err
+	}
+	t.UnknownExtKeyUsage = slices.Clone(certifierUses)
+	t.ExtraExtensions = append(t.ExtraExtensions, ext)
+	return a.issue(t, spki, now, CertifierLifetime)
 }
 
 // Server gives a TLS certificate of the Verifier itself, for host names and
@@ -203,8 +214,6 @@ func (a *Authority) issue(t *x509.Certificate, spki []byte, now time.Time, lifet
 	if t.SerialNumber, err = newSerial(a.random); err != nil {
 		return nil, err
 	}
-	// Signed by a key of no meaning first: what the rules refuse never gets to the
-	// CA's own, wherever that lies.
 	der, err := x509.CreateCertificate(a.random, t, a.cert, key, &checked{a: a, now: now})
 	if err != nil {
 		return nil, fmt.Errorf("signing a certificate: %w", err)

@@ -21,6 +21,9 @@ var (
 	OIDNode = slices.Concat(oidArc, asn1.ObjectIdentifier{1})
 	// OIDEKCertificate is tcg-kp-EKCertificate (TCG EK Credential Profile, 3.2.16).
 	OIDEKCertificate = asn1.ObjectIdentifier{2, 23, 133, 8, 1}
+	// certifierUses are what a node's certifier may sign for: EK, platform and AK of
+	// a vTPM (tcg-kp).
+	certifierUses = []asn1.ObjectIdentifier{OIDEKCertificate, {2, 23, 133, 8, 2}, {2, 23, 133, 8, 3}}
 )
 
 // Identity is what a node's certificate says of it, beside its TLS key. The

@@ -12,23 +12,23 @@ type Code string
 
 // The codes.
 const (
-	TokenMissing  Code = "token-missing"  // no join token, and nothing else that lets the node in
-	TokenWrong    Code = "token-wrong"    // none that was ever given out
-	TokenUsed     Code = "token-used"     // by another enrolment
-	TokenExpired  Code = "token-expired"  //
-	TokenOther    Code = "token-other"    // it is for a node of another name
-	NameBad       Code = "name-bad"       // no name that a node can have
-	NameTaken     Code = "name-taken"     // another TPM under a known name
-	EKKnown       Code = "ek-known"       // a known TPM under another name
-	AKSwapped     Code = "ak-swapped"     // a known TPM with another AK
-	KeysSwapped   Code = "keys-swapped"   // a known AK with another bind key or certifier
-	NodeRevoked   Code = "node-revoked"   //
-	NodePending   Code = "node-pending"   // an operator has not approved it yet
-	NodeUnknown   Code = "node-unknown"   //
-	NodeRestored  Code = "node-restored"  // this CA knew it, the store does not: one of them is from a backup
-	EKUnparsable  Code = "ek-unparsable"  // no TPMT_PUBLIC of an EK
-	EKIsVTPM      Code = "ek-is-vtpm"     // an EK of a virtual TPM
-	EKOther       Code = "ek-other"       // the certificate is for another key
+	TokenMissing  Code = "token-missing" // no join token, and nothing else that lets the node in
+	TokenWrong    Code = "token-wrong"   // none that was ever given out
+	TokenUsed     Code = "token-used"    // by another enrolment
+	TokenExpired  Code = "token-expired" //
+	TokenOther    Code = "token-other"   // it is for a node of another name
+	NameBad       Code = "name-bad"      // no name that a node can have
+	NameTaken     Code = "name-taken"    // another TPM under a known name
+	EKKnown       Code = "ek-known"      // a known TPM under another name
+	AKSwapped     Code = "ak-swapped"    // a known TPM with another AK
+	KeysSwapped   Code = "keys-swapped"  // a known AK with another bind key or certifier
+	NodeRevoked   Code = "node-revoked"  //
+	NodePending   Code = "node-pending"  // an operator has not approved it yet
+	NodeUnknown   Code = "node-unknown"  //
+	NodeRestored  Code = "node-restored" // this CA knew it, the store does not: one of them is from a backup
+	EKUnparsable  Code = "ek-unparsable" // no TPMT_PUBLIC of an EK
+	EKIsVTPM      Code = "ek-is-vtpm"    // an EK of a virtual TPM
+	EKOther       Code = "ek-other"      // the certificate is for another key
 	EKNoCert      Code = "ek-no-certificate"
 	EKCertBad     Code = "ek-certificate-unreadable"
 	EKUnknownRoot Code = "ek-certificate-unknown-root"

@@ -3,13 +3,14 @@ package ca
 import (
 	"bytes"
 	"crypto/x509"
+	"encoding/asn1"
 	"errors"
 	"fmt"
 	"slices"
 	"time"
 
 	"golang.org/x/crypto/cryptobyte"
-	"golang.org/x/crypto/cryptobyte/asn1"
+	cbasn1 "golang.org/x/crypto/cryptobyte/asn1"
 )
 
 // Bounds of what the CA signs.
@@ -49,19 +50,19 @@ func sealWithNothing(tbs []byte) ([]byte, error) {
 	bad := errors.New("what is to be signed is no DER of a certificate or a CRL")
 	in := cryptobyte.String(tbs)
 	var body, algorithm cryptobyte.String
-	if !in.ReadASN1(&body, asn1.SEQUENCE) || !in.Empty() {
+	if !in.ReadASN1(&body, cbasn1.SEQUENCE) || !in.Empty() {
 		return nil, bad
 	}
-	certificate := body.PeekASN1Tag(asn1.Tag(0).Constructed().ContextSpecific())
-	if certificate && !body.SkipASN1(asn1.Tag(0).Constructed().ContextSpecific()) {
+	certificate := body.PeekASN1Tag(cbasn1.Tag(0).Constructed().ContextSpecific())
+	if certificate && !body.SkipASN1(cbasn1.Tag(0).Constructed().ContextSpecific()) {
 		return nil, bad
 	}
 	// version of a CRL, serial number of a certificate
-	if !body.SkipASN1(asn1.INTEGER) || !body.ReadASN1Element(&algorithm, asn1.SEQUENCE) {
+	if !body.SkipASN1(cbasn1.INTEGER) || !body.ReadASN1Element(&algorithm, cbasn1.SEQUENCE) {
 		return nil, bad
 	}
 	var b cryptobyte.Builder
-	b.AddASN1(asn1.SEQUENCE, func(b *cryptobyte.Builder) {
+	b.AddASN1(cbasn1.SEQUENCE, func(b *cryptobyte.Builder) {
 		b.AddBytes(tbs)
 		b.AddBytes(algorithm)
 		b.AddASN1BitString([]byte{0})
@@ -101,7 +102,7 @@ func checkCertificate(root, c *x509.Certificate, tbs []byte, now time.Time) erro
 		return errors.New("a serial number that can be guessed")
 	case !c.BasicConstraintsValid:
 		return errors.New("a certificate that does not say whether it is a CA's")
-	case len(c.UnhandledCriticalExtensions) > 0 || len(c.PolicyIdentifiers) > 0:
+	case len(c.UnhandledCriticalExtensions) > 0 || len(c.Policies) > 0:
 		return errors.New("a certificate with extensions that this CA never gives")
 	case len(c.EmailAddresses) > 0:
 		return errors.New("a certificate of people")
@@ -133,7 +134,7 @@ func kindOf(c *x509.Certificate) (kind, error) {
 	switch {
 	case c.IsCA:
 		if idErr != nil || names+len(c.URIs) > 0 || len(known) > 0 || !c.MaxPathLenZero || c.KeyUsage != x509.KeyUsageCertSign ||
-			len(c.UnknownExtKeyUsage) != 1 || !c.UnknownExtKeyUsage[0].Equal(OIDEKCertificate) {
+			!slices.EqualFunc(c.UnknownExtKeyUsage, certifierUses, asn1.ObjectIdentifier.Equal) {
 			return kind{}, errors.New("a CA certificate that is not one of a node's certifier")
 		}
 		return kind{"a certifier", CertifierLifetime}, nil
@@ -152,4 +153,24 @@ func kindOf(c *x509.Certificate) (kind, error) {
 		return kind{"the Verifier", ServerLifetime}, nil
 	}
 	return kind{}, idErr
+}
+
+// Describe says in a few words what is signed, for logs.
+func Describe(tbs []byte) string {
+	wrapped, err := sealWithNothing(tbs)
+	if err != nil {
+		return "nothing"
+	}
+	if l, err := x509.ParseRevocationList(wrapped); err == nil {
+		return fmt.Sprintf("CRL %d with %d entries", l.Number, len(l.RevokedCertificateEntries))
+	}
+	c, err := x509.ParseCertificate(wrapped)
+	if err != nil {
+		return "nothing"
+	}
+	k, err := kindOf(c)
+	if err != nil {
+		return "nothing"
+	}
+	return fmt.Sprintf("certificate %s of %s: %q", Serial(c), k.what, c.Subject.CommonName)
 }

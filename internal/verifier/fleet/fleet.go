@@ -5,7 +5,7 @@ package fleet
 import (
 	"time"
 
-	"virt-trust/internal/appraise"
+	"virt-trust/internal/appraise/tier"
 )
 
 // NodeState is where a node stands.
@@ -141,12 +141,12 @@ type Delivery struct {
 type Status struct {
 	Node
 	// Tier is None once the result has expired, and of a node that is not Active.
-	Tier     appraise.Tier
+	Tier     tier.Tier
 	Round    int64     // ID of the newest round; 0 before the first
 	Received time.Time // of the newest result
 	Expires  time.Time
-	Codes    []string              // of all reasons, sorted, each once
-	VMs      map[appraise.Tier]int // how many VMs stand where; all None once expired
+	Codes    []string          // of all reasons, sorted, each once
+	VMs      map[tier.Tier]int // how many VMs stand where; all None once expired
 }
 
 // VM is one VM in the newest result of one node. While a VM moves, two nodes may
@@ -159,7 +159,7 @@ type VM struct {
 	Running  bool
 	EKDigest string // SHA-256 of its SubjectPublicKeyInfo, hexadecimal
 	// Tier is None once the result has expired, and of a node that is not Active.
-	Tier    appraise.Tier
+	Tier    tier.Tier
 	Expires time.Time
 	Changed time.Time // when its entry last changed
 }
@@ -167,9 +167,9 @@ type VM struct {
 // Summary counts nodes and VMs by what their newest results say now.
 type Summary struct {
 	Nodes    map[NodeState]int
-	ByTier   map[appraise.Tier]int // active nodes
-	VMs      map[appraise.Tier]int // of active nodes
-	Problems int                   // nodes with something that an operator should look at
+	ByTier   map[tier.Tier]int // active nodes
+	VMs      map[tier.Tier]int // of active nodes
+	Problems int               // nodes with something that an operator should look at
 }
 
 // Challenge is a nonce that was given out once and is taken back once.
@@ -208,5 +208,5 @@ type JoinToken struct {
 	By      string
 	Created time.Time
 	Used    time.Time // zero while it has not been
-	UsedBy  string // node ID
+	UsedBy  string    // node ID
 }

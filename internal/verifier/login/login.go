@@ -1,24 +1,22 @@
 // Package login finds out who asks: by a static token, by OpenID Connect, or by
-// the session cookie that either led to. It knows nothing of what people may do.
+// the session that either led to. It knows nothing of what people may do.
 package login
 
 import (
 	"context"
-	"crypto/aes"
-	"crypto/cipher"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
-	"encoding/base64"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"net/http"
+	"net/url"
 	"strings"
 	"time"
 
+	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/operate"
+	"virt-trust/internal/verifier/store"
 )
 
 // Token is a static token as the Verifier knows it.
@@ -27,36 +25,24 @@ type Token struct {
 	SHA256 [sha256.Size]byte
 }
 
-// Login finds out who asks.
+// Sessions is what a *store.Store does for sessions and for people on their way
+// to the OpenID provider, so that any replica takes up what another began.
+type Sessions interface {
+	PutSession(context.Context, fleet.Session) error
+	Session(ctx context.Context, digest string) (fleet.Session, error)
+	DropSession(ctx context.Context, digest string) error
+	PutChallenge(context.Context, fleet.Challenge) error
+	TakeChallenge(ctx context.Context, purpose, id string) (fleet.Challenge, error)
+}
+
+// Login finds out who asks. It keeps no state but the provider's keys.
 type Login struct {
 	Tokens      []Token
 	OIDC        *OIDC // nil: none
+	Sessions    Sessions
 	SessionTime time.Duration
+	Source      func(*http.Request) string // whom challenges are counted for
 	Now         func() time.Time
-
-	seal cipher.AEAD
-}
-
-// SessionKeySize is that of the key under which cookies are sealed.
-const SessionKeySize = 32
-
-// New makes a Login. sessionKey has SessionKeySize bytes, the same in all
-// replicas.
-func New(l Login, sessionKey []byte) (*Login, error) {
-	if len(sessionKey) != SessionKeySize {
-		return nil, fmt.Errorf("the session key has %d bytes, not %d", len(sessionKey), SessionKeySize)
-	}
-	block, err := aes.NewCipher(sessionKey)
-	if err != nil {
-		return nil, err
-	}
-	if l.seal, err = cipher.NewGCM(block); err != nil {
-		return nil, err
-	}
-	if l.Now == nil {
-		l.Now = time.Now
-	}
-	return &l, nil
 }
 
 // ErrRefused says that someone named himself and was not believed; it is never
@@ -64,7 +50,8 @@ func New(l Login, sessionKey []byte) (*Login, error) {
 var ErrRefused = errors.New("the token is not valid, or no longer")
 
 // Actor says who asks: the zero Actor where nobody said so, ErrRefused where
-// the token or cookie is none of ours, another error where it could not be told.
+// the token is none of ours, another error where it could not be told. An old
+// cookie is as none.
 func (l *Login) Actor(r *http.Request) (operate.Actor, error) {
 	if header := r.Header.Values("Authorization"); len(header) > 0 {
 		scheme, token, _ := strings.Cut(header[0], " ")
@@ -77,11 +64,14 @@ func (l *Login) Actor(r *http.Request) (operate.Actor, error) {
 	if err != nil {
 		return operate.Actor{}, nil
 	}
-	s, err := l.session(c.Value)
-	if err != nil {
-		return operate.Actor{}, nil // an old cookie: as if logged out
+	s, err := l.Sessions.Session(r.Context(), digest(c.Value))
+	if errors.Is(err, store.ErrNotFound) {
+		return operate.Actor{}, nil
 	}
-	return s, nil
+	if err != nil {
+		return operate.Actor{}, err
+	}
+	return l.of(s), nil
 }
 
 func (l *Login) bearer(ctx context.Context, token string) (operate.Actor, error) {
@@ -94,8 +84,8 @@ func (l *Login) bearer(ctx context.Context, token string) (operate.Actor, error)
 	return operate.Actor{}, ErrRefused
 }
 
-// static looks a digest up. Digests are compared, in constant time, and all of
-// them, so that nothing is told by how long it takes.
+// static looks a digest up. All digests are compared, in constant time, so that
+// nothing is told by how long it takes.
 func (l *Login) static(digest [sha256.Size]byte) *Token {
 	var found *Token
 	for i := range l.Tokens {
@@ -113,64 +103,39 @@ const (
 	flowCookie    = "__Host-virt-trust-login"
 )
 
-// session is what is sealed in the cookie. Of a static token the digest is
-// kept, so that the session ends when the token is taken out.
-type session struct {
-	Actor   operate.Actor
-	Token   string `json:",omitempty"`
-	Expires int64
+func digest(secret string) string {
+	d := sha256.Sum256([]byte(secret))
+	return hex.EncodeToString(d[:])
 }
 
-func (l *Login) session(value string) (operate.Actor, error) {
-	var s session
-	if err := l.open(sessionCookie, value, &s); err != nil {
-		return operate.Actor{}, err
+// of gives whose session it is. One that began with a static token, whose digest
+// is its data, ends when that is taken out of the configuration.
+func (l *Login) of(s fleet.Session) operate.Actor {
+	if len(s.Data) == sha256.Size {
+		if t := l.static([sha256.Size]byte(s.Data)); t != nil {
+			return t.Actor
+		}
+		return operate.Actor{}
 	}
-	if l.Now().Unix() >= s.Expires {
-		return operate.Actor{}, errors.New("the session is over")
+	a := operate.Actor{Name: s.Person}
+	if a.Role.UnmarshalText([]byte(s.Role)) != nil {
+		return operate.Actor{}
 	}
-	if s.Token == "" {
-		return s.Actor, nil
-	}
-	b, err := hex.DecodeString(s.Token)
-	if err != nil || len(b) != sha256.Size {
-		return operate.Actor{}, errors.New("no digest")
-	}
-	t := l.static([sha256.Size]byte(b))
-	if t == nil {
-		return operate.Actor{}, errors.New("the token was taken out")
-	}
-	return t.Actor, nil
+	return a
 }
 
-func (l *Login) start(w http.ResponseWriter, s session) error {
-	s.Expires = l.Now().Add(l.SessionTime).Unix()
-	return l.set(w, sessionCookie, s, l.SessionTime)
-}
-
-// set seals v into a cookie, bound to the cookie's name.
-func (l *Login) set(w http.ResponseWriter, name string, v any, age time.Duration) error {
-	b, err := json.Marshal(v)
+// start begins a session and leads to next.
+func (l *Login) start(w http.ResponseWriter, r *http.Request, a operate.Actor, data []byte, next string) {
+	secret, now := rand.Text(), l.Now()
+	err := l.Sessions.PutSession(r.Context(), fleet.Session{
+		Digest: digest(secret), Person: a.Name, Role: a.Role.String(), Data: data, Created: now, Expires: now.Add(l.SessionTime),
+	})
 	if err != nil {
-		return err
+		failed(w, r, "unavailable", next)
+		return
 	}
-	nonce := make([]byte, l.seal.NonceSize())
-	rand.Read(nonce) // never fails
-	sealed := l.seal.Seal(nonce, nonce, b, []byte(name))
-	http.SetCookie(w, cookie(name, base64.RawURLEncoding.EncodeToString(sealed), int(age/time.Second)))
-	return nil
-}
-
-func (l *Login) open(name, value string, v any) error {
-	b, err := base64.RawURLEncoding.DecodeString(value)
-	if err != nil || len(b) < l.seal.NonceSize() {
-		return errors.New("no cookie of ours")
-	}
-	n := l.seal.NonceSize()
-	if b, err = l.seal.Open(nil, b[:n], b[n:], []byte(name)); err != nil {
-		return err
-	}
-	return json.Unmarshal(b, v)
+	http.SetCookie(w, cookie(sessionCookie, secret, int(l.SessionTime/time.Second)))
+	http.Redirect(w, r, next, http.StatusSeeOther)
 }
 
 func cookie(name, value string, age int) *http.Cookie {
@@ -180,12 +145,13 @@ func cookie(name, value string, age int) *http.Cookie {
 // Routes are the handlers of the page's login, each by its pattern of
 // http.ServeMux:
 //
-//	POST /login          form: token, next; sets the session and leads to next
+//	POST /login          form: token, next; begins a session and leads to next
 //	POST /logout         ends it and leads to /
 //	GET  /oidc/login     ?next=; to the OpenID provider, where one is configured
 //	GET  /oidc/callback  back from there
 //
-// Who fails is led to /login?failed=REASON: token, oidc, role, unavailable.
+// Who fails is led to /login?failed=REASON: token, oidc, role, unavailable; with
+// next, if there was one.
 func (l *Login) Routes() map[string]http.HandlerFunc {
 	routes := map[string]http.HandlerFunc{"POST /login": l.login, "POST /logout": l.logout}
 	if l.OIDC != nil {
@@ -196,25 +162,33 @@ func (l *Login) Routes() map[string]http.HandlerFunc {
 
 func (l *Login) login(w http.ResponseWriter, r *http.Request) {
 	r.Body = http.MaxBytesReader(w, r.Body, 64<<10)
-	digest := sha256.Sum256([]byte(r.PostFormValue("token")))
-	if l.static(digest) == nil {
-		failed(w, r, "token")
+	next := local(r.PostFormValue("next"))
+	d := sha256.Sum256([]byte(r.PostFormValue("token")))
+	t := l.static(d)
+	if t == nil {
+		failed(w, r, "token", next)
 		return
 	}
-	if err := l.start(w, session{Token: hex.EncodeToString(digest[:])}); err != nil {
-		failed(w, r, "unavailable")
-		return
-	}
-	http.Redirect(w, r, local(r.PostFormValue("next")), http.StatusSeeOther)
+	l.start(w, r, t.Actor, d[:], next)
 }
 
 func (l *Login) logout(w http.ResponseWriter, r *http.Request) {
+	if c, err := r.Cookie(sessionCookie); err == nil {
+		if err := l.Sessions.DropSession(r.Context(), digest(c.Value)); err != nil {
+			http.Error(w, "The session could not be ended; try again.", http.StatusServiceUnavailable)
+			return
+		}
+	}
 	http.SetCookie(w, cookie(sessionCookie, "", -1))
 	http.Redirect(w, r, "/", http.StatusSeeOther)
 }
 
-func failed(w http.ResponseWriter, r *http.Request, why string) {
-	http.Redirect(w, r, "/login?failed="+why, http.StatusSeeOther)
+func failed(w http.ResponseWriter, r *http.Request, why, next string) {
+	q := url.Values{"failed": {why}}
+	if next != "/" {
+		q.Set("next", next)
+	}
+	http.Redirect(w, r, "/login?"+q.Encode(), http.StatusSeeOther)
 }
 
 // local lets a redirect lead to this host alone: a path that no browser takes

@@ -3,6 +3,7 @@ package login
 import (
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -13,7 +14,9 @@ import (
 	"github.com/coreos/go-oidc/v3/oidc"
 	"golang.org/x/oauth2"
 
+	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/operate"
+	"virt-trust/internal/verifier/store"
 )
 
 // OIDC is an OpenID Connect provider (OpenID Connect Core 1.0). It need not
@@ -125,11 +128,11 @@ func (o *OIDC) role(claim any) operate.Role {
 	return best
 }
 
-// flow is what the browser keeps, sealed, while the person is at the provider.
-type flow struct {
-	State, Nonce, Verifier, Next string
-	Expires                      int64
-}
+// flow is what is kept while the person is at the provider.
+type flow struct{ Nonce, Verifier, Next, Browser string }
+
+// flowPurpose is that of the challenges in the store; their ID is the state.
+const flowPurpose = "oidc"
 
 func (o *OIDC) oauth(p *oidc.Provider) *oauth2.Config {
 	return &oauth2.Config{
@@ -139,51 +142,67 @@ func (o *OIDC) oauth(p *oidc.Provider) *oauth2.Config {
 }
 
 func (l *Login) toProvider(w http.ResponseWriter, r *http.Request) {
+	next := local(r.FormValue("next"))
 	p, err := l.OIDC.discover(r.Context())
 	if err != nil {
-		failed(w, r, "unavailable")
+		failed(w, r, "unavailable", next)
 		return
 	}
-	f := flow{State: rand.Text(), Nonce: rand.Text(), Verifier: oauth2.GenerateVerifier(), Next: local(r.FormValue("next")), Expires: l.Now().Add(flowTime).Unix()}
-	if err := l.set(w, flowCookie, f, flowTime); err != nil {
-		failed(w, r, "unavailable")
+	// The cookie ties the flow to this browser: nobody is logged in as somebody
+	// else by a link that he follows.
+	browser, state := rand.Text(), rand.Text()
+	f := flow{Nonce: rand.Text(), Verifier: oauth2.GenerateVerifier(), Next: next, Browser: digest(browser)}
+	data, err := json.Marshal(f)
+	if err == nil {
+		err = l.Sessions.PutChallenge(r.Context(), fleet.Challenge{
+			ID: state, Purpose: flowPurpose, Source: l.Source(r), Data: data, Expires: l.Now().Add(flowTime),
+		})
+	}
+	if err != nil {
+		failed(w, r, "unavailable", next)
 		return
 	}
-	http.Redirect(w, r, l.OIDC.oauth(p).AuthCodeURL(f.State, oidc.Nonce(f.Nonce), oauth2.S256ChallengeOption(f.Verifier)), http.StatusSeeOther)
+	http.SetCookie(w, cookie(flowCookie, browser, int(flowTime/time.Second)))
+	http.Redirect(w, r, l.OIDC.oauth(p).AuthCodeURL(state, oidc.Nonce(f.Nonce), oauth2.S256ChallengeOption(f.Verifier)), http.StatusSeeOther)
 }
 
 func (l *Login) fromProvider(w http.ResponseWriter, r *http.Request) {
 	var f flow
 	c, err := r.Cookie(flowCookie)
-	if err != nil || l.open(flowCookie, c.Value, &f) != nil || l.Now().Unix() >= f.Expires || f.State == "" || r.FormValue("state") != f.State {
-		failed(w, r, "oidc")
+	if err != nil {
+		failed(w, r, "oidc", "/")
 		return
 	}
-	http.SetCookie(w, cookie(flowCookie, "", -1)) // for one use
+	http.SetCookie(w, cookie(flowCookie, "", -1))
+	challenge, err := l.Sessions.TakeChallenge(r.Context(), flowPurpose, r.FormValue("state"))
+	switch {
+	case errors.Is(err, store.ErrUnavailable):
+		failed(w, r, "unavailable", "/")
+		return
+	case err != nil || json.Unmarshal(challenge.Data, &f) != nil || digest(c.Value) != f.Browser:
+		failed(w, r, "oidc", "/")
+		return
+	}
 	p, err := l.OIDC.discover(r.Context())
 	if err != nil {
-		failed(w, r, "unavailable")
+		failed(w, r, "unavailable", f.Next)
 		return
 	}
 	ctx, cancel := context.WithTimeout(l.OIDC.client(r.Context()), providerTimeout)
 	defer cancel()
 	token, err := l.OIDC.oauth(p).Exchange(ctx, r.FormValue("code"), oauth2.VerifierOption(f.Verifier))
 	if err != nil {
-		failed(w, r, "oidc")
+		failed(w, r, "oidc", f.Next)
 		return
 	}
 	raw, _ := token.Extra("id_token").(string)
 	actor, id, err := l.OIDC.verify(ctx, p, raw)
 	switch {
 	case err != nil || id.Nonce != f.Nonce:
-		failed(w, r, "oidc")
+		failed(w, r, "oidc", f.Next)
 	case !actor.Known():
-		failed(w, r, "role")
+		failed(w, r, "role", f.Next)
 	default:
-		if err := l.start(w, session{Actor: actor}); err != nil {
-			failed(w, r, "unavailable")
-			return
-		}
-		http.Redirect(w, r, f.Next, http.StatusSeeOther)
+		l.start(w, r, actor, nil, f.Next)
 	}
 }
