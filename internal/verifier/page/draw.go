@@ -89,6 +89,7 @@ func (c *chain) Narrow() drawing {
 	y := 0
 	heads := map[int]string{linkTPM: "Host " + c.Host, linkSwtpm: "Started for the VM", linkVTPM: "VM " + c.VM}
 	ends := map[int]int{linkTPM: linkSwtpm, linkSwtpm: linkVTPM, linkVTPM: numLinks}
+	d.Width -= 4 // as group and boxes count
 	middle := d.Width / 2
 	for i, l := range c.Links {
 		gap := boxGap
@@ -119,7 +120,7 @@ func (c *chain) Narrow() drawing {
 	d.arrow(middle, y+pad, middle, y+pad+boxGap, c.Tier)
 	y += pad + boxGap
 	d.verdict(c, 0, y, d.Width, boxH-pad)
-	d.Height = y + boxH - pad + 2
+	d.Width, d.Height = d.Width+4, y+boxH-pad+4
 	return d
 }
 
@@ -129,7 +130,7 @@ func (c *chain) drawing(class string, w, h int) drawing {
 		says = append(says, l.Title+": "+l.Word)
 	}
 	return drawing{
-		ID: "chain-" + class, Class: class, Width: w, Height: h,
+		ID: "chain-" + class, Class: class, Width: w + 4, Height: h + 4,
 		Title: "Chain of trust from the host's TPM to the guest's kernel",
 		Desc:  c.Summary() + " In order: " + strings.Join(says, "; ") + ".",
 	}
@@ -172,7 +173,7 @@ func (d *drawing) arrow(x1, y1, x2, y2 int, t appraise.Tier) {
 	d.Edges = append(d.Edges, e)
 }
 
-// Right is where the word of a box ends, Mid where its upper line stands.
+// Right is where the word of a box ends.
 func (b drawnBox) Right() int { return b.X + b.W - 12 }
 
 // At gives a place in the box.
@@ -182,6 +183,10 @@ func (b drawnBox) At(dx, dy int) string { return fmt.Sprintf("translate(%d %d)",
 func (b drawnBox) TextX() int   { return b.X + 44 }
 func (b drawnBox) TitleY() int  { return b.Y + 25 }
 func (b drawnBox) DetailY() int { return b.Y + 45 }
+
+// LabelX and LabelY are where the verdict's text stands.
+func (b drawnBox) LabelX() int { return b.X + 46 }
+func (b drawnBox) LabelY() int { return b.Y + 29 }
 
 // LabelX and LabelY are where a group's label stands.
 func (g drawnGroup) LabelX() int { return g.X + pad }

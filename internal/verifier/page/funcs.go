@@ -49,7 +49,16 @@ func worse(a, b appraise.Tier) int {
 	return cmp.Compare(rank(a), rank(b))
 }
 
-func tierWord(t appraise.Tier) string { return t.String() }
+// tierWord names a tier, also one that a template spells as its number.
+func tierWord(t any) string {
+	switch t := t.(type) {
+	case appraise.Tier:
+		return t.String()
+	case int:
+		return appraise.Tier(t).String()
+	}
+	return appraise.None.String()
+}
 
 // long is a text that may be cut: then Full is the whole of it.
 type long struct{ Short, Full string }

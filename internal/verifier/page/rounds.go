@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -14,6 +13,7 @@ import (
 
 	"virt-trust/internal/appraise"
 	"virt-trust/internal/verifier/fleet"
+	"virt-trust/internal/verifier/operate"
 	"virt-trust/internal/verifier/store"
 )
 
@@ -165,6 +165,32 @@ type roundView struct {
 	VMs      []vmRow
 	Previous int64
 	Evidence int // bytes that were kept
+	Approve  []approvable
+}
+
+// approvable is a finding of which a Reference Value can be made.
+type approvable struct {
+	Ref       string // as the form names it
+	On        string // "host", or the VM's name
+	Value     fleet.Value
+	What, Why string
+}
+
+// approvables gives them, of the host and all VMs, in the order of the result.
+func approvables(node string, res *appraise.Result) []approvable {
+	var out []approvable
+	take := func(subject, name string, rs []appraise.Reason) {
+		for i, r := range rs {
+			if v, ok := operate.ValueOf(node, subject, r); ok {
+				out = append(out, approvable{subject + ":" + strconv.Itoa(i), name, v, r.What, r.Code})
+			}
+		}
+	}
+	take("host", "host", res.Host.Reasons)
+	for _, v := range res.VMs {
+		take(v.UUID, "VM "+v.Name, v.Reasons)
+	}
+	return out
 }
 
 // round gives one round of this node, as the address names it.
@@ -192,7 +218,7 @@ func (p *Page) roundPage(r *http.Request) (view, error) {
 	d := roundView{Node: n, Round: roundRows([]fleet.Round{round}, "")[0], Evidence: len(round.Evidence)}
 	d.Round.Changes, d.Round.More = changesOf(round, ""), 0
 	if d.Result = resultIn(round); d.Result != nil {
-		d.Findings = findings(d.Result.Host.Reasons)
+		d.Findings, d.Approve = findings(d.Result.Host.Reasons), approvables(n.ID, d.Result)
 		for _, v := range d.Result.VMs {
 			w := vmRow{VM: v}
 			if fs := findings(v.Reasons); len(fs) > 0 {
@@ -260,8 +286,7 @@ type diffView struct {
 // deltaGroup is what differs in one subject.
 type deltaGroup struct {
 	Name, Href string
-	From, To   appraise.Tier
-	Gone, New  bool
+	Gone       bool // there is no page of it any more
 	Deltas     []delta
 }
 
@@ -306,7 +331,7 @@ func (p *Page) diffPage(r *http.Request) (view, error) {
 		return view{}, err
 	}
 	if a != nil && b != nil {
-		d.Kept, d.Deltas = true, compare(n, a, b)
+		d.Kept, d.Deltas = true, grouped(n, operate.Differences(a, b))
 	}
 	return view{name: "diff", title: fmt.Sprintf("What changed on %s between rounds %d and %d", n.Name, from.ID, to.ID), data: d}, nil
 }
@@ -358,109 +383,35 @@ func (p *Page) stateAt(ctx context.Context, r fleet.Round, before []fleet.Round)
 	return nil, nil
 }
 
-// compare says what differs between two results of one node, host first.
-func compare(n fleet.Status, a, b *appraise.Result) []deltaGroup {
-	host := deltaGroup{Name: "Host " + n.Name, Href: "/nodes/" + n.ID, From: a.Host.Tier, To: b.Host.Tier}
-	host.text("Trust", a.Host.Tier.String(), b.Host.Tier.String())
-	host.text("Boot", a.BootID, b.BootID)
-	host.text("Kernel", a.Kernel, b.Kernel)
-	host.text("Software", a.Software, b.Software)
-	host.reasons(a.Host.Reasons, b.Host.Reasons)
-	host.maps("PCR", a.PCRs, b.PCRs)
-	out := []deltaGroup{host}
-	old, now := byUUID(a.VMs), byUUID(b.VMs)
-	ids := slices.Collect(maps.Keys(now))
-	for id := range old {
-		if _, ok := now[id]; !ok {
-			ids = append(ids, id)
+// grouped gives differences by their subject, in their order.
+func grouped(n fleet.Status, ds []operate.Difference) []deltaGroup {
+	var out []deltaGroup
+	last := ""
+	for _, d := range ds {
+		if len(out) == 0 || d.Subject != last {
+			last = d.Subject
+			g := deltaGroup{Name: "Host " + n.Name, Href: "/nodes/" + n.ID}
+			if d.Subject != "host" {
+				g = deltaGroup{Name: "VM " + cmp.Or(d.Name, d.Subject), Href: "/nodes/" + n.ID + "/vms/" + d.Subject}
+			}
+			out = append(out, g)
 		}
+		g := &out[len(out)-1]
+		g.Deltas = append(g.Deltas, delta{deltaWords(d), d.Before, d.After})
+		g.Gone = g.Gone || d.Kind == "vm" && d.After == ""
 	}
-	slices.Sort(ids)
-	for _, id := range ids {
-		x, was := old[id]
-		y, is := now[id]
-		g := deltaGroup{Name: "VM " + cmp.Or(y.Name, x.Name, id), From: x.Tier, To: y.Tier, New: !was, Gone: !is}
-		if is {
-			g.Href = "/nodes/" + n.ID + "/vms/" + id
-		}
-		if was && is {
-			g.text("Name", x.Name, y.Name)
-			g.text("Trust", x.Tier.String(), y.Tier.String())
-			g.text("Running", strconv.FormatBool(x.Running), strconv.FormatBool(y.Running))
-			g.text("vTPM (EK)", x.EK, y.EK)
-		}
-		g.reasons(x.Reasons, y.Reasons)
-		g.maps("vTPM PCR", x.PCRs, y.PCRs)
-		g.maps("Launcher", launcherMap(x.Launchers), launcherMap(y.Launchers))
-		out = append(out, g)
-	}
-	return slices.DeleteFunc(out, func(g deltaGroup) bool { return len(g.Deltas) == 0 && !g.New && !g.Gone })
+	return out
 }
 
-func byUUID(vms []appraise.VM) map[string]appraise.VM {
-	m := map[string]appraise.VM{}
-	for _, v := range vms {
-		m[v.UUID] = v
+// deltaWords says what a difference is of.
+func deltaWords(d operate.Difference) string {
+	switch d.Kind {
+	case "pcr":
+		return "PCR " + d.What
+	case "reason":
+		return "finding " + d.What
+	case "launcher":
+		return "launcher " + d.What
 	}
-	return m
-}
-
-func launcherMap(ls []appraise.Launcher) map[string]string {
-	m := map[string]string{}
-	for _, l := range ls {
-		m[l.Role+" "+l.Path] = l.SHA256
-	}
-	return m
-}
-
-func (g *deltaGroup) text(name, before, after string) {
-	if before != after {
-		g.Deltas = append(g.Deltas, delta{name, before, after})
-	}
-}
-
-func (g *deltaGroup) maps(name string, before, after map[string]string) {
-	keys := map[string]bool{}
-	for k := range before {
-		keys[k] = true
-	}
-	for k := range after {
-		keys[k] = true
-	}
-	for _, k := range slices.Sorted(maps.Keys(keys)) {
-		g.text(name+" "+k, before[k], after[k])
-	}
-}
-
-// reasons shows findings that are there no more, or newly.
-func (g *deltaGroup) reasons(before, after []appraise.Reason) {
-	key := func(r appraise.Reason) string {
-		pcr := ""
-		if r.PCR != nil {
-			pcr = strconv.FormatUint(uint64(*r.PCR), 10)
-		}
-		return strings.Join([]string{r.Code, r.Log, pcr, r.Path, r.Digest, r.What}, "\x00")
-	}
-	words := func(r appraise.Reason) string {
-		s := r.What
-		if r.Path != "" && !strings.Contains(s, r.Path) {
-			s += " (" + r.Path + ")"
-		}
-		return r.Code + ": " + s
-	}
-	old, now := map[string]bool{}, map[string]bool{}
-	for _, r := range before {
-		old[key(r)] = true
-	}
-	for _, r := range after {
-		now[key(r)] = true
-		if !old[key(r)] {
-			g.Deltas = append(g.Deltas, delta{"Finding", "", words(r)})
-		}
-	}
-	for _, r := range before {
-		if !now[key(r)] {
-			g.Deltas = append(g.Deltas, delta{"Finding", words(r), ""})
-		}
-	}
+	return d.What
 }
