@@ -11,7 +11,7 @@ import (
 func main() {
 	w := wrap.Wrapper{
 		Args: os.Args, Env: os.Environ(), Path: os.Getenv("PATH"), Self: "/proc/self/exe",
-		Stderr: os.Stderr,
+		Stderr: os.Stderr, CertsTool: "/usr/libexec/virt-trust/virt-trust-ekcert",
 		Log:    journal.Quiet("virt-trust-wrapper"),
 		Redeem: wrap.Redeem,
 	}

@@ -109,6 +109,7 @@ func newService(conn *dbus.Conn, o Options, swtpmUID, qemuUID uint32, tpm *hostt
 	return &Service{
 		conn: conn, programs: o.Programs, swtpmUID: swtpmUID, qemuUID: qemuUID, version: o.Version, log: o.Log,
 		slots: make(chan struct{}, maxCalls), others: make(chan struct{}, maxCalls), signals: make(chan func(), 1024),
+		collecting: make(chan struct{}, 1), pcrs: notRead{},
 		known: map[string]bool{}, host: tpm, working: context.Background(),
 		history: &history{path: filepath.Join(o.Dirs.State, "host-history.jsonl")}, logs: bootLogs{filepath.Join(o.Dirs.State, "event-logs")},
 	}

@@ -25,6 +25,7 @@ import (
 	"virt-trust/internal/domain/libvirt"
 	"virt-trust/internal/domain/swtpmargs"
 	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/introspect"
 	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/vtpm/label"
 	"virt-trust/internal/vtpm/list"
@@ -65,6 +66,10 @@ type Service struct {
 	asking   atomic.Bool // for noticeHost
 	wasReady atomic.Bool // the TPM, when it was asked last
 	denied   rate
+	asked    rate // by the agent
+
+	pcrs       introspect.Reader
+	collecting chan struct{} // has room for one round of evidence
 
 	working    context.Context // ends with virt-trustd
 	conversing sync.Mutex      // held while a conversation goes on
@@ -91,6 +96,7 @@ const (
 	wrapperOnly
 	emulatorOnly
 	polkitAction
+	agentOnly // and root
 )
 
 // serve runs a method's body behind everything that is common to all.
@@ -146,6 +152,10 @@ func (s *Service) admit(ctx context.Context, c *caller, method string, who acces
 	case emulatorOnly:
 		if c.uid != s.qemuUID || c.exe != s.programs.Emulator || c.traced {
 			return reason.Refuse(reason.PolicyForbids, "let libvirt start QEMU", "this grant is for virt-trust's emulator, run as libvirt's QEMU user")
+		}
+	case agentOnly:
+		if uid, err := agentUID(); c.uid != 0 && (err != nil || c.uid != uid) {
+			return errDenied
 		}
 	case polkitAction:
 		ok, err := authorized(ctx, s.conn, c, bus.Name+"."+strings.ToLower(method))
@@ -306,22 +316,22 @@ func (s *Service) manager() map[string]any {
 	return methods
 }
 
-// rate bounds how often something is done: ten times a minute.
+// rate bounds how often something is done in a minute.
 type rate struct {
 	mu   sync.Mutex
 	from time.Time
 	n    int
 }
 
-// over counts, and reports whether it was too often.
-func (r *rate) over(now time.Time) bool {
+// over counts, and reports whether it was more often than most.
+func (r *rate) over(now time.Time, most int) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if now.Sub(r.from) >= time.Minute {
 		r.from, r.n = now, 0
 	}
 	r.n++
-	return r.n > 10
+	return r.n > most
 }
 
 // deny makes known that someone was refused something; name is a VM's, or who or
@@ -332,7 +342,7 @@ func (s *Service) deny(uuid, name, operation string, err error) {
 	if errors.Is(err, errDenied) {
 		r = reason.Refuse(reason.PolicyForbids, "", "%s is for others", operation)
 	}
-	if r == nil || s.denied.over(time.Now()) {
+	if r == nil || s.denied.over(time.Now(), 10) {
 		return
 	}
 	s.g.report(uuid, name, operation, refused, r.Code, r.Text(), journal.Refused)
@@ -544,6 +554,8 @@ func (s *Service) properties(path dbus.ObjectPath, iface string) (dict, bool) {
 		return s.managerProperties(), true
 	case path == bus.HostPath && iface == bus.HostInterface:
 		return s.hostProperties(), true
+	case path == bus.HostPath && iface == bus.AttestationInterface:
+		return dict{}, true
 	case strings.HasPrefix(string(path), bus.VMPathPrefix) && iface == bus.VMInterface:
 		store := s.g.peek()
 		if store == nil {
@@ -626,7 +638,7 @@ func pathOf(msg dbus.Message) dbus.ObjectPath {
 func (s *Service) managedObjects(sender dbus.Sender) (map[dbus.ObjectPath]map[string]dict, *dbus.Error) {
 	all := map[dbus.ObjectPath]map[string]dict{}
 	return all, s.serve(sender, "GetManagedObjects", reader, adminDeadline, func(context.Context, *caller) error {
-		all[bus.HostPath] = map[string]dict{bus.HostInterface: s.hostProperties()}
+		all[bus.HostPath] = map[string]dict{bus.HostInterface: s.hostProperties(), bus.AttestationInterface: {}}
 		if store := s.g.peek(); store != nil {
 			for _, r := range store.All() {
 				all[bus.VMPath(r.UUID)] = map[string]dict{bus.VMInterface: s.vmProperties(r)}
@@ -652,7 +664,7 @@ func (s *Service) introspect(msg dbus.Message) (string, *dbus.Error) {
 		b.WriteString(interfaceXML(bus.ManagerInterface) + objectManagerXML)
 		children = []string{"host", "vm"}
 	case p == bus.HostPath:
-		b.WriteString(interfaceXML(bus.HostInterface))
+		b.WriteString(interfaceXML(bus.HostInterface) + interfaceXML(bus.AttestationInterface))
 	case string(p) == strings.TrimSuffix(bus.VMPathPrefix, "/"):
 		if store := s.g.peek(); store != nil {
 			for _, r := range store.All() {
@@ -722,6 +734,7 @@ func (s *Service) export() error {
 	err := errors.Join(
 		s.conn.ExportMethodTable(s.manager(), bus.Path, bus.ManagerInterface),
 		s.conn.ExportMethodTable(s.hostMethods(), bus.HostPath, bus.HostInterface),
+		s.conn.ExportMethodTable(s.attestation(), bus.HostPath, bus.AttestationInterface),
 		// An object of its own has nothing from the tree above it.
 		s.conn.ExportMethodTable(properties, bus.HostPath, "org.freedesktop.DBus.Properties"),
 		s.conn.ExportMethodTable(map[string]any{"Introspect": s.introspect}, bus.HostPath, "org.freedesktop.DBus.Introspectable"),

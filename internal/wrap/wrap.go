@@ -22,6 +22,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -43,14 +44,16 @@ const keyDigits = 64
 
 // Wrapper is one run. Every field must be set.
 type Wrapper struct {
-	Args   []string // argv, argv[0] included
-	Env    []string
-	Path   string // $PATH
-	Self   string // a path of this executable, as /proc/self/exe
-	Stderr io.Writer
-	Log    *logrus.Logger
+	Args      []string // argv, argv[0] included
+	Env       []string
+	Path      string // $PATH
+	Self      string // a path of this executable, as /proc/self/exe
+	Stderr    io.Writer
+	Log       *logrus.Logger
+	CertsTool string // virt-trust-ekcert
 	// Redeem asks virt-trustd for the vTPM's keys: "keys" with two descriptors,
-	// or "pass".
+	// or "pass"; "keys-certify" or "pass-certify" to a swtpm_setup whose vTPM gets
+	// its certificates from virt-trustd.
 	Redeem func(ctx context.Context, program, statePath string) (action string, keys []int, err error)
 }
 
@@ -133,12 +136,20 @@ func (w *Wrapper) redeem(call swtpmargs.Call) ([]string, error) {
 			return w.Args, nil // somebody else's vTPM, which needs no virt-trust
 		}
 	}
-	switch {
-	case a.err != nil:
+	if a.err != nil {
 		return nil, a.err
-	case a.action == "pass" && len(a.keys) == 0:
-		return w.Args, nil
-	case a.action == "keys" && len(a.keys) == 2:
+	}
+	action, certify := strings.CutSuffix(a.action, "-certify")
+	if certify && call.Program == swtpmargs.SwtpmSetup {
+		var err error
+		if call, err = w.withCertsTool(call); err != nil {
+			return nil, fmt.Errorf("the configuration of swtpm_setup: %w", err)
+		}
+	}
+	switch {
+	case action == "pass" && len(a.keys) == 0:
+		return call.Argv(), nil
+	case action == "keys" && len(a.keys) == 2:
 		state, err := inherit(call, a.keys[0])
 		if err != nil {
 			return nil, fmt.Errorf("state key: %w", err)
@@ -150,6 +161,49 @@ func (w *Wrapper) redeem(call swtpmargs.Call) ([]string, error) {
 		return call.WithKeys(state, transfer), nil
 	}
 	return nil, fmt.Errorf("virt-trustd answered %.32q with %d descriptors, which is not known", a.action, len(a.keys))
+}
+
+// withCertsTool has swtpm_setup run our tool for certificates, and otherwise
+// what the admin's configuration says: its copy in memory takes its place. It
+// names the tool by its path; the program that becomes swtpm_setup reads it as
+// the user that it runs as.
+func (w *Wrapper) withCertsTool(call swtpmargs.Call) (swtpmargs.Call, error) {
+	var conf []byte
+	for _, name := range call.ConfigFiles(w.Env) {
+		f, err := os.Open(name)
+		if err != nil && call.Config == "" {
+			continue // it looks at the next one, too
+		}
+		if err != nil {
+			return call, err
+		}
+		conf, err = io.ReadAll(io.LimitReader(f, swtpmargs.MaxConfig+1))
+		f.Close()
+		if err == nil && len(conf) > swtpmargs.MaxConfig {
+			err = fmt.Errorf("%s: more than %d bytes", name, swtpmargs.MaxConfig)
+		}
+		if err != nil {
+			return call, err
+		}
+		break
+	}
+	fd, err := unix.MemfdCreate("swtpm_setup.conf", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return call, err
+	}
+	f := os.NewFile(uintptr(fd), "swtpm_setup.conf")
+	defer f.Close()
+	if _, err := f.Write(swtpmargs.WithCertsTool(conf, w.CertsTool)); err != nil {
+		return call, err
+	}
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_WRITE|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
+		return call, err
+	}
+	n, err := handDown(call, fd)
+	if err != nil {
+		return call, err
+	}
+	return call.WithConfig(fmt.Sprintf("/proc/self/fd/%d", n)), nil
 }
 
 // inherit makes a key's descriptor one that the real program gets, on a number
@@ -166,8 +220,14 @@ func inherit(call swtpmargs.Call, key int) (int, error) {
 	if _, err := unix.Seek(key, 0, io.SeekStart); err != nil {
 		return -1, err
 	}
+	return handDown(call, key)
+}
+
+// handDown makes a descriptor one that the real program gets, on a number that
+// its command line does not name.
+func handDown(call swtpmargs.Call, file int) (int, error) {
 	for from := 3; ; {
-		fd, err := unix.FcntlInt(uintptr(key), unix.F_DUPFD, from)
+		fd, err := unix.FcntlInt(uintptr(file), unix.F_DUPFD, from)
 		if err != nil {
 			return -1, err
 		}
@@ -188,7 +248,11 @@ func Redeem(ctx context.Context, program, statePath string) (string, []int, erro
 	// The connection ends with ctx; its descriptor would not survive exec either.
 	var action string
 	var fds []dbus.Variant
-	err = c.Call(ctx, "RedeemGrant", []any{program, statePath, map[string]any{}}, &action, &fds)
+	options := map[string]any{}
+	if program == swtpmargs.SwtpmSetup {
+		options["certificates"] = true // this wrapper knows what "certify" means
+	}
+	err = c.Call(ctx, "RedeemGrant", []any{program, statePath, options}, &action, &fds)
 	keys := make([]int, len(fds))
 	for i, v := range fds {
 		fd, ok := v.Value().(dbus.UnixFD)

@@ -290,12 +290,11 @@ func (c Call) Argv() []string { return slices.Clone(c.argv) }
 func (c Call) with(more []string, keep func(arg) []string) []string {
 	out := slices.Clone(c.argv[:min(1, len(c.argv))])
 	for _, a := range c.args {
-		if a.end || a.open {
-			out = append(append(out, more...), a.words...)
-			more = nil
-			continue
+		kept := keep(a)
+		if (a.end || a.open) && len(kept) > 0 {
+			out, more = append(out, more...), nil
 		}
-		out = append(out, keep(a)...)
+		out = append(out, kept...)
 	}
 	return append(out, more...)
 }

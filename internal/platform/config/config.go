@@ -45,6 +45,8 @@ type Config struct {
 	QEMU     QEMU     `toml:"qemu"`
 	Emulator Emulator `toml:"emulator"`
 	Launcher Launcher `toml:"launcher"`
+
+	Attestation Attestation `toml:"attestation"`
 }
 
 // TPM is the host's TPM.
@@ -113,6 +115,12 @@ type Launcher struct {
 	RequireLog   bool     `toml:"require_log"`   // refuse starts while the launch log does not replay
 }
 
+// Attestation is what the host tells a Verifier.
+type Attestation struct {
+	PCRs    []uint `toml:"pcrs"`     // what is quoted, of the bank tpm.bank
+	IMAList string `toml:"ima_list"` // the kernel's measurement list, binary
+}
+
 // Default gives the compiled-in configuration.
 func Default() Config {
 	return Config{
@@ -127,6 +135,10 @@ func Default() Config {
 		Grant:    Grant{Lifetime: Duration(time.Minute)},
 		QEMU:     QEMU{User: "libvirt-qemu"},
 		Launcher: Launcher{Policy: []string{FirstUse, Package}, PCR: 15, ManifestKeys: "/etc/virt-trust/manifest-keys.pem"},
+		Attestation: Attestation{
+			PCRs:    []uint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+			IMAList: "/sys/kernel/security/ima/binary_runtime_measurements",
+		},
 	}
 }
 
@@ -199,7 +211,7 @@ func (c Config) check() error {
 		oneOf("policy.crash_recovery", c.Policy.CrashRecovery, "authenticated", "strict"),
 		oneOf("policy.restore", c.Policy.Restore, "allow", "refuse"),
 		abs("launcher.manifest_keys", c.Launcher.ManifestKeys),
-		abs("tpm.device", c.TPM.Device), abs("tpm.event_log", c.TPM.EventLog), abs("swtpm.state_root", c.Swtpm.StateRoot),
+		abs("tpm.device", c.TPM.Device), abs("tpm.event_log", c.TPM.EventLog), abs("swtpm.state_root", c.Swtpm.StateRoot), abs("attestation.ima_list", c.Attestation.IMAList),
 	}
 	if c.Libvirt.Socket != "" {
 		errs = append(errs, abs("libvirt.socket", c.Libvirt.Socket))
@@ -243,6 +255,21 @@ func (c Config) check() error {
 		errs = append(errs, errors.New("launcher.pcr: PCR 10 is the kernel's own"))
 	case seen[p]:
 		errs = append(errs, fmt.Errorf("launcher.pcr: PCR %d is in tpm.pcrs, which VM starts must not change", p))
+	}
+	quoted := map[uint]bool{}
+	for _, p := range c.Attestation.PCRs {
+		switch {
+		case p > 23:
+			errs = append(errs, fmt.Errorf("attestation.pcrs: there is no PCR %d", p))
+		case quoted[p]:
+			errs = append(errs, fmt.Errorf("attestation.pcrs: PCR %d is named twice", p))
+		}
+		quoted[p] = true
+	}
+	if len(quoted) == 0 {
+		errs = append(errs, errors.New("attestation.pcrs: empty: a quote over no PCR says nothing"))
+	} else if !quoted[c.Launcher.PCR] {
+		errs = append(errs, fmt.Errorf("attestation.pcrs: PCR %d is not among them, without which nobody believes the launch log", c.Launcher.PCR))
 	}
 	for key, d := range map[string]Duration{"tpm.timeout": c.TPM.Timeout, "grant.lifetime": c.Grant.Lifetime} {
 		if d < Duration(time.Second) || d > Duration(10*time.Minute) {

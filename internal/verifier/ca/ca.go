@@ -271,32 +271,41 @@ func (*digestOnly) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
 	return nil, errors.New("the CA signs whole certificates and CRLs, no digests")
 }
 
-// VerifyNode checks that chain, as TLS gives it, is a node's certificate by this
-// CA itself, good at now, and gives the Identity in it. Whether the node is
-// revoked is the store's to say. Errors are Refusals.
+// VerifyNode gives the Identity of a node out of the chains that TLS verified
+// against Pool, good at now. Whether the node is revoked is the store's to say.
+// Errors are Refusals.
 //
-// What a certifier signed is no node's: its CA certificate is for EK
-// certificates, and a node's comes from the root without anything between.
-func (a *Authority) VerifyNode(cert *x509.Certificate, now time.Time) (Identity, error) {
-	id, err := a.VerifyNodeIgnoringTime(cert)
-	if err != nil {
-		return Identity{}, err
+// What a certifier signed is no node's: a node's certificate comes from the root
+// without anything between.
+func (a *Authority) VerifyNode(chains [][]*x509.Certificate, now time.Time) (Identity, error) {
+	for _, chain := range chains {
+		if len(chain) != 2 || !chain[1].Equal(a.cert) {
+			continue
+		}
+		id, err := nodeIn(chain[0])
+		if err == nil && (now.Before(chain[0].NotBefore) || now.After(chain[0].NotAfter)) {
+			// A connection may outlive the certificate that it began with.
+			err = refuse(CertificateNo, "the certificate is good from %s to %s", chain[0].NotBefore.Format(time.RFC3339), chain[0].NotAfter.Format(time.RFC3339))
+		}
+		return id, err
 	}
-	if now.Before(cert.NotBefore) || now.After(cert.NotAfter) {
-		return Identity{}, refuse(CertificateNo, "the certificate is good from %s to %s", cert.NotBefore.Format(time.RFC3339), cert.NotAfter.Format(time.RFC3339))
-	}
-	return id, nil
+	return Identity{}, refuse(NoCertificate, "a node's certificate is needed, by this Verifier's CA itself")
 }
 
-// VerifyNodeIgnoringTime is VerifyNode for a certificate that may have expired:
-// it shows that the CA once knew the node.
-func (a *Authority) VerifyNodeIgnoringTime(cert *x509.Certificate) (Identity, error) {
-	switch err := cert.CheckSignatureFrom(a.cert); {
-	case !bytes.Equal(cert.RawIssuer, a.cert.RawSubject):
+// verifyAnyTime is VerifyNode for a certificate outside of TLS, which may have
+// expired.
+func (a *Authority) verifyAnyTime(cert *x509.Certificate) (Identity, error) {
+	if !bytes.Equal(cert.RawIssuer, a.cert.RawSubject) {
 		return Identity{}, refuse(CertificateNo, "the certificate is not by this Verifier's CA")
-	case err != nil:
+	}
+	if err := cert.CheckSignatureFrom(a.cert); err != nil {
 		return Identity{}, refuse(CertificateNo, "the certificate is not by this Verifier's CA: %v", err)
-	case cert.IsCA || !slices.Contains(cert.ExtKeyUsage, x509.ExtKeyUsageClientAuth):
+	}
+	return nodeIn(cert)
+}
+
+func nodeIn(cert *x509.Certificate) (Identity, error) {
+	if cert.IsCA || !slices.Contains(cert.ExtKeyUsage, x509.ExtKeyUsageClientAuth) {
 		return Identity{}, refuse(CertificateNo, "the certificate is not one of a node")
 	}
 	id, err := UntrustedIdentity(cert)

@@ -3,6 +3,7 @@ package ca
 import (
 	"bytes"
 	"crypto/x509"
+	"encoding/hex"
 
 	"virt-trust/internal/verifier/fleet"
 )
@@ -115,8 +116,8 @@ func (a *Authority) Former(der []byte, k *Proven) *Identity {
 	if err != nil {
 		return nil
 	}
-	id, err := a.VerifyNodeIgnoringTime(cert)
-	if err != nil || !bytes.Equal(id.EK, k.EK.Name) || !bytes.Equal(id.AK, k.AK.Name) || !bytes.Equal(id.Bind, k.Bind.Name) {
+	id, err := a.verifyAnyTime(cert)
+	if err != nil || hex.EncodeToString(id.EK) != k.EKDigest || !bytes.Equal(id.AK, k.AK.Name) || !bytes.Equal(id.Bind, k.Bind.Name) {
 		return nil
 	}
 	return &id

@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -26,23 +27,22 @@ var (
 	certifierUses = []asn1.ObjectIdentifier{OIDEKCertificate, {2, 23, 133, 8, 2}, {2, 23, 133, 8, 3}}
 )
 
-// Identity is what a node's certificate says of it, beside its TLS key. The
-// Names are TPM Names: hash algorithm and digest of a public area.
+// Identity is what a node's certificate says of it, beside its TLS key.
 type Identity struct {
 	Node string // ID, a UUID
 	Name string
-	EK   []byte
-	AK   []byte
-	Bind []byte
+	EK   []byte // SHA-256 of its SubjectPublicKeyInfo, as the Verifier knows EKs
+	AK   []byte // TPM Name: hash algorithm and digest of the public area
+	Bind []byte // TPM Name
 }
 
 //	NodeIdentity ::= SEQUENCE {
 //	    version  INTEGER (1),
 //	    node     UTF8String,  -- UUID
 //	    name     UTF8String,
-//	    ek       OCTET STRING, -- TPM Name, as the two below
-//	    ak       OCTET STRING,
-//	    bind     OCTET STRING }
+//	    ek       OCTET STRING, -- SHA-256 of the SubjectPublicKeyInfo
+//	    ak       OCTET STRING, -- TPM Name
+//	    bind     OCTET STRING  -- TPM Name -- }
 type nodeIdentity struct {
 	Version  int
 	Node     string `asn1:"utf8"`
@@ -51,7 +51,7 @@ type nodeIdentity struct {
 	AK, Bind []byte
 }
 
-// MaxName bounds a node's name; nameSize is that of a TPM Name with SHA-256.
+// Bounds of a node's name, and of TPM Names.
 const (
 	MaxName    = 253
 	maxTPMName = 66
@@ -73,7 +73,10 @@ func (i Identity) check() error {
 	if !ValidNode(i.Node) || !ValidName(i.Name) {
 		return fmt.Errorf("node %.40q with name %.40q", i.Node, i.Name)
 	}
-	for _, n := range [][]byte{i.EK, i.AK, i.Bind} {
+	if len(i.EK) != sha256.Size {
+		return fmt.Errorf("digest of an EK of %d bytes", len(i.EK))
+	}
+	for _, n := range [][]byte{i.AK, i.Bind} {
 		if len(n) < 22 || len(n) > maxTPMName {
 			return fmt.Errorf("TPM Name of %d bytes", len(n))
 		}

@@ -119,3 +119,16 @@ func nameOf(area []byte) ([]byte, error) {
 	}
 	return o.Name, nil
 }
+
+// CertifierSPKI gives the key of a stored certifier: SubjectPublicKeyInfo, DER.
+func CertifierSPKI(area []byte) ([]byte, error) {
+	o, err := quote.ParsePublic(area)
+	if err != nil {
+		return nil, fmt.Errorf("the node's certifier in the store: %w", err)
+	}
+	key, err := o.Certifier()
+	if err != nil {
+		return nil, fmt.Errorf("the node's certifier in the store: %w", err)
+	}
+	return x509.MarshalPKIXPublicKey(key)
+}

@@ -62,8 +62,7 @@ func ParseToken(token string) (secret []byte, pin Pin, err error) {
 	if len(token) > 128 || len(parts) != 3 || parts[0] != tokenPrefix {
 		return nil, pin, bad
 	}
-	secret, err = base64.RawURLEncoding.Strict().DecodeString(parts[1])
-	if err != nil || len(secret) != SecretSize {
+	if secret, err = ParseSecret(parts[1]); err != nil {
 		return nil, pin, bad
 	}
 	if pin, err = ParsePin(parts[2]); err != nil {
@@ -77,3 +76,15 @@ func TokenDigest(secret []byte) string {
 	d := sha256.Sum256(secret)
 	return hex.EncodeToString(d[:])
 }
+
+// ParseSecret reads a token's secret alone, as a node gives it to the Verifier.
+func ParseSecret(s string) ([]byte, error) {
+	b, err := base64.RawURLEncoding.Strict().DecodeString(s)
+	if err != nil || len(b) != SecretSize {
+		return nil, errors.New("this is no secret of a join token")
+	}
+	return b, nil
+}
+
+// SpellSecret undoes ParseSecret.
+func SpellSecret(secret []byte) string { return base64.RawURLEncoding.EncodeToString(secret) }

@@ -104,3 +104,22 @@ func (s *Service) TestHook(ctx context.Context, a Actor, id int64) error {
 	}
 	return s.Deliver(ctx, hooks[i], fleet.Delivery{Hook: id, Event: webhook.Test, Body: body})
 }
+
+// Revive queues a delivery anew that was given up. ErrNotFound.
+func (s *Service) Revive(ctx context.Context, a Actor, delivery int64) error {
+	return s.do(ctx, a, Policy, func(tx *store.Tx) error {
+		if err := tx.Revive(ctx, delivery); err != nil {
+			return err
+		}
+		return s.audit(tx, a, "delivery.revive", strconv.FormatInt(delivery, 10), detail{})
+	})
+}
+
+// DeadLetters gives deliveries that were given up, newest first.
+func (s *Service) DeadLetters(ctx context.Context, a Actor, p store.Page) ([]fleet.Delivery, string, error) {
+	if err := a.need(Policy); err != nil {
+		return nil, "", err
+	}
+	all, next, err := s.Store.DeadLetters(ctx, p)
+	return all, next, told(err)
+}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"unicode"
 
 	"virt-trust/internal/launcher/refvalues"
@@ -137,11 +138,12 @@ func (s *Service) readImport(in Import) ([]fleet.Value, *manifest, error) {
 		if len(m.Revoked) > 0 {
 			return nil, nil, errors.New("the manifest revokes files: here, a manifest approves all that it names and nothing else")
 		}
+		name := "launchers " + m.Name
 		var values []fleet.Value
 		for _, l := range m.Launchers {
-			values = append(values, fleet.Value{Subject: in.Subject, Kind: fleet.Launcher, Path: l.Path, Digest: "sha256:" + l.SHA256, Detail: m.Name})
+			values = append(values, fleet.Value{Subject: in.Subject, Kind: fleet.Launcher, Path: l.Path, Digest: "sha256:" + strings.ToLower(l.SHA256), Detail: name})
 		}
-		return values, &manifest{"launchers " + m.Name, m.Serial}, nil
+		return values, &manifest{name, m.Serial}, nil
 	}
 	return nil, nil, fmt.Errorf("there is no format %.40q", in.Format)
 }
@@ -205,9 +207,9 @@ func (s *Service) withdrawOld(ctx context.Context, tx *store.Tx, a Actor, name s
 		kind         fleet.Kind
 		path, digest string
 	}
-	keep, source := map[key]bool{}, ""
+	keep := map[key]bool{}
 	for _, v := range values {
-		keep[key{v.Subject, v.Kind, v.Path, v.Digest}], source = true, v.Detail
+		keep[key{v.Subject, v.Kind, v.Path, v.Digest}] = true
 	}
 	for page := (store.Page{Limit: 1000}); ; {
 		old, next, err := tx.Values(ctx, store.ValueFilter{Source: FromManifest}, page)
@@ -215,7 +217,7 @@ func (s *Service) withdrawOld(ctx context.Context, tx *store.Tx, a Actor, name s
 			return err
 		}
 		for _, v := range old {
-			if v.Detail != source || v.State == fleet.Rejected || keep[key{v.Subject, v.Kind, v.Path, v.Digest}] {
+			if v.Detail != name || v.State == fleet.Rejected || keep[key{v.Subject, v.Kind, v.Path, v.Digest}] {
 				continue
 			}
 			if err := tx.SetValueState(ctx, v.ID, v.State, fleet.Rejected, a.Name); err != nil {

@@ -320,25 +320,35 @@ func overwrite(f *os.File) error {
 
 // InUse reports whether a swtpm holds the folder's lock.
 func InUse(dir string) (bool, error) {
+	_, used, err := Holder(dir)
+	return used, err
+}
+
+// Holder gives the process that holds the folder's lock; used is false where
+// none does. The number is 0 for a process of another pid namespace.
+func Holder(dir string) (pid int, used bool, err error) {
 	d, err := open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
+		return 0, false, nil
 	}
 	if err != nil {
-		return false, err
+		return 0, false, err
 	}
 	defer d.Close()
 	fd, err := unix.Openat(int(d.Fd()), lockName, unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
+		return 0, false, nil
 	}
 	if err != nil {
-		return false, err
+		return 0, false, err
 	}
 	defer unix.Close(fd)
 	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
 	if err := unix.FcntlFlock(uintptr(fd), unix.F_GETLK, &l); err != nil {
-		return false, err
+		return 0, false, err
 	}
-	return l.Type != unix.F_UNLCK, nil
+	if l.Type == unix.F_UNLCK {
+		return 0, false, nil
+	}
+	return max(int(l.Pid), 0), true, nil
 }
