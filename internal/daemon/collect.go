@@ -24,6 +24,9 @@ import (
 	"virt-trust/internal/evidence/ima"
 	"virt-trust/internal/evidence/report"
 	"virt-trust/internal/introspect"
+	"virt-trust/internal/introspect/inject"
+	"virt-trust/internal/platform/journal"
+	"virt-trust/internal/vtpm/ek"
 	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/statedir"
 )
@@ -45,7 +48,7 @@ const (
 
 // collect gives the evidence for a nonce.
 func (s *Service) collect(ctx context.Context, nonce []byte, have bus.Have) (*report.Evidence, error) {
-	r, err := s.report(ctx)
+	r, err := s.report(ctx, nonce)
 	if err != nil {
 		return nil, err
 	}
@@ -75,7 +78,7 @@ func (s *Service) collect(ctx context.Context, nonce []byte, have bus.Have) (*re
 }
 
 // report says how the host and its VMs are now.
-func (s *Service) report(ctx context.Context) (*report.Report, error) {
+func (s *Service) report(ctx context.Context, nonce []byte) (*report.Report, error) {
 	g := s.g
 	r := &report.Report{
 		Version: report.Version, AK: s.host.AKName(), BootID: g.bootID, Time: g.now().UnixMicro(),
@@ -105,12 +108,12 @@ func (s *Service) report(ctx context.Context) (*report.Report, error) {
 	if len(records) > report.MaxVMs {
 		return nil, fmt.Errorf("%d VMs, at most %d are reported", len(records), report.MaxVMs)
 	}
-	r.VMs, err = s.reportVMs(ctx, records)
+	r.VMs, err = s.reportVMs(ctx, nonce, records)
 	return r, err
 }
 
 // reportVMs reports some VMs at once. Records come by UUID, ascending.
-func (s *Service) reportVMs(ctx context.Context, records []*list.Record) ([]report.VM, error) {
+func (s *Service) reportVMs(ctx context.Context, nonce []byte, records []*list.Record) ([]report.VM, error) {
 	ctx, cancel := context.WithTimeout(ctx, vmsLimit)
 	defer cancel()
 	all := make([]report.VM, len(records))
@@ -120,7 +123,7 @@ func (s *Service) reportVMs(ctx context.Context, records []*list.Record) ([]repo
 	for range min(readers, len(records)) {
 		wg.Go(func() {
 			for i := range next {
-				all[i], errs[i] = s.reportVM(ctx, records[i])
+				all[i], errs[i] = s.reportVM(ctx, nonce, records[i])
 			}
 		})
 	}
@@ -132,7 +135,7 @@ func (s *Service) reportVMs(ctx context.Context, records []*list.Record) ([]repo
 	return all, errors.Join(errs...)
 }
 
-func (s *Service) reportVM(ctx context.Context, r *list.Record) (v report.VM, err error) {
+func (s *Service) reportVM(ctx context.Context, nonce []byte, r *list.Record) (v report.VM, err error) {
 	if v.UUID, err = binaryUUID(r.UUID); err != nil {
 		return v, err
 	}
@@ -142,6 +145,7 @@ func (s *Service) reportVM(ctx context.Context, r *list.Record) (v report.VM, er
 	if !r.EKDigest.IsZero() {
 		v.EK = r.EKDigest[:]
 	}
+	v.EKCertificate = r.EKCertificate
 	pid, used, err := statedir.Holder(r.Instance)
 	if err != nil {
 		// It may run: that it cannot be told is told.
@@ -157,7 +161,16 @@ func (s *Service) reportVM(ctx context.Context, r *list.Record) (v report.VM, er
 	}
 	one, cancel := context.WithTimeout(ctx, readLimit)
 	defer cancel()
-	v.PCRs, err = s.pcrs.Read(one, introspect.Target{Swtpm: pid, QEMU: qemuOf(r.Name), UUID: r.UUID, StateDir: r.Instance})
+	target := introspect.Target{Swtpm: pid, QEMU: qemuOf(r.Name), UUID: r.UUID, StateDir: r.Instance}
+	if len(r.AKPublic) > 0 && s.quoter != nil {
+		q, reading, err := s.quoter.Quote(one, target, report.VTPMQualifyingData(nonce, v.UUID), uint32(ek.AKHandle))
+		if err == nil {
+			v.Quote, v.PCRs = &report.VTPMQuote{Quote: *q, AK: r.AKPublic}, reading
+			return v, nil
+		}
+		s.log.WithField(journal.VM, r.UUID).WithError(err).Debug("a vTPM does not quote")
+	}
+	v.PCRs, err = s.pcrs.Read(one, target)
 	if errors.Is(err, introspect.ErrGone) {
 		if _, used, e := statedir.Holder(r.Instance); e == nil && !used { // it has just stopped
 			v.Running = false
@@ -275,7 +288,7 @@ func imaPiece(path string, have uint64) report.Log {
 	case !ok:
 		l.Problem = path + " is no measurement list"
 	default:
-		l.From, l.Data, l.More = have, b[:whole], more || whole < len(b)
+		l.From, l.Data, l.More = have, b[:whole], more
 	}
 	return l
 }
@@ -307,7 +320,7 @@ func wholeEntries(b []byte) (n int, ok bool) {
 		}
 		n += size
 	}
-	return n, n > 0 || len(b) == 0
+	return n, true
 }
 
 // launchLogPiece is what the launch log has grown by since.
@@ -359,6 +372,24 @@ func (g *Guard) launchLogNow(ctx context.Context) (*os.File, int64, error) {
 			return nil, 0, err
 		}
 	}
+}
+
+// quoter has a vTPM quote with the AK at a handle, and reads its PCRs.
+type quoter interface {
+	Quote(ctx context.Context, t introspect.Target, qualifying [32]byte, ak uint32) (*report.Quote, *report.Reading, error)
+}
+
+// lookInto readies what reads the PCRs of vTPMs, which needs the program that
+// they run.
+func (s *Service) lookInto(uid, gid int) {
+	swtpm, err := s.g.launch.measurer.Program("swtpm", defaultPath)
+	if err != nil {
+		s.log.WithError(err).Warn("the PCRs of vTPMs are not read")
+		return
+	}
+	memory := introspect.NewMemory(introspect.Config{Swtpm: swtpm, Dir: s.g.dirs.Run, UID: uid, GID: gid})
+	s.pcrs, s.quoter = memory, &inject.Quoter{}
+	context.AfterFunc(s.working, func() { memory.Close() })
 }
 
 // notRead is a Reader where there is none.

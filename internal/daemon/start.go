@@ -647,7 +647,7 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 		g.reverted(s, &list.Record{Name: f.Name}, "the VM was restored from a saved image, and was not saved when it stopped last")
 		s.mu.Unlock()
 	}
-	if err := g.launched(context.Background(), f, gr.runs); err != nil {
+	if err := g.launched(context.Background(), f, gr.runs, gr.made); err != nil {
 		r := reason.As(err)
 		if g.cfg.Mode == "enforce" || r == nil {
 			return err
