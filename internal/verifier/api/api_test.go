@@ -22,6 +22,7 @@ import (
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/operate"
 	"virt-trust/internal/verifier/rounds"
+	"virt-trust/internal/verifier/store/storetest"
 	"virt-trust/internal/verifier/webhook"
 )
 
@@ -611,15 +612,23 @@ func TestSource(t *testing.T) {
 	}
 }
 
-// Without its database the Verifier says so, and says nothing about trust.
+// Without its database the Verifier says so, and says nothing about trust; when
+// the database is back, so is all else.
 func TestDatabaseGone(t *testing.T) {
-	var errs int
-	h := newHouse(t, func(c *Config) { c.DatabaseError = func() { errs++ } })
+	server, err := storetest.New()
+	storetest.Need(t, err)
+	t.Cleanup(func() {
+		if err := server.Remove(); err != nil {
+			t.Error(err)
+		}
+	})
+	errs := 0
+	h := newHouseOn(t, server.NewDatabase(t), func(c *Config) { c.DatabaseError = func() { errs++ } })
 	h.enrol(nodeID, "alpha", fleet.Active)
 	h.round(h.appraised(nodeID, appraise.Affirming, appraise.Affirming), "")
 	path := "/v1/nodes/" + nodeID + "/result"
 	a := h.want(200, "", "reader-token", "GET", path, nil)
-	if err := h.db.Close(); err != nil {
+	if err := server.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	for _, p := range []string{path, "/v1/nodes", "/v1/vms/" + vmID + "/result", "/healthz", "/v1/fleet", "/v1/audit/export"} {
@@ -628,12 +637,18 @@ func TestDatabaseGone(t *testing.T) {
 			t.Errorf("%s: %v", p, got.header)
 		}
 	}
+	h.want(503, Unavailable, "operator-token", "POST", "/v1/tokens", nil)
 	if errs == 0 {
 		t.Error("nobody counted it")
 	}
 	if strings.Contains(h.log.String(), "reader-token") {
 		t.Error("a token in the log")
 	}
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	h.want(304, "", "reader-token", "GET", path, nil, "If-None-Match", a.header.Get("ETag"))
+	h.want(201, "", "operator-token", "POST", "/v1/tokens", nil)
 }
 
 // A handler that panics is a problem of one request.

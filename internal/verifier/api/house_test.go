@@ -10,7 +10,6 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -27,6 +26,7 @@ import (
 	"virt-trust/internal/verifier/login"
 	"virt-trust/internal/verifier/operate"
 	"virt-trust/internal/verifier/store"
+	"virt-trust/internal/verifier/store/storetest"
 	"virt-trust/internal/verifier/webhook"
 )
 
@@ -99,9 +99,14 @@ var people = map[string]operate.Actor{
 
 func newHouse(t *testing.T, change ...func(*Config)) *house {
 	t.Helper()
+	return newHouseOn(t, storetest.SQLite(t), change...)
+}
+
+func newHouseOn(t *testing.T, dsn string, change ...func(*Config)) *house {
+	t.Helper()
 	h := &house{t: t, ear: &fakeEAR{key: "k1"}, log: &bytes.Buffer{}, clock: &clock{}}
 	var err error
-	h.db, err = store.Open(t.Context(), "sqlite:"+filepath.Join(t.TempDir(), "db"), store.Options{Now: h.clock.now})
+	h.db, err = store.Open(t.Context(), dsn, store.Options{Now: h.clock.now})
 	if err != nil {
 		t.Fatal(err)
 	}

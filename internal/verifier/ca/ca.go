@@ -202,7 +202,7 @@ func (a *Authority) issue(t *x509.Certificate, spki []byte, now time.Time, lifet
 	if t.SerialNumber, err = newSerial(a.random); err != nil {
 		return nil, err
 	}
-	der, err := x509.CreateCertificate(a.random, t, a.cert, key, &digestOnly{checked{a: a, now: now}})
+	der, err := x509.CreateCertificate(a.random, t, a.cert, key, &checked{a: a, now: now})
 	if err != nil {
 		return nil, fmt.Errorf("signing a certificate: %w", err)
 	}
