@@ -126,7 +126,7 @@ func hostLink(r appraise.Reason, launchers map[string]int) int {
 // vmLink says which link a reason of the VM is about; -1 for the host's.
 func vmLink(r appraise.Reason, launchers map[string]int) int {
 	switch {
-	case r.Code == "host":
+	case inherited(r.Code):
 		return -1
 	case r.Log == "launch-log" || strings.HasPrefix(r.Code, "launch"):
 		if l, ok := launchers[r.Path]; ok && r.Path != "" {
@@ -142,8 +142,8 @@ func vmLink(r appraise.Reason, launchers map[string]int) int {
 }
 
 // newChain holds a VM's result against the parts.
-func newChain(n fleet.Status, res *appraise.Result, vm *appraise.VM) chain {
-	c := chain{Host: n.Name, VM: vm.Name, Tier: vm.Tier, Links: make([]link, numLinks)}
+func newChain(n fleet.Status, res *appraise.Result, vm *appraise.VM) *chain {
+	c := &chain{Host: n.Name, VM: vm.Name, Tier: vm.Tier, Links: make([]link, numLinks)}
 	launchers := map[string]int{}
 	for _, l := range vm.Launchers {
 		launchers[l.Path] = roleLink(l.Role)

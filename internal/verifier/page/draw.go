@@ -144,15 +144,15 @@ func (d *drawing) group(x, y, w, h int, label string) {
 	d.Groups = append(d.Groups, drawnGroup{x, y, w, h, cut(label, (w-2*pad)/8)})
 }
 
-// box draws a link. Texts are cut to what fits: about 8 units a character in the
-// title, 7 in the detail.
+// box draws a link. Texts are cut to what fits: about 8 units a character, in the
+// broadest of the faces that browsers have.
 func (d *drawing) box(x, y, w int, l link) {
 	says := l.Title + ": " + l.Word
 	if l.Detail != "" {
 		says += ". " + cut(l.Detail, 200)
 	}
 	d.Boxes = append(d.Boxes, drawnBox{
-		X: x, Y: y, W: w, H: boxH, Link: "link-" + l.ID, Title: l.Title, Detail: cut(l.Detail, (w-60)/7), Word: l.Word, Says: says, Tier: l.Tier,
+		X: x, Y: y, W: w, H: boxH, Link: "link-" + l.ID, Title: l.Title, Detail: cut(l.Detail, (w-60)/8-len(l.Word)-3), Word: l.Word, Says: says, Tier: l.Tier,
 	})
 }
 
@@ -172,9 +172,6 @@ func (d *drawing) arrow(x1, y1, x2, y2 int, t appraise.Tier) {
 	}
 	d.Edges = append(d.Edges, e)
 }
-
-// Right is where the word of a box ends.
-func (b drawnBox) Right() int { return b.X + b.W - 12 }
 
 // At gives a place in the box.
 func (b drawnBox) At(dx, dy int) string { return fmt.Sprintf("translate(%d %d)", b.X+dx, b.Y+dy) }

@@ -126,7 +126,7 @@ type auditRow struct {
 
 func (p *Page) auditPage(r *http.Request) (view, error) {
 	after := r.URL.Query().Get("after")
-	es, next, err := p.Store.AuditLog(r.Context(), store.Page{Limit: 100, After: after})
+	es, next, err := p.Store.AuditLog(r.Context(), store.AuditFilter{}, store.Page{Limit: 100, After: after})
 	if err != nil {
 		return view{}, err
 	}

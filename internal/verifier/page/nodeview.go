@@ -26,7 +26,6 @@ type nodeView struct {
 	Strip    strip
 	Rounds   []roundRow
 	EK       []fact // of its certificate
-	Changes  []changeRow
 }
 
 type vmRow struct {
@@ -69,14 +68,13 @@ func (p *Page) nodePage(r *http.Request) (view, error) {
 			d.VMs = append(d.VMs, w)
 		}
 		slices.SortStableFunc(d.VMs, func(a, b vmRow) int { return worse(a.Tier, b.Tier) })
-		d.Changes = changeRows(res.Changes)
 	}
 	rounds, _, err := p.Store.Rounds(r.Context(), store.RoundFilter{Node: n.ID}, store.Page{Limit: stripRounds})
 	if err != nil {
 		return view{}, err
 	}
 	d.Strip = newStrip(rounds, "")
-	d.Rounds = roundRows(rounds[:min(len(rounds), 10)], "")
+	d.Rounds = roundRows(rounds[:min(len(rounds), 10)], "", namesIn(d.Result))
 	return view{name: "node", title: n.Name, data: d}, nil
 }
 
@@ -85,7 +83,7 @@ type vmView struct {
 	Note     string
 	Result   *appraise.Result
 	VM       appraise.VM
-	Chain    chain
+	Chain    *chain
 	Findings []finding
 	Claims   []claim
 	PCRs     []pcrValue
@@ -118,7 +116,7 @@ func (p *Page) vmPage(r *http.Request) (view, error) {
 		return view{}, err
 	}
 	d.Strip = newStrip(rounds, id)
-	d.Rounds = roundRows(rounds[:min(len(rounds), 10)], id)
+	d.Rounds = roundRows(rounds[:min(len(rounds), 10)], id, namesIn(res))
 	same, _, err := p.Store.VMs(ctx, store.VMFilter{UUID: id}, store.Page{Limit: 10})
 	if err != nil {
 		return view{}, err

@@ -29,6 +29,7 @@ import (
 
 	"virt-trust/internal/appraise"
 	"virt-trust/internal/verifier/fleet"
+	"virt-trust/internal/verifier/login"
 	"virt-trust/internal/verifier/operate"
 	"virt-trust/internal/verifier/store"
 )
@@ -48,7 +49,7 @@ type Reader interface {
 	Hooks(ctx context.Context) ([]fleet.Hook, error)
 	DeadLetters(ctx context.Context, p store.Page) ([]fleet.Delivery, string, error)
 	Queued(ctx context.Context) (waiting, dead int, err error)
-	AuditLog(ctx context.Context, p store.Page) ([]fleet.AuditEntry, string, error)
+	AuditLog(ctx context.Context, f store.AuditFilter, p store.Page) ([]fleet.AuditEntry, string, error)
 	AuditHead(ctx context.Context) (fleet.AuditHead, error)
 	VerifyAudit(ctx context.Context, noted []fleet.AuditHead, progress func(done int64)) (fleet.AuditHead, error)
 }
@@ -57,11 +58,14 @@ type Reader interface {
 type Config struct {
 	Store    Reader
 	Operator Operator
+	// Actor says who asks, the zero Actor for nobody; where it is nil, the context
+	// does (operate.ActorOf). login.ErrRefused is nobody too.
+	Actor func(*http.Request) (operate.Actor, error)
 	// OIDC says that /oidc/login is there, to log in at.
 	OIDC bool
 	// FourEyes says that changes of Reference Values need a second person.
 	FourEyes bool
-	// Hooks are the events that a webhook may want.
+	// HookEvents are those that a webhook may want: webhook.Events.
 	HookEvents []string
 	Now        func() time.Time // time.Now
 	Log        *logrus.Entry
@@ -113,15 +117,12 @@ func (p *Page) load() error {
 	if err != nil {
 		return err
 	}
-	base, err := template.New("").Funcs(p.funcs()).ParseFS(files, "templates/_*.html")
+	base, err := template.New("").Funcs(p.funcs()).ParseFS(files, "templates/parts/*.html")
 	if err != nil {
 		return err
 	}
 	for _, n := range names {
 		short := strings.TrimSuffix(path.Base(n), ".html")
-		if strings.HasPrefix(short, "_") {
-			continue
-		}
 		t, err := base.Clone()
 		if err != nil {
 			return err
@@ -143,7 +144,7 @@ func (p *Page) routes() {
 			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(a.body))
 		})
 	}
-	p.mux.HandleFunc("GET /login", p.login)
+	p.mux.HandleFunc("GET /login", p.loginPage)
 	show := func(pattern string, h func(*http.Request) (view, error)) {
 		p.mux.HandleFunc("GET "+pattern, p.show(h))
 	}
@@ -184,6 +185,14 @@ func (p *Page) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p.fail(w, r, errCrossOrigin)
 	}))
+	if p.Actor != nil {
+		a, err := p.Actor(r)
+		if err != nil && !errors.Is(err, login.ErrRefused) {
+			p.fail(w, r, fmt.Errorf("finding out who asks: %w", err))
+			return
+		}
+		r = r.WithContext(operate.WithActor(r.Context(), a))
+	}
 	protection.Handler(p.mux).ServeHTTP(w, r)
 }
 
@@ -325,8 +334,8 @@ func (p *Page) fail(w http.ResponseWriter, r *http.Request, err error) {
 	p.write(w, r, view{name: "message", title: title, data: f, code: f.Code})
 }
 
-// login shows how to log in; package login does it.
-func (p *Page) login(w http.ResponseWriter, r *http.Request) {
+// loginPage shows how to log in; package login does it.
+func (p *Page) loginPage(w http.ResponseWriter, r *http.Request) {
 	q := r.URL.Query()
 	why := map[string]string{
 		"token":       "The token is not valid, or no longer.",

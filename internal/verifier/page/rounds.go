@@ -44,7 +44,14 @@ func tierIn(r fleet.Round, vm string) appraise.Tier {
 func newStrip(rounds []fleet.Round, vm string) strip {
 	s := strip{Width: stripRounds * 10}
 	counts := map[appraise.Tier]int{}
-	for i, r := range slices.Backward(rounds) {
+	// A run of rounds alike is one to the store and as many as they were here.
+	var each []fleet.Round
+	for _, r := range rounds {
+		for range min(max(r.Count, 1), int64(stripRounds-len(each))) {
+			each = append(each, r)
+		}
+	}
+	for i, r := range slices.Backward(each) {
 		t := tierIn(r, vm)
 		counts[t]++
 		h := map[appraise.Tier]int{appraise.Affirming: 12, appraise.Warning: 24, appraise.Contraindicated: 40, appraise.None: 32}[t]
@@ -52,7 +59,7 @@ func newStrip(rounds []fleet.Round, vm string) strip {
 		if r.Count > 1 {
 			says += fmt.Sprintf(", %d times", r.Count)
 		}
-		s.Bars = append(s.Bars, bar{X: (len(rounds) - 1 - i) * 10, Y: 42 - h, W: 8, H: h, Tier: t, Says: says})
+		s.Bars = append(s.Bars, bar{X: (len(each) - 1 - i) * 10, Y: 42 - h, W: 8, H: h, Tier: t, Says: says})
 	}
 	var parts []string
 	for _, t := range worstFirst {
@@ -60,7 +67,7 @@ func newStrip(rounds []fleet.Round, vm string) strip {
 			parts = append(parts, fmt.Sprintf("%d %s", counts[t], t))
 		}
 	}
-	s.Says = fmt.Sprintf("The last %s, oldest first: %s.", plural(len(rounds), "round", "rounds"), strings.Join(parts, ", "))
+	s.Says = fmt.Sprintf("The last %s, oldest first: %s.", plural(len(each), "round", "rounds"), strings.Join(parts, ", "))
 	return s
 }
 
@@ -73,19 +80,40 @@ type roundRow struct {
 	VM      string
 }
 
-type changeRow struct{ Subject, Kind, Mark, Words, What string }
+// changeRow is a change; Whose is the VM's that it is of, "" for the host's.
+type changeRow struct{ Kind, Mark, Words, Whose, What string }
 
-func changeRows(cs []appraise.Change) []changeRow {
+func changeRows(cs []appraise.Change, names vmNames) []changeRow {
 	out := make([]changeRow, 0, len(cs))
 	for _, c := range cs {
-		out = append(out, changeRow{c.Subject, c.Kind, changeMark(c.Kind), changeWords(c.Kind), c.What})
+		w := changeRow{Kind: c.Kind, Mark: changeMark(c.Kind), Words: changeWords(c.Kind), What: c.What}
+		if c.Subject != "host" {
+			w.Whose = cmp.Or(names[c.Subject], c.Subject)
+		}
+		out = append(out, w)
 	}
 	return out
 }
 
+// vmNames are VMs' names by UUID, as far as they are known.
+type vmNames map[string]string
+
+func namesIn(results ...*appraise.Result) vmNames {
+	names := vmNames{}
+	for _, r := range results {
+		if r == nil {
+			continue
+		}
+		for _, v := range r.VMs {
+			names[v.UUID] = v.Name
+		}
+	}
+	return names
+}
+
 // changesOf reads a round's changes; those of one VM, and the host's, where vm is
 // not "".
-func changesOf(r fleet.Round, vm string) []changeRow {
+func changesOf(r fleet.Round, vm string, names vmNames) []changeRow {
 	var cs []appraise.Change
 	if json.Unmarshal(r.Changes, &cs) != nil {
 		return nil
@@ -93,14 +121,14 @@ func changesOf(r fleet.Round, vm string) []changeRow {
 	if vm != "" {
 		cs = slices.DeleteFunc(cs, func(c appraise.Change) bool { return c.Subject != vm && c.Subject != "host" })
 	}
-	return changeRows(cs)
+	return changeRows(cs, names)
 }
 
-func roundRows(rounds []fleet.Round, vm string) []roundRow {
+func roundRows(rounds []fleet.Round, vm string, names vmNames) []roundRow {
 	const most = 4
 	out := make([]roundRow, 0, len(rounds))
 	for _, r := range rounds {
-		w := roundRow{Round: r, Tier: tierIn(r, vm), VM: vm, Changes: changesOf(r, vm)}
+		w := roundRow{Round: r, Tier: tierIn(r, vm), VM: vm, Changes: changesOf(r, vm, names)}
 		if len(w.Changes) > most {
 			w.More = len(w.Changes) - most
 			w.Changes = w.Changes[:most]
@@ -142,7 +170,11 @@ func (p *Page) roundsPage(r *http.Request) (view, error) {
 	if err != nil {
 		return view{}, err
 	}
-	d.Rounds, d.Strip = roundRows(rounds, d.VM), newStrip(rounds, d.VM)
+	res, err := p.result(r, n.ID)
+	if err != nil {
+		return view{}, err
+	}
+	d.Rounds, d.Strip = roundRows(rounds, d.VM, namesIn(res)), newStrip(rounds, d.VM)
 	if len(rounds) > 1 {
 		d.Between = [2]int64{rounds[1].ID, rounds[0].ID}
 	}
@@ -215,9 +247,10 @@ func (p *Page) roundPage(r *http.Request) (view, error) {
 	if err != nil {
 		return view{}, err
 	}
-	d := roundView{Node: n, Round: roundRows([]fleet.Round{round}, "")[0], Evidence: len(round.Evidence)}
-	d.Round.Changes, d.Round.More = changesOf(round, ""), 0
-	if d.Result = resultIn(round); d.Result != nil {
+	res := resultIn(round)
+	d := roundView{Node: n, Result: res, Round: roundRows([]fleet.Round{round}, "", nil)[0], Evidence: len(round.Evidence)}
+	d.Round.Changes, d.Round.More = changesOf(round, "", namesIn(res)), 0
+	if res != nil {
 		d.Findings, d.Approve = findings(d.Result.Host.Reasons), approvables(n.ID, d.Result)
 		for _, v := range d.Result.VMs {
 			w := vmRow{VM: v}
@@ -310,18 +343,12 @@ func (p *Page) diffPage(r *http.Request) (view, error) {
 	if from.ID > to.ID {
 		from, to = to, from
 	}
-	d := diffView{Node: n, From: roundRows([]fleet.Round{from}, "")[0], To: roundRows([]fleet.Round{to}, "")[0]}
+	d := diffView{Node: n, From: roundRows([]fleet.Round{from}, "", nil)[0], To: roundRows([]fleet.Round{to}, "", nil)[0]}
 	between, older, cut, err := p.between(ctx, n.ID, from, to)
 	if err != nil {
 		return view{}, err
 	}
 	d.Cut = cut
-	for _, b := range slices.Backward(between) {
-		w := roundRows([]fleet.Round{b}, "")[0]
-		if w.Changes, w.More = changesOf(b, ""), 0; len(w.Changes) > 0 {
-			d.Steps = append(d.Steps, w)
-		}
-	}
 	a, err := p.stateAt(ctx, from, older)
 	if err != nil {
 		return view{}, err
@@ -329,6 +356,13 @@ func (p *Page) diffPage(r *http.Request) (view, error) {
 	b, err := p.stateAt(ctx, to, slices.Concat(between[min(1, len(between)):], []fleet.Round{from}, older))
 	if err != nil {
 		return view{}, err
+	}
+	names := namesIn(a, b)
+	for _, b := range slices.Backward(between) {
+		w := roundRows([]fleet.Round{b}, "", nil)[0]
+		if w.Changes, w.More = changesOf(b, "", names), 0; len(w.Changes) > 0 {
+			d.Steps = append(d.Steps, w)
+		}
 	}
 	if a != nil && b != nil {
 		d.Kept, d.Deltas = true, grouped(n, operate.Differences(a, b))

@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"virt-trust/internal/appraise"
+	"virt-trust/internal/verifier/store"
 )
 
 // claim is one of the trustworthiness vector's, in words.
@@ -157,10 +158,15 @@ type finding struct {
 	Inherit bool // it is the host's
 }
 
+// inherited says whether a VM's reason is really its host's.
+func inherited(code string) bool {
+	return code == appraise.CodeHost || code == store.CodeExpired || code == store.CodeInactive
+}
+
 func findings(rs []appraise.Reason) []finding {
 	out := make([]finding, 0, len(rs))
 	for _, r := range rs {
-		out = append(out, finding{r, adviceFor(r.Code), r.Code == "host"})
+		out = append(out, finding{r, adviceFor(r.Code), inherited(r.Code)})
 	}
 	return out
 }
