@@ -58,6 +58,9 @@ func open(ctx context.Context, o Options) (*verifier, error) {
 		return nil, err
 	}
 	v := &verifier{tls: rounds.TLSConfig(authority, own, time.Now)}
+	if _, err := v.tls.GetCertificate(nil); err != nil {
+		return nil, err
+	}
 	if v.results, err = newResults(cfg.Results.Keys, own[0]); err != nil {
 		return nil, err
 	}
@@ -126,7 +129,7 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 			}
 			return n, err == nil && n.State == fleet.Active, err
 		},
-		Metrics: v.metrics.Handler(), Version: o.Version, OpenTo: cfg.Results.Access == "open",
+		Metrics: v.metrics.Handler(), DatabaseError: v.metrics.DatabaseError, Version: o.Version, OpenTo: cfg.Results.Access == "open",
 		Requests: cfg.Limits.Requests, Others: cfg.Limits.Anonymous, Now: time.Now, Log: o.Log,
 	})
 	mux := http.NewServeMux()
@@ -135,7 +138,7 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 	}
 	people.Mount(mux)
 	for pattern := range v.login.routes() {
-		mux.HandleFunc(pattern, v.login.serve(pattern))
+		mux.Handle(pattern, people.Person(v.login.serve(pattern)))
 	}
 	v.handler = protect(mux)
 	return nil

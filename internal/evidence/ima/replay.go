@@ -167,3 +167,41 @@ func (c Checkpoint) Replay(list []byte, bankName string, pcr uint32, want []byte
 	}
 	return c, first
 }
+
+// Advance replays all whole entries of a part of a list in the middle, of which
+// the PCR says nothing yet: a later Replay that succeeds vouches for them as well,
+// and one that fails for nothing. Errors: ErrReplay, ErrFormat.
+func (c Checkpoint) Advance(list []byte, bankName string, pcr uint32, visit func(n uint64, e *Entry)) (Checkpoint, error) {
+	b, ok := banks[bankName]
+	next := c
+	if next.Value == nil {
+		next = Checkpoint{Bank: bankName, Value: make([]byte, b.size)}
+	}
+	if next.Mode == Unknown {
+		if next.Mode = Native; bankName == "sha1" {
+			next.Mode = Padded
+		}
+	}
+	if !ok || next.Bank != bankName || len(next.Value) != b.size || next.Mode > Padded {
+		return c, fmt.Errorf("%w: bank %.20q", ErrReplay, bankName)
+	}
+	ch := chain{bank: b, mode: next.Mode, value: bytes.Clone(next.Value)}
+	var e Entry
+	for at := 0; ; {
+		n, err := e.Next(list[at:])
+		if err != nil || next.Entries >= MaxEntries {
+			return c, fmt.Errorf("%w: entry %d", ErrFormat, next.Entries)
+		}
+		if n == 0 {
+			next.Value = ch.value
+			return next, nil
+		}
+		if e.PCR == pcr {
+			if err := ch.extend(&e); err != nil {
+				return c, err
+			}
+		}
+		visit(next.Entries, &e)
+		at, next.Offset, next.Entries = at+n, next.Offset+uint64(n), next.Entries+1
+	}
+}
