@@ -153,6 +153,8 @@ func obey(verb, arg string) string {
 			text = "extended " + arg
 		case "ek":
 			text, err = ek(tpm)
+		case "pcrs":
+			text, err = pcrs(tpm)
 		default:
 			err = errors.New("unknown command")
 		}
@@ -196,6 +198,24 @@ var selection = tpm2.TPMLPCRSelection{PCRSelections: []tpm2.TPMSPCRSelection{{
 	Hash:      tpm2.TPMAlgSHA256,
 	PCRSelect: tpm2.PCClientCompatible.PCRs(7, 12),
 }}}
+
+// pcrs gives the PCRs of the bank SHA-256, 0 to 23.
+func pcrs(tpm transport.TPM) (string, error) {
+	all := "pcrs"
+	for i := range uint(24) {
+		r, err := tpm2.PCRRead{PCRSelectionIn: tpm2.TPMLPCRSelection{PCRSelections: []tpm2.TPMSPCRSelection{{
+			Hash: tpm2.TPMAlgSHA256, PCRSelect: tpm2.PCClientCompatible.PCRs(i),
+		}}}}.Execute(tpm)
+		if err != nil {
+			return "", err
+		}
+		if len(r.PCRValues.Digests) != 1 {
+			return "", errors.New("PCR without a value")
+		}
+		all += fmt.Sprintf(" %x", r.PCRValues.Digests[0].Buffer)
+	}
+	return all, nil
+}
 
 // seal keeps text in a persistent object that opens only with the PCRs of now.
 func seal(tpm transport.TPM, text string) error {
