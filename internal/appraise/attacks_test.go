@@ -2,6 +2,7 @@ package appraise
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -9,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	gotestdata "github.com/google/go-eventlog/testdata"
 
 	"virt-trust/internal/evidence/eventlog"
 	"virt-trust/internal/evidence/forge"
@@ -795,4 +798,31 @@ func TestLearnVM(t *testing.T) {
 	b.round(forge.Options{})
 	b.want(Affirming)
 	b.wantVM("one", Affirming)
+}
+
+// What has to be so in any boot is so in those of other people's machines.
+func TestOrderOfStrangers(t *testing.T) {
+	for name, raw := range map[string][]byte{
+		"arch": gotestdata.ArchLinuxWorkstationEventLog, "glinux": gotestdata.GlinuxAlexEventLog, "rhel": gotestdata.Rhel8EventLog,
+		"ubuntu-sev": gotestdata.Ubuntu1804AmdSevEventLog, "ubuntu-no-dbx": gotestdata.Ubuntu2104NoDbxEventLog,
+		"ubuntu": gotestdata.Ubuntu2104NoSecureBootEventLog, "ubuntu-snp": gotestdata.Ubuntu2404AmdSevSnpEventLog, "cos": gotestdata.Cos101AmdSevEventLog,
+	} {
+		whole, err := eventlog.UntrustedParse(raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l, err := whole.Bank("sha256")
+		if err != nil {
+			t.Fatal(err)
+		}
+		o := newOrder(crypto.SHA256)
+		for i := range l.Events {
+			if e := &l.Events[i]; e.Type != eventlog.NoAction {
+				o.see(e, digestOf(e), crypto.SHA256)
+			}
+		}
+		if f := o.findings(all16[:8]); len(f) > 0 {
+			t.Errorf("%s: %s", name, dump(f))
+		}
+	}
 }
