@@ -132,7 +132,7 @@ func (c *Command) root() *cobra.Command {
 	root.AddCommand(c.changeCommands()...)
 	root.AddCommand(c.emulatorCommand())
 	root.AddCommand(c.recoveryCommands()...)
-	root.AddCommand(c.launcherCommand(), c.launchLogCommand())
+	root.AddCommand(c.launcherCommand(), c.launchLogCommand(), c.appraiseCommand())
 	return root
 }
 
