@@ -165,18 +165,26 @@ func Load(path string) (Config, error) {
 // Parse reads a configuration over the defaults and checks it.
 func Parse(b []byte) (Config, error) {
 	c := Default()
-	md, err := toml.Decode(string(b), &c)
+	if err := strict(b, &c); err != nil {
+		return Config{}, err
+	}
+	return c, c.check()
+}
+
+// strict reads TOML over what is in c, and takes no key that c does not know.
+func strict(b []byte, c any) error {
+	md, err := toml.Decode(string(b), c)
 	if err != nil {
 		var pe toml.ParseError
 		if errors.As(err, &pe) {
-			return Config{}, fmt.Errorf("line %d: %s", pe.Position.Line, pe.Message)
+			return fmt.Errorf("line %d: %s", pe.Position.Line, pe.Message)
 		}
-		return Config{}, err
+		return err
 	}
 	if u := md.Undecoded(); len(u) > 0 {
-		return Config{}, fmt.Errorf("line %d: unknown key %q", lineOf(string(b), u[0]), u[0].String())
+		return fmt.Errorf("line %d: unknown key %q", lineOf(string(b), u[0]), u[0].String())
 	}
-	return c, c.check()
+	return nil
 }
 
 // lineOf finds the line of a key that toml decoded to nothing.
@@ -186,7 +194,7 @@ func lineOf(text string, key toml.Key) int {
 	for i, line := range strings.Split(text, "\n") {
 		l := strings.TrimSpace(line)
 		if name, ok := strings.CutPrefix(l, "["); ok {
-			at, _, _ = strings.Cut(name, "]")
+			at, _, _ = strings.Cut(strings.TrimPrefix(name, "["), "]") // also of an array of tables
 			if at == key.String() {
 				return i + 1
 			}
@@ -201,18 +209,6 @@ func lineOf(text string, key toml.Key) int {
 }
 
 func (c Config) check() error {
-	oneOf := func(key, v string, of ...string) error {
-		if !slices.Contains(of, v) {
-			return fmt.Errorf("%s: %q is none of %s", key, v, strings.Join(of, ", "))
-		}
-		return nil
-	}
-	abs := func(key, v string) error {
-		if !filepath.IsAbs(v) || filepath.Clean(v) != v {
-			return fmt.Errorf("%s: %q is not an absolute, clean path", key, v)
-		}
-		return nil
-	}
 	errs := []error{
 		oneOf("mode", c.Mode, "enforce", "audit"),
 		oneOf("tpm.bank", c.TPM.Bank, "sha256", "sha384"),
@@ -285,4 +281,25 @@ func (c Config) check() error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func oneOf(key, v string, of ...string) error {
+	if !slices.Contains(of, v) {
+		return fmt.Errorf("%s: %q is none of %s", key, v, strings.Join(of, ", "))
+	}
+	return nil
+}
+
+func abs(key, v string) error {
+	if !filepath.IsAbs(v) || filepath.Clean(v) != v {
+		return fmt.Errorf("%s: %q is not an absolute, clean path", key, v)
+	}
+	return nil
+}
+
+func between(key string, d Duration, low, high time.Duration) error {
+	if v := time.Duration(d); v < low || v > high {
+		return fmt.Errorf("%s: %s is not between %s and %s", key, v, low, high)
+	}
+	return nil
 }
