@@ -160,25 +160,17 @@ func TestPCRs(t *testing.T) {
 	h := host.In(t)
 	g := sealed(t, h, VM{Name: "vault", TPM: true, Disk: "qcow2"})
 	g.Start()
-	wide := h.NewVM(VM{Name: "wide", Devices: `<tpm model='tpm-crb'><backend type='emulator' version='2.0'><active_pcr_banks><sha1/><sha256/><sha384/><sha512/></active_pcr_banks></backend></tpm>`})
-	wide.Start()
 
 	t.Run("equal", func(t *testing.T) {
-		h := host.In(t)
-		samePCRs(t, g.In(h), "sha256")
-		samePCRs(t, wide.In(h), "sha1", "sha256", "sha384", "sha512")
+		samePCRs(t, g.In(host.In(t)), "sha256")
 	})
 	t.Run("under load", func(t *testing.T) {
 		h := host.In(t)
-		for _, g := range []*Guest{g.In(h), wide.In(h)} {
-			underLoad(t, g, readOne(t, g), 2000, 1000, "-pause", "3ms")
-			underLoad(t, g, readOne(t, g), 1000, 200, "-pause", "5ms", "-inject", labDir+"/virt-trust-inject")
-			unsealed := g.Ask("ping 1")
-			if unsealed != "pong 1" {
-				t.Error(unsealed)
-			}
-		}
-		samePCRs(t, g.In(h), "sha256")
+		g := g.In(h)
+		underLoad(t, g, readOne(t, g), 2000, 1000, "-pause", "3ms")
+		underLoad(t, g, readOne(t, g), 1000, 200, "-pause", "5ms", "-inject", labDir+"/virt-trust-inject")
+		samePCRs(t, g, "sha256")
+		unseals(t, g)
 	})
 	t.Run("saved and restored", func(t *testing.T) {
 		h := host.In(t)
@@ -215,8 +207,8 @@ func readOne(t *testing.T, g *Guest) report.Reading {
 	return inSandbox(g.h, g)[0].Reading
 }
 
-// TestPCRsMigrate reads the PCRs of a plain VM before and right after it has
-// moved to another host.
+// TestPCRsMigrate reads the PCRs of plain VMs, of one in all banks, and of one
+// before and right after it has moved to another host.
 func TestPCRsMigrate(t *testing.T) {
 	t.Parallel()
 	Require(t)
@@ -231,6 +223,13 @@ func TestPCRsMigrate(t *testing.T) {
 		withPCRs(t, h)
 		unitOf(t, h)
 	}
+	all := []string{"sha1", "sha256", "sha384", "sha512"}
+	wide := a.NewVM(VM{Name: "wide", Devices: `<tpm model='tpm-crb'><backend type='emulator' version='2.0'><active_pcr_banks><sha1/><sha256/><sha384/><sha512/></active_pcr_banks></backend></tpm>`})
+	wide.Start()
+	underLoad(t, wide, samePCRs(t, wide, all...), 1000, 500, "-pause", "3ms")
+	underLoad(t, wide, samePCRs(t, wide, all...), 500, 100, "-pause", "5ms", "-inject", labDir+"/virt-trust-inject")
+	wide.Destroy()
+
 	g := a.NewVM(VM{Name: "mover", TPM: true, Disk: "qcow2", Shared: true})
 	g.Start()
 	from := samePCRs(t, g, "sha256")
