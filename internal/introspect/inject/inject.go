@@ -1,3 +1,31 @@
+// Package inject asks a running VM's vTPM something between two commands of the
+// guest, and has it quote. It works on any VM with a swtpm, and changes nothing
+// of it.
+//
+// QEMU talks to swtpm over a pair of sockets. virt-trust-inject borrows QEMU's
+// end (pidfd_getfd(2)), holds all of QEMU's threads (ptrace(2)), sees that both
+// queues are empty and swtpm waits for work, sends its commands, reads the
+// answers, and lets go. If a command of the guest is under way, it lets go at once
+// and tries again, for two seconds.
+//
+// What can go wrong:
+//   - virt-trustd ends, is killed or restarted: virt-trust-inject is a process of
+//     its own and carries the exchange through.
+//   - virt-trust-inject is killed: the kernel lets QEMU go on (see held). Killed
+//     between a command and its answer, some 0.1 ms, it leaves that answer to QEMU,
+//     and the guest gets wrong answers until it resets its vTPM. Nothing but an
+//     administrator kills it.
+//   - QEMU was stopped by somebody else, or is being debugged: ErrStopped,
+//     ErrForbidden, and it stays as it was. A VM that is suspended by libvirt is
+//     not: its QEMU runs.
+//   - swtpm does not answer within ten seconds: ErrLost; QEMU is let go.
+//   - The guest has all three slots for transient objects: one is saved, flushed
+//     and loaded again, and must come back under its handle.
+//   - The guest has an exclusive audit session (TPM 2.0 Part 1, 17.3): it is not
+//     exclusive any more, as after any command that is not audited.
+//   - QEMU has another pair of sockets of its own making, as with vhost-user
+//     devices (virtiofs): which is the vTPM's cannot be told from outside
+//     (sock_diag(7) would need the host's network): ErrChannel.
 package inject
 
 import (
