@@ -36,6 +36,7 @@ import (
 	"fmt"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -51,10 +52,13 @@ const ByCommand = "vtpm-command"
 // Program is where virt-trust-inject is installed.
 const Program = "/usr/libexec/virt-trust/virt-trust-inject"
 
-// Quoter has vTPMs quote. Its zero value runs Program.
+// Quoter has vTPMs quote. Its zero value runs Program. It may be used by several
+// at once; no two VMs are held at a time.
 type Quoter struct {
 	Program string
 	Env     []string // of the program; none is needed
+
+	turn sync.Mutex
 }
 
 // Quote has the vTPM quote all PCRs of its SHA-256 bank, or of its first active
@@ -86,11 +90,13 @@ func (q *Quoter) Read(ctx context.Context, t introspect.Target) (*report.Reading
 // Ask runs the program for one request. It is never killed: where ctx ends
 // first, it is left to end its exchange by itself, which is bounded.
 func (q *Quoter) Ask(ctx context.Context, r Request) (*Answer, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
 	in, err := json.Marshal(r)
 	if err != nil {
+		return nil, err
+	}
+	q.turn.Lock()
+	if err := ctx.Err(); err != nil {
+		q.turn.Unlock()
 		return nil, err
 	}
 	program := q.Program
@@ -103,10 +109,14 @@ func (q *Quoter) Ask(ctx context.Context, r Request) (*Answer, error) {
 	c.Env, c.Dir, c.WaitDelay = append([]string{"PATH=/usr/bin:/bin"}, q.Env...), "/", time.Second
 	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := c.Start(); err != nil {
+		q.turn.Unlock()
 		return nil, err
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- c.Wait() }()
+	go func() {
+		defer q.turn.Unlock()
+		ended <- c.Wait()
+	}()
 	select {
 	case <-ctx.Done():
 		return nil, ctx.Err()
