@@ -132,7 +132,8 @@ func (c *Command) root() *cobra.Command {
 	root.AddCommand(c.changeCommands()...)
 	root.AddCommand(c.emulatorCommand())
 	root.AddCommand(c.recoveryCommands()...)
-	root.AddCommand(c.launcherCommand(), c.launchLogCommand())
+	root.AddCommand(c.launcherCommand(), c.launchLogCommand(), c.evidenceCommand())
+	root.AddCommand(c.enrollCommand(), c.leaveCommand())
 	return root
 }
 

@@ -23,11 +23,10 @@ const (
 	HostPath     = dbus.ObjectPath("/org/virttrust1/host")
 	VMPathPrefix = "/org/virttrust1/vm/"
 
-	ManagerInterface = "org.virttrust1.Manager"
-	HostInterface    = "org.virttrust1.Host"
-	VMInterface      = "org.virttrust1.VM"
-
-	AttestationInterface = "org.virttrust1.Attestation" // of HostPath
+	ManagerInterface     = "org.virttrust1.Manager"
+	HostInterface        = "org.virttrust1.Host"
+	AttestationInterface = "org.virttrust1.Attestation"
+	VMInterface          = "org.virttrust1.VM"
 
 	// ErrorRefused carries a refusal: "REASON-CODE: what; how to mend".
 	ErrorRefused = "org.virttrust1.Error.Refused"

@@ -189,6 +189,7 @@ func (g *Guard) adopt(ctx context.Context, st *start, fresh bool) (what string, 
 		return "", lifecycle.Prepare(st.r, st.seen, g.policy()).Refusal
 	}
 	if released {
+		g.goes(st.f.UUID, "its record as a released VM ended")
 		if err := st.store.Commit(liststore.Change{Delete: st.f.UUID}); err != nil {
 			return "", err
 		}
@@ -550,6 +551,7 @@ func (g *Guard) released(st *start, what string) (string, error) {
 		UUID: st.r.UUID, Name: st.f.Name, Instance: st.seen.Instance, State: list.Released, KeyOwner: st.r.KeyOwner,
 		Created: st.r.Created, Changed: g.unix(), LastVerdict: st.r.LastVerdict,
 	}
+	g.goes(r.UUID, "released to plain libvirt")
 	if err := st.store.Commit(liststore.Change{Put: r}); err != nil {
 		return "", err
 	}
@@ -839,6 +841,7 @@ func (g *Guard) rebuildOne(ctx context.Context, uuid string, key *recovery.Key) 
 func (g *Guard) delete(ctx context.Context, store *liststore.Store, r *list.Record, why string) error {
 	g.closeGrant(r.UUID)
 	g.endSession(r.UUID)
+	g.goes(r.UUID, why)
 	if err := store.Commit(liststore.Change{Delete: r.UUID}); err != nil {
 		return err
 	}

@@ -187,6 +187,7 @@ func (g *Guard) putInto(ctx context.Context, st *start, b *recovery.Backup, repl
 // putIntoUnknown takes a backup in as if it were a vTPM of plain libvirt's.
 func (g *Guard) putIntoUnknown(ctx context.Context, st *start, b *recovery.Backup) error {
 	if old := st.store.Get(st.f.UUID); old != nil { // released
+		g.goes(st.f.UUID, "its record as a released VM ended")
 		if err := st.store.Commit(liststore.Change{Delete: st.f.UUID}); err != nil {
 			return err
 		}

@@ -259,7 +259,9 @@ func TestContract(t *testing.T) {
 	o := openOffice(t)
 	f := o.vm(uuidA, true)
 	o.start(f)
-	for path, iface := range map[dbus.ObjectPath]string{bus.Path: bus.ManagerInterface, bus.HostPath: bus.HostInterface, bus.VMPath(uuidA): bus.VMInterface} {
+	for iface, path := range map[string]dbus.ObjectPath{
+		bus.ManagerInterface: bus.Path, bus.HostInterface: bus.HostPath, bus.AttestationInterface: bus.HostPath, bus.VMInterface: bus.VMPath(uuidA),
+	} {
 		var live string
 		if err := o.call(path, "org.freedesktop.DBus.Introspectable.Introspect").Store(&live); err != nil {
 			t.Fatal(path, err)
@@ -285,7 +287,12 @@ func TestContract(t *testing.T) {
 				t.Errorf("%s can be set: %v", k, err)
 			}
 		}
-		if path == bus.HostPath {
+		if iface == bus.AttestationInterface {
+			for name, m := range o.s.attestation() {
+				have = append(have, fmt.Sprintf("method %s(%s) %s", name, signature(t, m, true), signature(t, m, false)))
+			}
+		}
+		if iface == bus.HostInterface {
 			for name, m := range o.s.hostMethods() {
 				have = append(have, fmt.Sprintf("method %s(%s) %s", name, signature(t, m, true), signature(t, m, false)))
 			}

@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"maps"
 
 	"github.com/godbus/dbus/v5"
 
@@ -35,13 +34,6 @@ func (s *Service) ekcertMethods() map[string]any {
 			return s.g.IssueEK(ctx, d, f)
 		}),
 	}
-}
-
-// attestationMethods are org.virttrust1.Attestation.
-func (s *Service) attestationMethods() map[string]any {
-	methods := map[string]any{}
-	maps.Copy(methods, s.certifierMethods())
-	return methods
 }
 
 // certifierMethods are those about the certifier's certificate.

@@ -431,7 +431,7 @@ func TestCertifyCallers(t *testing.T) {
 		if out := o.as(65534, "certify", "ekcert", o.address); !strings.Contains(out, "certificates are for virt-trust-ekcert") {
 			t.Errorf("another user: %s", out)
 		}
-		o.s.agentUID = 1
+		o.s.agent = func() (uint32, error) { return 1, nil }
 		if out := o.as(65534, "chain", "other", o.address); !strings.Contains(out, bus.ErrorAccessDenied) {
 			t.Errorf("another user brings a chain: %s", out)
 		}

@@ -79,6 +79,7 @@ type Guard struct {
 	journal *decisions
 	watch   *statedir.Watcher
 	launch  launch
+	gone    *gone
 
 	certifier certifier
 
@@ -123,6 +124,9 @@ func NewGuard(cfg config.Config, dirs Dirs, tpm TPM, log *logrus.Entry, changed 
 	g.launch.measurer, g.launch.log.standing = &measure.Measurer{}, launchlog.NotChecked
 	if g.journal, err = openDecisions(filepath.Join(dirs.State, "decisions.jsonl")); err != nil {
 		return nil, err
+	}
+	if g.gone, err = openGone(dirs.Run); err != nil {
+		log.WithError(err).Warn("which VMs were deleted since boot is not known any more")
 	}
 	if err := g.loadRecovery(); err != nil { // VMs do not depend on it
 		log.WithField(journal.ID, journal.RecoveryMissing).WithError(err).Error("the recovery key's file cannot be read")

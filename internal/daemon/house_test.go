@@ -62,6 +62,8 @@ func TestMain(m *testing.M) {
 		holdLock(os.Args[1])
 	case "call":
 		callBus(os.Args[1], os.Args[2], os.Args[3:])
+	case "attest":
+		callAttest(os.Args[1], os.Args[2], len(os.Args[3]))
 	case "certify", "chain":
 		callCertify(mode, os.Args[1])
 	case "manufacture":

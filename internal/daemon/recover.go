@@ -6,7 +6,9 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"virt-trust/internal/domain"
@@ -46,10 +48,12 @@ func (g *Guard) Recover(ctx context.Context, key *recovery.Key, say func(string)
 	}
 	defer policyKey.Wipe()
 
-	how, anew, err := g.recoverHost(ctx, listKey, policyKey, say)
+	how, err := g.recoverHost(ctx, listKey, policyKey, say)
 	if err != nil {
 		return "", err
 	}
+	_, uncounted := os.Stat(g.uncountedPath())
+	anew := uncounted == nil
 	store, err := g.List(ctx)
 	switch r := reason.As(err); {
 	case err == nil:
@@ -65,6 +69,9 @@ func (g *Guard) Recover(ctx context.Context, key *recovery.Key, say func(string)
 		}
 	}
 	if err != nil {
+		return "", err
+	}
+	if err := os.Remove(g.uncountedPath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return "", err
 	}
 	if err := g.vouch(store, key); err != nil {
@@ -136,6 +143,10 @@ func (g *Guard) key() []byte {
 	return g.listKey
 }
 
+// uncountedPath names the mark of new keys whose TPM has not counted the list
+// yet: a recovery that is cut off between the two goes on as it began.
+func (g *Guard) uncountedPath() string { return filepath.Join(g.dirs.State, "uncounted") }
+
 // countAnew takes the list for the newest: a TPM that is new to it cannot tell.
 func (g *Guard) countAnew(ctx context.Context) (*liststore.Store, error) {
 	g.openList.Lock()
@@ -148,12 +159,12 @@ func (g *Guard) countAnew(ctx context.Context) (*liststore.Store, error) {
 	return store, nil
 }
 
-// recoverHost makes the host's TPM release the list key. anew says that it has
-// new keys for that.
-func (g *Guard) recoverHost(ctx context.Context, listKey, policyKey *secret.Buffer, say func(string)) (how string, anew bool, err error) {
+// recoverHost makes the host's TPM release the list key, with new keys where it
+// has to.
+func (g *Guard) recoverHost(ctx context.Context, listKey, policyKey *secret.Buffer, say func(string)) (how string, err error) {
 	s, err := g.tpm.Status(ctx)
 	if err != nil {
-		return "", false, g.tpmRefusal(err)
+		return "", g.tpmRefusal(err)
 	}
 	f := g.recovery.Load()
 	if s.State == hosttpm.NotApproved && f.PolicyKey != hex.EncodeToString(g.tpm.PolicyKeyName()) {
@@ -161,9 +172,9 @@ func (g *Guard) recoverHost(ctx context.Context, listKey, policyKey *secret.Buff
 	}
 	switch s.State {
 	case hosttpm.Absent:
-		return "", false, g.tpmRefusal(hosttpm.ErrAbsent)
+		return "", g.tpmRefusal(hosttpm.ErrAbsent)
 	case hosttpm.LockedOut:
-		return "", false, g.tpmRefusal(hosttpm.ErrLockedOut)
+		return "", g.tpmRefusal(hosttpm.ErrLockedOut)
 	case hosttpm.NotApproved:
 		say(fmt.Sprintf("the host is not in an approved state (PCR %s): the present one is approved with the policy key", pcrs(s.Differing)))
 		now, err := g.tpm.PCRs(ctx)
@@ -171,35 +182,38 @@ func (g *Guard) recoverHost(ctx context.Context, listKey, policyKey *secret.Buff
 			err = g.tpm.ApproveWith(ctx, policyKey.Bytes(), "recovery key", now)
 		}
 		if err != nil {
-			return "", false, g.tpmRefusal(err)
+			return "", g.tpmRefusal(err)
 		}
-		return "the present state of the host was approved", false, nil
+		return "the present state of the host was approved", nil
 	case hosttpm.Ready:
 		// A key set that was made beside the list, when the right one was gone,
 		// has a list key of its own.
 		h, _, err := liststore.UntrustedHeader(g.dirs.State)
 		if err != nil || h.KeyID != list.KeyID(listKey.Bytes()) {
-			return "the host's keys work", false, nil
+			return "the host's keys work", nil
 		}
 		present, err := g.tpm.UnsealListKey(ctx)
 		if err != nil {
-			return "", false, g.tpmRefusal(err)
+			return "", g.tpmRefusal(err)
 		}
 		defer secret.Wipe(present)
 		if bytes.Equal(present, listKey.Bytes()) {
-			return "the host's keys work", false, nil
+			return "the host's keys work", nil
 		}
 	}
 	say("the TPM does not know the host's keys: new ones are made, which may take a minute")
+	if err := liststore.WriteFile(g.uncountedPath(), nil, 0o600); err != nil {
+		return "", err
+	}
 	if err := g.tpm.Reprovision(ctx, listKey.Bytes()); err != nil {
-		return "", false, g.tpmRefusal(err)
+		return "", g.tpmRefusal(err)
 	}
 	g.report("", "", "recover", noted, "", "new keys were made in the host's TPM, and its present state was approved", journal.Provisioned)
 	// A list that was open was so under the counter of the TPM before.
 	g.mu.Lock()
 	g.store = nil
 	g.mu.Unlock()
-	return "new keys were made in the host's TPM", true, nil
+	return "new keys were made in the host's TPM", nil
 }
 
 // recoverVMs wraps to the present bind key what another bind key has. lost are

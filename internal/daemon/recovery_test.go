@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -324,6 +325,38 @@ func TestRecoverCutOff(t *testing.T) {
 	h.stop(fb)
 	h.decrypts(uuidA, keyA)
 	h.decrypts(uuidB, keyB)
+}
+
+// A recovery that is cut off between the new keys and the new counter is one
+// that the next goes on from, without another word of the admin's.
+func TestRecoverCutOffBeforeTheCount(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	f, key, _ := h.ran(uuidA)
+	k := h.withRecovery()
+	for range 3 {
+		h.start(f)
+		h.stop(f)
+		h.g.settleCounter(background)
+	}
+	h.otherTPM()
+	cut := func() (err error) {
+		defer func() { err, _ = recover().(error) }()
+		return second(h.g.Recover(background, k, func(s string) {
+			if strings.Contains(s, "has not counted") {
+				panic(errors.New(s))
+			}
+		}))
+	}()
+	if cut == nil {
+		t.Fatal("not cut off")
+	}
+	h.reboot()
+	refuses(t, h.prepare(f), reason.ListRolledBack)
+	must[string](t)(h.g.Recover(background, k, quietly))
+	h.start(f)
+	h.stop(f)
+	h.decrypts(uuidA, key)
 }
 
 // Without a recovery key nothing is made anew over what could come back.

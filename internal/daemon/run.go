@@ -54,10 +54,6 @@ func Run(ctx context.Context, o Options) error {
 	if err != nil {
 		return fmt.Errorf("swtpm.user: %w", err)
 	}
-	agentUID, _, err := lookupUser(agentUser)
-	if err != nil {
-		agentUID = nobody // there is no agent
-	}
 	qemuUID, _, err := lookupUser(o.Config.QEMU.User)
 	if err != nil {
 		o.Log.WithError(err).Warn("qemu.user: no VM starts under virt-trust's emulator")
@@ -70,7 +66,7 @@ func Run(ctx context.Context, o Options) error {
 	defer conn.Close()
 
 	s := newService(conn, o, uint32(uid), uint32(qemuUID), tpm)
-	s.working, s.agentUID = ctx, uint32(agentUID)
+	s.working = ctx
 	if s.g, err = NewGuard(o.Config, o.Dirs, tpm, o.Log, s.vmChanged); err != nil {
 		return err
 	}
@@ -79,6 +75,7 @@ func Run(ctx context.Context, o Options) error {
 	if err := s.g.chain(o.Programs, uid, gid); err != nil {
 		return err
 	}
+	s.lookInto(uid, gid)
 	// The list is opened before calls come in, if the TPM lets it be.
 	s.openList(ctx)
 	if err := s.export(); err != nil {
@@ -106,9 +103,6 @@ func Run(ctx context.Context, o Options) error {
 	}
 }
 
-// agentUser is who virt-trust-agent runs as.
-const agentUser = "virt-trust-agent"
-
 // nobody is no user's number.
 const nobody = 1<<32 - 1
 
@@ -116,6 +110,7 @@ func newService(conn *dbus.Conn, o Options, swtpmUID, qemuUID uint32, tpm *hostt
 	return &Service{
 		conn: conn, programs: o.Programs, swtpmUID: swtpmUID, qemuUID: qemuUID, version: o.Version, log: o.Log,
 		slots: make(chan struct{}, maxCalls), others: make(chan struct{}, maxCalls), signals: make(chan func(), 1024),
+		collecting: make(chan struct{}, 1), agent: agentUID, pcrs: notRead{},
 		known: map[string]bool{}, host: tpm, working: context.Background(),
 		history: &history{path: filepath.Join(o.Dirs.State, "host-history.jsonl")}, logs: bootLogs{filepath.Join(o.Dirs.State, "event-logs")},
 	}

@@ -25,6 +25,7 @@ import (
 	"virt-trust/internal/domain/libvirt"
 	"virt-trust/internal/domain/swtpmargs"
 	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/introspect"
 	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/vtpm/label"
 	"virt-trust/internal/vtpm/list"
@@ -48,7 +49,6 @@ type Service struct {
 	programs Programs
 	swtpmUID uint32
 	qemuUID  uint32
-	agentUID uint32 // nobody's where there is no agent
 	version  string
 	log      *logrus.Entry
 	slots    chan struct{} // of libvirt's hooks and wrappers
@@ -67,6 +67,12 @@ type Service struct {
 	asking   atomic.Bool // for noticeHost
 	wasReady atomic.Bool // the TPM, when it was asked last
 	denied   rate
+	asked    rate // by the agent
+
+	agent      func() (uid uint32, err error)
+	pcrs       introspect.Reader
+	quoter     quoter        // may be nil
+	collecting chan struct{} // has room for one round of evidence
 
 	working    context.Context // ends with virt-trustd
 	conversing sync.Mutex      // held while a conversation goes on
@@ -156,7 +162,7 @@ func (s *Service) admit(ctx context.Context, c *caller, method string, who acces
 			return reason.Refuse(reason.PolicyForbids, "let libvirt start the VM", "certificates are for virt-trust-ekcert, run by swtpm_setup as libvirt's swtpm user")
 		}
 	case agentOnly:
-		if c.uid != 0 && c.uid != s.agentUID {
+		if uid, err := s.agent(); c.uid != 0 && (err != nil || c.uid != uid) {
 			return errDenied
 		}
 	case polkitAction:
@@ -324,22 +330,22 @@ func (s *Service) manager() map[string]any {
 	return methods
 }
 
-// rate bounds how often something is done: ten times a minute.
+// rate bounds how often something is done in a minute.
 type rate struct {
 	mu   sync.Mutex
 	from time.Time
 	n    int
 }
 
-// over counts, and reports whether it was too often.
-func (r *rate) over(now time.Time) bool {
+// over counts, and reports whether it was more often than most.
+func (r *rate) over(now time.Time, most int) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if now.Sub(r.from) >= time.Minute {
 		r.from, r.n = now, 0
 	}
 	r.n++
-	return r.n > 10
+	return r.n > most
 }
 
 // deny makes known that someone was refused something; name is a VM's, or who or
@@ -350,7 +356,7 @@ func (s *Service) deny(uuid, name, operation string, err error) {
 	if errors.Is(err, errDenied) {
 		r = reason.Refuse(reason.PolicyForbids, "", "%s is for others", operation)
 	}
-	if r == nil || s.denied.over(time.Now()) {
+	if r == nil || s.denied.over(time.Now(), 10) {
 		return
 	}
 	s.g.report(uuid, name, operation, refused, r.Code, r.Text(), journal.Refused)
@@ -562,6 +568,8 @@ func (s *Service) properties(path dbus.ObjectPath, iface string) (dict, bool) {
 		return s.managerProperties(), true
 	case path == bus.HostPath && iface == bus.HostInterface:
 		return s.hostProperties(), true
+	case path == bus.HostPath && iface == bus.AttestationInterface:
+		return dict{}, true
 	case strings.HasPrefix(string(path), bus.VMPathPrefix) && iface == bus.VMInterface:
 		store := s.g.peek()
 		if store == nil {
@@ -651,7 +659,7 @@ func pathOf(msg dbus.Message) dbus.ObjectPath {
 func (s *Service) managedObjects(sender dbus.Sender) (map[dbus.ObjectPath]map[string]dict, *dbus.Error) {
 	all := map[dbus.ObjectPath]map[string]dict{}
 	return all, s.serve(sender, "GetManagedObjects", reader, adminDeadline, func(context.Context, *caller) error {
-		all[bus.HostPath] = map[string]dict{bus.HostInterface: s.hostProperties()}
+		all[bus.HostPath] = map[string]dict{bus.HostInterface: s.hostProperties(), bus.AttestationInterface: {}}
 		if store := s.g.peek(); store != nil {
 			for _, r := range store.All() {
 				all[bus.VMPath(r.UUID)] = map[string]dict{bus.VMInterface: s.vmProperties(r)}
@@ -747,7 +755,7 @@ func (s *Service) export() error {
 	err := errors.Join(
 		s.conn.ExportMethodTable(s.manager(), bus.Path, bus.ManagerInterface),
 		s.conn.ExportMethodTable(s.hostMethods(), bus.HostPath, bus.HostInterface),
-		s.conn.ExportMethodTable(s.attestationMethods(), bus.HostPath, bus.AttestationInterface),
+		s.conn.ExportMethodTable(s.attestation(), bus.HostPath, bus.AttestationInterface),
 		// An object of its own has nothing from the tree above it.
 		s.conn.ExportMethodTable(properties, bus.HostPath, "org.freedesktop.DBus.Properties"),
 		s.conn.ExportMethodTable(map[string]any{"Introspect": s.introspect}, bus.HostPath, "org.freedesktop.DBus.Introspectable"),

@@ -514,7 +514,7 @@ var errRestored = errors.New("the storage root key was put back")
 // An SRK that was evicted but still comes out of the TPM's seed is put back.
 func (c *client) diagnose(err error) error {
 	k := c.host.keys.Load()
-	for _, known := range []error{ErrPolicy, ErrBusy, ErrAbsent, ErrCiphertext, errLink} {
+	for _, known := range []error{ErrPolicy, ErrBusy, ErrAbsent, ErrCiphertext, ErrCredential, errLink} {
 		if k == nil || errors.Is(err, known) {
 			return nil
 		}

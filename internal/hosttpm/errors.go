@@ -83,7 +83,7 @@ func lostState(err error) bool {
 
 // sentinel puts the sentinel that fits on an error which has none yet.
 func sentinel(err error) error {
-	for _, s := range []error{ErrPolicy, ErrCleared, ErrBusy, ErrLockedOut, ErrAbsent, ErrFailed, ErrNotProvisioned, ErrCiphertext} {
+	for _, s := range []error{ErrPolicy, ErrCleared, ErrBusy, ErrLockedOut, ErrAbsent, ErrFailed, ErrNotProvisioned, ErrCiphertext, ErrCredential} {
 		if errors.Is(err, s) {
 			return err
 		}

@@ -171,7 +171,11 @@ func doWithin[T any](ctx context.Context, h *Host, timeout time.Duration, op fun
 
 // doLater is do for what can wait: every other request goes first.
 func doLater[T any](ctx context.Context, h *Host, op func(*client) (T, error)) (T, error) {
-	return doIn(ctx, h, h.cfg.Timeout, func(ctx context.Context, r request) error {
+	return doLaterWithin(ctx, h, h.cfg.Timeout, op)
+}
+
+func doLaterWithin[T any](ctx context.Context, h *Host, timeout time.Duration, op func(*client) (T, error)) (T, error) {
+	return doIn(ctx, h, timeout, func(ctx context.Context, r request) error {
 		select {
 		case h.later <- r:
 			return nil

@@ -43,6 +43,7 @@ func (t *timings) snapshot() map[string]Timing {
 }
 
 var commandNames = map[tpm2.TPMCC]string{
+	tpm2.TPMCCActivateCredential: "ActivateCredential", tpm2.TPMCCPolicySecret: "PolicySecret", tpm2.TPMCCQuote: "Quote",
 	tpm2.TPMCCCertify: "Certify", tpm2.TPMCCCreate: "Create", tpm2.TPMCCCreatePrimary: "CreatePrimary",
 	tpm2.TPMCCEvictControl: "EvictControl", tpm2.TPMCCFlushContext: "FlushContext", tpm2.TPMCCGetCapability: "GetCapability",
 	tpm2.TPMCCLoad: "Load", tpm2.TPMCCLoadExternal: "LoadExternal", tpm2.TPMCCNVDefineSpace: "NV_DefineSpace",

@@ -152,6 +152,15 @@ func obey(verb, arg string) string {
 				err = extend(tpm, pcr)
 			}
 			text = "extended " + arg
+		case "extends":
+			var n int
+			if n, err = strconv.Atoi(arg); err == nil {
+				err = extends(tpm, n)
+			}
+			text = "extends " + arg
+		case "pcrs":
+			text, err = pcrs(tpm)
+			text = "pcrs " + text
 		case "ek":
 			text, err = ek(tpm)
 		case "ekcert":

@@ -77,16 +77,28 @@ func VerifyManifest(manifest, signature []byte, keys []any) (*SignedManifest, er
 	if len(manifest) > MaxManifest || len(signature) > MaxSignature {
 		return nil, errors.New("the manifest or its signature is too long")
 	}
+	if err := VerifySignature(manifest, signature, keys); err != nil {
+		return nil, err
+	}
+	return UntrustedManifest(manifest)
+}
+
+// VerifySignature checks that one of the keys made a detached signature, raw or
+// in base64, over the bytes of a file.
+func VerifySignature(file, signature []byte, keys []any) error {
+	if len(signature) > MaxSignature {
+		return fmt.Errorf("%w: it is too long", ErrSignature)
+	}
 	sigs := [][]byte{signature}
 	if b, err := base64.StdEncoding.DecodeString(strings.Join(strings.Fields(string(signature)), "")); err == nil {
 		sigs = append(sigs, b)
 	}
-	digest := sha256.Sum256(manifest)
+	digest := sha256.Sum256(file)
 	signed := slices.ContainsFunc(keys, func(key any) bool {
 		return slices.ContainsFunc(sigs, func(sig []byte) bool {
 			switch k := key.(type) {
 			case ed25519.PublicKey:
-				return ed25519.Verify(k, manifest, sig)
+				return ed25519.Verify(k, file, sig)
 			case *ecdsa.PublicKey:
 				return ecdsa.VerifyASN1(k, digest[:], sig)
 			}
@@ -94,9 +106,9 @@ func VerifyManifest(manifest, signature []byte, keys []any) (*SignedManifest, er
 		})
 	})
 	if !signed {
-		return nil, ErrSignature
+		return ErrSignature
 	}
-	return UntrustedManifest(manifest)
+	return nil
 }
 
 // UntrustedManifest reads a manifest without a look at who signed it.

@@ -115,10 +115,13 @@ type Launcher struct {
 	RequireLog   bool     `toml:"require_log"`   // refuse starts while the launch log does not replay
 }
 
-// Attestation is what can be proved to others about VMs.
+// Attestation is what the host tells a Verifier, and what can be proved about
+// VMs.
 type Attestation struct {
-	EKCertificates bool `toml:"ek_certificates"` // new vTPMs get theirs from the host's certifier
-	VTPMAK         bool `toml:"vtpm_ak"`         // new vTPMs get an AK for quotes
+	PCRs           []uint `toml:"pcrs"`            // what is quoted, of the bank tpm.bank
+	IMAList        string `toml:"ima_list"`        // the kernel's measurement list, binary
+	EKCertificates bool   `toml:"ek_certificates"` // new vTPMs get theirs from the host's certifier
+	VTPMAK         bool   `toml:"vtpm_ak"`         // new vTPMs get an AK for quotes
 }
 
 // Default gives the compiled-in configuration.
@@ -135,8 +138,11 @@ func Default() Config {
 		Grant:    Grant{Lifetime: Duration(time.Minute)},
 		QEMU:     QEMU{User: "libvirt-qemu"},
 		Launcher: Launcher{Policy: []string{FirstUse, Package}, PCR: 15, ManifestKeys: "/etc/virt-trust/manifest-keys.pem"},
-
-		Attestation: Attestation{EKCertificates: true},
+		Attestation: Attestation{
+			PCRs:           []uint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+			IMAList:        "/sys/kernel/security/ima/binary_runtime_measurements",
+			EKCertificates: true,
+		},
 	}
 }
 
@@ -159,18 +165,26 @@ func Load(path string) (Config, error) {
 // Parse reads a configuration over the defaults and checks it.
 func Parse(b []byte) (Config, error) {
 	c := Default()
-	md, err := toml.Decode(string(b), &c)
+	if err := strict(b, &c); err != nil {
+		return Config{}, err
+	}
+	return c, c.check()
+}
+
+// strict reads TOML over what is in c, and takes no key that c does not know.
+func strict(b []byte, c any) error {
+	md, err := toml.Decode(string(b), c)
 	if err != nil {
 		var pe toml.ParseError
 		if errors.As(err, &pe) {
-			return Config{}, fmt.Errorf("line %d: %s", pe.Position.Line, pe.Message)
+			return fmt.Errorf("line %d: %s", pe.Position.Line, pe.Message)
 		}
-		return Config{}, err
+		return err
 	}
 	if u := md.Undecoded(); len(u) > 0 {
-		return Config{}, fmt.Errorf("line %d: unknown key %q", lineOf(string(b), u[0]), u[0].String())
+		return fmt.Errorf("line %d: unknown key %q", lineOf(string(b), u[0]), u[0].String())
 	}
-	return c, c.check()
+	return nil
 }
 
 // lineOf finds the line of a key that toml decoded to nothing.
@@ -180,7 +194,7 @@ func lineOf(text string, key toml.Key) int {
 	for i, line := range strings.Split(text, "\n") {
 		l := strings.TrimSpace(line)
 		if name, ok := strings.CutPrefix(l, "["); ok {
-			at, _, _ = strings.Cut(name, "]")
+			at, _, _ = strings.Cut(strings.TrimPrefix(name, "["), "]") // also of an array of tables
 			if at == key.String() {
 				return i + 1
 			}
@@ -195,25 +209,13 @@ func lineOf(text string, key toml.Key) int {
 }
 
 func (c Config) check() error {
-	oneOf := func(key, v string, of ...string) error {
-		if !slices.Contains(of, v) {
-			return fmt.Errorf("%s: %q is none of %s", key, v, strings.Join(of, ", "))
-		}
-		return nil
-	}
-	abs := func(key, v string) error {
-		if !filepath.IsAbs(v) || filepath.Clean(v) != v {
-			return fmt.Errorf("%s: %q is not an absolute, clean path", key, v)
-		}
-		return nil
-	}
 	errs := []error{
 		oneOf("mode", c.Mode, "enforce", "audit"),
 		oneOf("tpm.bank", c.TPM.Bank, "sha256", "sha384"),
 		oneOf("policy.crash_recovery", c.Policy.CrashRecovery, "authenticated", "strict"),
 		oneOf("policy.restore", c.Policy.Restore, "allow", "refuse"),
 		abs("launcher.manifest_keys", c.Launcher.ManifestKeys),
-		abs("tpm.device", c.TPM.Device), abs("tpm.event_log", c.TPM.EventLog), abs("swtpm.state_root", c.Swtpm.StateRoot),
+		abs("tpm.device", c.TPM.Device), abs("tpm.event_log", c.TPM.EventLog), abs("swtpm.state_root", c.Swtpm.StateRoot), abs("attestation.ima_list", c.Attestation.IMAList),
 	}
 	if c.Libvirt.Socket != "" {
 		errs = append(errs, abs("libvirt.socket", c.Libvirt.Socket))
@@ -258,10 +260,46 @@ func (c Config) check() error {
 	case seen[p]:
 		errs = append(errs, fmt.Errorf("launcher.pcr: PCR %d is in tpm.pcrs, which VM starts must not change", p))
 	}
+	quoted := map[uint]bool{}
+	for _, p := range c.Attestation.PCRs {
+		switch {
+		case p > 23:
+			errs = append(errs, fmt.Errorf("attestation.pcrs: there is no PCR %d", p))
+		case quoted[p]:
+			errs = append(errs, fmt.Errorf("attestation.pcrs: PCR %d is named twice", p))
+		}
+		quoted[p] = true
+	}
+	if len(quoted) == 0 {
+		errs = append(errs, errors.New("attestation.pcrs: empty: a quote over no PCR says nothing"))
+	} else if !quoted[c.Launcher.PCR] {
+		errs = append(errs, fmt.Errorf("attestation.pcrs: PCR %d is not among them, without which nobody believes the launch log", c.Launcher.PCR))
+	}
 	for key, d := range map[string]Duration{"tpm.timeout": c.TPM.Timeout, "grant.lifetime": c.Grant.Lifetime} {
 		if d < Duration(time.Second) || d > Duration(10*time.Minute) {
 			errs = append(errs, fmt.Errorf("%s: %s is not between 1s and 10m", key, time.Duration(d)))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func oneOf(key, v string, of ...string) error {
+	if !slices.Contains(of, v) {
+		return fmt.Errorf("%s: %q is none of %s", key, v, strings.Join(of, ", "))
+	}
+	return nil
+}
+
+func abs(key, v string) error {
+	if !filepath.IsAbs(v) || filepath.Clean(v) != v {
+		return fmt.Errorf("%s: %q is not an absolute, clean path", key, v)
+	}
+	return nil
+}
+
+func between(key string, d Duration, low, high time.Duration) error {
+	if v := time.Duration(d); v < low || v > high {
+		return fmt.Errorf("%s: %s is not between %s and %s", key, v, low, high)
+	}
+	return nil
 }

@@ -2,7 +2,11 @@
 // approved, who did what. It is pure; package store keeps them.
 package fleet
 
-import "time"
+import (
+	"time"
+
+	"virt-trust/internal/appraise/tier"
+)
 
 // NodeState is where a node stands.
 type NodeState string
@@ -38,13 +42,18 @@ type Node struct {
 	ApprovedBy   string
 	RevokedWhy   string
 	AgentAddress string // of its pull API, where that is turned on
+	Version      int64  // rises with each change; the store's UpdateNode wants the one that was read
 }
 
-// Round is one round of a node. ID rises.
+// Round is one round of a node, or a run of rounds with the same result. ID
+// rises.
 type Round struct {
 	ID       int64
 	Node     string
-	Received time.Time
+	Received time.Time         // the first of the run
+	Last     time.Time         // the last of the run
+	Count    int64             // how many; 1 for a single one
+	Expires  time.Time         // of the last
 	HostTier string            // appraise.Tier by name
 	VMTiers  map[string]string // by UUID
 	Codes    []string          // of all reasons, sorted, each once
@@ -87,8 +96,10 @@ type Value struct {
 	Detail  string // name of the manifest, the package
 	State   ValueState
 	By      string // who proposed it
-	Second  string // who approved it
+	Second  string // who approved or rejected it, where that is another person
 	Time    time.Time
+	// FourEyes says that it counts only when a second, different person approved it.
+	FourEyes bool
 }
 
 // AuditEntry is one line of the audit log: Hash is the SHA-256 over the canonical
@@ -122,6 +133,71 @@ type Delivery struct {
 	Attempts int
 	Next     time.Time
 	LastErr  string
+	Created  time.Time
+	Dead     bool // given up
+}
+
+// Status is a node with what its newest result says now.
+type Status struct {
+	Node
+	// Tier is None once the result has expired, and of a node that is not Active.
+	Tier     tier.Tier
+	Round    int64     // ID of the newest round; 0 before the first
+	Received time.Time // of the newest result
+	Expires  time.Time
+	Codes    []string          // of all reasons, sorted, each once
+	VMs      map[tier.Tier]int // how many VMs stand where; all None once expired
+}
+
+// VM is one VM in the newest result of one node. While a VM moves, two nodes may
+// have it.
+type VM struct {
+	UUID     string
+	Node     string // ID
+	NodeName string
+	Name     string
+	Running  bool
+	EKDigest string // SHA-256 of its SubjectPublicKeyInfo, hexadecimal
+	// Tier is None once the result has expired, and of a node that is not Active.
+	Tier    tier.Tier
+	Expires time.Time
+	Changed time.Time // when its entry last changed
+}
+
+// Summary counts nodes and VMs by what their newest results say now.
+type Summary struct {
+	Nodes    map[NodeState]int
+	ByTier   map[tier.Tier]int // active nodes
+	VMs      map[tier.Tier]int // of active nodes
+	Problems int               // nodes with something that an operator should look at
+}
+
+// Challenge is a nonce that was given out once and is taken back once.
+type Challenge struct {
+	ID      string // unguessable, or the nonce itself
+	Purpose string // "enrolment", "certificate"
+	Source  string // whom its number is limited for: an address, or its network
+	Data    []byte // what the taker needs to know
+	Expires time.Time
+}
+
+// Session is a person's, of the web page. Only the digest of its secret is kept.
+type Session struct {
+	Digest  string // SHA-256, hexadecimal
+	Person  string
+	Role    string
+	Data    []byte // what the sign-in needs to keep
+	Created time.Time
+	Expires time.Time
+}
+
+// Setting is one version of a document: policy, settings. Versions count from 1.
+type Setting struct {
+	Name    string
+	Version int64
+	Data    []byte
+	By      string
+	Time    time.Time
 }
 
 // JoinToken lets one node in, once. Only its digest is kept.
@@ -130,6 +206,7 @@ type JoinToken struct {
 	Name    string // of the node that may use it; "" for any
 	Expires time.Time
 	By      string
-	Used    time.Time
-	UsedBy  string // node ID
+	Created time.Time
+	Used    time.Time // zero while it has not been
+	UsedBy  string    // node ID
 }

@@ -177,6 +177,9 @@ func TestWatchRealSwtpm(t *testing.T) {
 	if used, err := InUse(dir); !used || err != nil {
 		t.Fatal("swtpm runs, but the folder is not in use", err)
 	}
+	if pid, err := Holder(dir); pid != c.Process.Pid || err != nil {
+		t.Fatal("the folder is used by ", pid, err)
+	}
 	w.Remove(dir)
 	if err := w.Close(); err != nil && !errors.Is(err, fs.ErrClosed) {
 		t.Fatal(err)

@@ -1,0 +1,248 @@
+package appraise
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"virt-trust/internal/verifier/fleet"
+)
+
+// Values are approved Reference Values, indexed. They are built once and used
+// for many rounds, by many at once.
+type Values struct {
+	revision uint64 // the sum of all values' digests
+	subjects map[string]*subjectValues
+}
+
+// subjectValues are those of one subject.
+type subjectValues struct {
+	files [2]map[string][]string // of IMA, launchers: digest ("\x0b" ‖ 32 bytes) => paths, "" for wherever
+	paths [2]map[string][]string // path => digests, in hexadecimal
+	// events: "PCR/" ‖ digest; words: PCR/type/description => digests, in
+	// hexadecimal.
+	events map[string]bool
+	words  map[string][]string
+	pcrs   [2]map[string][]string // of the host, of a VM: "sha256:0" => values, in hexadecimal
+	// marks are of IMA's values: see mark.
+	marks map[uint64]bool
+}
+
+// Indexes of files and pcrs.
+const (
+	ofIMA      = 0
+	ofLauncher = 1
+	ofHost     = 0
+	ofVM       = 1
+)
+
+var algorithms = map[string]struct {
+	id   byte
+	size int
+}{"sha1": {0x04, 20}, "sha256": {0x0b, 32}, "sha384": {0x0c, 48}, "sha512": {0x0d, 64}}
+
+// parseDigest reads "sha256:…".
+func parseDigest(s string) (key []byte, hexDigits string, err error) {
+	alg, digits, _ := strings.Cut(s, ":")
+	a, ok := algorithms[alg]
+	b, err := hex.DecodeString(digits)
+	if !ok || err != nil || len(b) != a.size {
+		return nil, "", fmt.Errorf("%.150q is no digest: sha256:… is", s)
+	}
+	return append([]byte{a.id}, b...), strings.ToLower(digits), nil
+}
+
+// CheckValue says what is wrong with a Reference Value that is to be stored.
+func CheckValue(v fleet.Value) error {
+	if _, _, err := parseDigest(v.Digest); err != nil {
+		return err
+	}
+	switch v.Kind {
+	case fleet.HostEvent:
+		if _, err := eventPCR(v.Path); err != nil {
+			return err
+		}
+	case fleet.HostPCR, fleet.VMPCR:
+		bank, n, _ := strings.Cut(v.Path, ":")
+		if i, err := strconv.ParseUint(n, 10, 8); err != nil || i > 23 || algorithms[bank].size == 0 || !strings.HasPrefix(v.Digest, bank+":") {
+			return fmt.Errorf("%.80q with %.20q is no PCR: sha256:0 with sha256:… is", v.Path, v.Digest)
+		}
+	case fleet.HostIMA, fleet.VMIMA, fleet.Launcher:
+		if v.Path != "" && len(v.Path) > maxPath {
+			return fmt.Errorf("path of %d bytes", len(v.Path))
+		}
+	default:
+		return fmt.Errorf("there is no kind of Reference Value %.40q", v.Kind)
+	}
+	return nil
+}
+
+const maxPath = 4096
+
+// eventPCR is the PCR of "PCR/type/description".
+func eventPCR(path string) (byte, error) {
+	n, _, ok := strings.Cut(path, "/")
+	i, err := strconv.ParseUint(n, 10, 8)
+	if !ok || err != nil || i > 23 {
+		return 0, fmt.Errorf("%.80q is no event: PCR/type/description is", path)
+	}
+	return byte(i), nil
+}
+
+// NewValues indexes those that are approved. One that CheckValue would refuse
+// matches nothing.
+func NewValues(values []fleet.Value) *Values {
+	x := &Values{subjects: map[string]*subjectValues{}}
+	for i := range values {
+		v := &values[i]
+		if v.State == fleet.Approved && CheckValue(*v) == nil {
+			x.add(v)
+		}
+	}
+	return x
+}
+
+func (x *Values) add(v *fleet.Value) {
+	s := x.subjects[v.Subject]
+	if s == nil {
+		s = &subjectValues{events: map[string]bool{}, words: map[string][]string{}, marks: map[uint64]bool{}}
+		for i := range 2 {
+			s.files[i], s.paths[i], s.pcrs[i] = map[string][]string{}, map[string][]string{}, map[string][]string{}
+		}
+		x.subjects[v.Subject] = s
+	}
+	key, digits, _ := parseDigest(v.Digest)
+	switch v.Kind {
+	case fleet.HostEvent:
+		pcr, _ := eventPCR(v.Path)
+		s.events[string(pcr)+string(key)] = true
+		s.words[v.Path] = append(s.words[v.Path], digits)
+	case fleet.HostPCR:
+		s.pcrs[ofHost][v.Path] = append(s.pcrs[ofHost][v.Path], digits)
+	case fleet.VMPCR:
+		s.pcrs[ofVM][v.Path] = append(s.pcrs[ofVM][v.Path], digits)
+	case fleet.HostIMA, fleet.Launcher:
+		of := ofIMA
+		if v.Kind == fleet.Launcher {
+			of = ofLauncher
+		} else {
+			s.marks[mark([]byte(v.Path), key[1:])] = true
+		}
+		s.files[of][string(key)] = append(s.files[of][string(key)], v.Path)
+		s.paths[of][v.Path] = append(s.paths[of][v.Path], digits)
+	}
+	d := sha256.Sum256([]byte(strings.Join([]string{v.Subject, string(v.Kind), v.Path, strings.ToLower(v.Digest)}, "\x00")))
+	x.revision += binary.BigEndian.Uint64(d[:])
+}
+
+// mark stands for a path, "" for any, and a digest there. It is no hash that one
+// could rely on against someone who chooses both: it tells of a value that was
+// accepted by comparison before whether it is still there.
+func mark(path, digest []byte) uint64 {
+	const prime = 0x9e3779b97f4a7c15
+	h := binary.BigEndian.Uint64(digest)
+	for len(path) >= 8 {
+		h = (h ^ binary.LittleEndian.Uint64(path)) * prime
+		h ^= h >> 29
+		path = path[8:]
+	}
+	for _, c := range path {
+		h = (h ^ uint64(c)) * prime
+	}
+	return h
+}
+
+// view is the Reference Values for some subjects.
+type view []*subjectValues
+
+func (in *Input) view(subjects ...string) view {
+	var all view
+	for _, x := range in.Values {
+		for _, name := range subjects {
+			if s := x.subjects[name]; s != nil {
+				all = append(all, s)
+			}
+		}
+	}
+	return all
+}
+
+func (v view) has(f func(*subjectValues) bool) bool {
+	for _, s := range v {
+		if f(s) {
+			return true
+		}
+	}
+	return false
+}
+
+func (v view) hasEvents() bool {
+	return v.has(func(s *subjectValues) bool { return len(s.events) > 0 })
+}
+
+// hasHost: something was said of the host's boot.
+func (v view) hasHost() bool {
+	return v.has(func(s *subjectValues) bool { return len(s.events) > 0 || len(s.pcrs[ofHost]) > 0 })
+}
+
+func (v view) hasVM() bool {
+	return v.has(func(s *subjectValues) bool { return len(s.pcrs[ofVM]) > 0 })
+}
+
+// marked reports whether what a mark stands for is still a Reference Value.
+func (v view) marked(m uint64) bool {
+	return v.has(func(s *subjectValues) bool { return s.marks[m] })
+}
+
+// file reports whether a digest is right for a path.
+func (v view) file(of int, key, path []byte) bool {
+	return v.has(func(s *subjectValues) bool {
+		for _, p := range s.files[of][string(key)] {
+			if p == "" || p == string(path) {
+				return true
+			}
+		}
+		return false
+	})
+}
+
+// at gives the digests that are right for a path.
+func (v view) at(of int, path []byte) (digests []string) {
+	for _, s := range v {
+		digests = append(digests, s.paths[of][string(path)]...)
+	}
+	return digests
+}
+
+func (v view) event(key []byte) bool {
+	for _, s := range v {
+		if s.events[string(key)] {
+			return true
+		}
+	}
+	return false
+}
+
+func (v view) words(path string) (digests []string) {
+	for _, s := range v {
+		digests = append(digests, s.words[path]...)
+	}
+	return digests
+}
+
+func (v view) pcr(of int, path string) (values []string) {
+	for _, s := range v {
+		values = append(values, s.pcrs[of][path]...)
+	}
+	return values
+}
+
+func (in *Input) valuesRevision() (n uint64) {
+	for _, x := range in.Values {
+		n += x.revision
+	}
+	return n
+}

@@ -1,0 +1,143 @@
+package rounds
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"net/http"
+	"time"
+
+	"virt-trust/internal/verifier/ca"
+	"virt-trust/internal/verifier/fleet"
+	"virt-trust/internal/verifier/nodeapi"
+	"virt-trust/internal/verifier/store"
+)
+
+const challengeTime = 5 * time.Minute
+
+func (h *Handler) challenge(r *http.Request) (int, any, error) {
+	n, err := h.node(r.Context(), r.PathValue("id"))
+	if err != nil {
+		return 0, nil, err
+	}
+	nonce := make([]byte, 32)
+	if err := h.random(nonce); err != nil {
+		return 0, nil, err
+	}
+	c := nodeapi.Challenge{Nonce: nonce, Expires: h.now().Add(challengeTime)}
+	err = h.Store.PutChallenge(r.Context(), fleet.Challenge{
+		ID: hex.EncodeToString(nonce), Purpose: certificatePurpose, Source: source(r), Data: []byte(n.ID), Expires: c.Expires,
+	})
+	return http.StatusCreated, c, err
+}
+
+// node gives a node that is not revoked.
+func (h *Handler) node(ctx context.Context, id string) (fleet.Node, error) {
+	if !ca.ValidNode(id) {
+		return fleet.Node{}, refuse(ca.NodeUnknown, "%.60q is no node's ID", id)
+	}
+	n, err := h.Store.Node(ctx, id)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		return n, refuse(ca.NodeUnknown, "the Verifier does not know node %s: enrol it", id)
+	case err == nil && n.State == fleet.Revoked:
+		return n, &ca.Refusal{Code: ca.NodeRevoked, What: "the node was revoked; a join token that names it lets it in again", Node: id}
+	}
+	return n, err
+}
+
+func (h *Handler) certificate(r *http.Request) (int, any, error) {
+	var q nodeapi.CertificateRequest
+	if err := readJSON(r, &q); err != nil {
+		return 0, nil, err
+	}
+	ctx := r.Context()
+	c, err := h.Store.TakeChallenge(ctx, certificatePurpose, hex.EncodeToString(q.Nonce))
+	if errors.Is(err, store.ErrNotFound) || err == nil && string(c.Data) != r.PathValue("id") {
+		return 0, nil, refuse(ca.NonceBad, "the nonce was not given out for this, was used, or is too old")
+	}
+	if err != nil {
+		return 0, nil, err
+	}
+	n, err := h.node(ctx, string(c.Data))
+	if err != nil {
+		return 0, nil, err
+	}
+	ak, err := ca.AKOf(n.AK)
+	if err != nil {
+		return 0, nil, err
+	}
+	if err := ca.VerifyNodeKey(ak, q.Nonce, q.SPKI, q.Attest, q.Signature); err != nil {
+		return 0, nil, err
+	}
+	return h.membership(ctx, n, q.SPKI, q.Certifier)
+}
+
+// membership gives an active node its certificates, and a pending one word that it
+// waits.
+func (h *Handler) membership(ctx context.Context, n fleet.Node, spki []byte, certifier bool) (int, any, error) {
+	m := nodeapi.Membership{Node: n.ID, State: n.State, Problem: ca.Code(firstWord(n.Problem)), Interval: h.Interval.Seconds()}
+	if n.State != fleet.Active {
+		return http.StatusAccepted, m, nil
+	}
+	ek, err := hex.DecodeString(n.EKDigest)
+	if err != nil {
+		return 0, nil, err
+	}
+	id := ca.Identity{Node: n.ID, Name: n.Name, EK: ek, AK: n.AKName, Bind: n.BindName}
+	cert, err := h.CA.Node(id, spki, h.now())
+	if err != nil {
+		return 0, nil, err
+	}
+	m.CertificateChain = chain(cert.Raw, h.CA.Certificate().Raw)
+	if certifier {
+		c, err := h.certifier(n, id)
+		if err != nil {
+			return 0, nil, err
+		}
+		m.CertifierChain = chain(c.Raw, h.CA.Certificate().Raw)
+	}
+	if err := h.noteSerial(ctx, n, ca.Serial(cert)); err != nil {
+		return 0, nil, err
+	}
+	return http.StatusOK, m, nil
+}
+
+// noteSerial writes the newest certificate down, unless the node was revoked while
+// it was signed.
+func (h *Handler) noteSerial(ctx context.Context, n fleet.Node, serial string) error {
+	return h.Store.Do(ctx, func(tx *store.Tx) error {
+		now, err := tx.Node(ctx, n.ID)
+		if err != nil {
+			return err
+		}
+		if now.State != fleet.Active {
+			return &ca.Refusal{Code: ca.NodeRevoked, What: "the node was revoked", Node: n.ID}
+		}
+		now.Serial = serial
+		if _, err := tx.UpdateNode(ctx, now); err != nil {
+			return err
+		}
+		tx.Audit(fleet.AuditEntry{Time: h.now(), Actor: "node " + n.ID, Action: "node.certificate", Subject: n.ID, Detail: detail("serial", serial)})
+		return nil
+	})
+}
+
+func (h *Handler) certifier(n fleet.Node, id ca.Identity) (*x509.Certificate, error) {
+	spki, err := ca.CertifierSPKI(n.Certifier)
+	if err != nil {
+		return nil, err
+	}
+	return h.CA.Certifier(id, spki, h.now())
+}
+
+// firstWord gives the code that a fleet.Node.Problem begins with.
+func firstWord(s string) string {
+	for i, r := range s {
+		if r == ':' || r == ' ' {
+			return s[:i]
+		}
+	}
+	return s
+}

@@ -1,0 +1,336 @@
+package rounds
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	mathrand "math/rand/v2"
+	"net/http"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"virt-trust/internal/appraise"
+	"virt-trust/internal/evidence/report"
+	"virt-trust/internal/verifier/ca"
+	"virt-trust/internal/verifier/fleet"
+	"virt-trust/internal/verifier/nodeapi"
+	"virt-trust/internal/verifier/store"
+	"virt-trust/internal/verifier/webhook"
+)
+
+// CodeTwice is the reason of a VM that two nodes have running.
+const CodeTwice = "vm-runs-twice"
+
+// completeTime bounds an appraisal and its transaction.
+const completeTime = 30 * time.Second
+
+// nonceTime is how long a nonce is good: the node holds it for an interval, and
+// then its TPM may be slow.
+func (h *Handler) nonceTime() time.Duration { return h.Interval + max(h.Interval/2, 30*time.Second) }
+
+// next makes a nonce. Nodes that were started together drift apart: the interval is
+// up to a tenth shorter.
+func (h *Handler) next(c *appraise.Checkpoint) (*nodeapi.Round, error) {
+	r := &nodeapi.Round{Nonce: make([]byte, report.NonceSize), Expires: h.now().Add(h.nonceTime())}
+	if err := h.random(r.Nonce); err != nil {
+		return nil, err
+	}
+	r.Interval = h.Interval.Seconds() * (1 - mathrand.Float64()/10)
+	r.HaveBoot, r.Have = c.Have()
+	return r, nil
+}
+
+func (h *Handler) round(r *http.Request, id ca.Identity) (int, any, error) {
+	ctx := r.Context()
+	state, err := h.Store.RoundState(ctx, id.Node)
+	if err != nil {
+		return 0, nil, h.standing(ctx, id.Node, err)
+	}
+	c, err := appraise.DecodeCheckpoint(state.Checkpoint)
+	if err != nil {
+		c = nil
+	}
+	next, err := h.next(c)
+	if err != nil {
+		return 0, nil, err
+	}
+	if _, err := h.Store.IssueNonce(ctx, id.Node, next.Nonce, next.Expires); err != nil {
+		return 0, nil, h.standing(ctx, id.Node, err)
+	}
+	return http.StatusCreated, next, nil
+}
+
+// standing says to a node why it has no rounds.
+func (h *Handler) standing(ctx context.Context, id string, err error) error {
+	if !errors.Is(err, store.ErrInactive) && !errors.Is(err, store.ErrNotFound) {
+		return err
+	}
+	n, nerr := h.node(ctx, id)
+	switch {
+	case nerr != nil:
+		return nerr
+	case n.State == fleet.Pending:
+		return &ca.Refusal{Code: ca.NodePending, What: "an operator has not approved the node yet", Node: id}
+	}
+	return err
+}
+
+func (h *Handler) evidence(r *http.Request, id ca.Identity) (int, any, error) {
+	if _, twice := h.busy.LoadOrStore(id.Node, true); twice {
+		return 0, nil, refuse(ca.Busy, "Evidence of this node is being appraised")
+	}
+	defer h.busy.Delete(id.Node)
+	began := time.Now()
+	ctx := r.Context()
+	n, state, err := h.nodes.get(ctx, h.Store, id.Node)
+	if err != nil {
+		return 0, nil, h.standing(ctx, id.Node, err)
+	}
+	if n.State != fleet.Active {
+		return 0, nil, h.standing(ctx, id.Node, store.ErrInactive)
+	}
+	if state.Nonce == nil || h.now().After(state.Expires) {
+		return 0, nil, refuse(ca.NonceBad, "no nonce is outstanding: Evidence replayed, or too late")
+	}
+	body, held, readErr := h.readEvidence(r)
+	defer func() { h.budget.give(held) }()
+	if readErr == errFull || readErr != nil && ctx.Err() != nil {
+		return 0, nil, readErr
+	}
+	// From here on there is a result, whatever happens, also when the node has gone
+	// meanwhile: None, if nothing better.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), completeTime)
+	defer cancel()
+	outcome, err := h.complete(ctx, n, state, body, readErr)
+	tier := appraise.None
+	if err == nil {
+		tier = outcome.Tier
+	}
+	h.Observe.Round(tier, len(body), time.Since(began), err)
+	switch {
+	case errors.Is(err, store.ErrNonce):
+		return 0, nil, refuse(ca.NonceBad, "the nonce was used meanwhile")
+	case err != nil:
+		return 0, nil, h.standing(ctx, id.Node, err)
+	case readErr != nil:
+		return 0, nil, readErr
+	}
+	return http.StatusOK, outcome, nil
+}
+
+// complete appraises the Evidence and stores what came of it, with all that
+// follows, in one transaction.
+func (h *Handler) complete(ctx context.Context, n *node, state store.RoundState, body []byte, readErr error) (*nodeapi.Outcome, error) {
+	a := h.appraise(ctx, n, state, body, readErr)
+	next, err := h.next(a.checkpoint)
+	if err != nil {
+		return nil, err
+	}
+	c := store.Completion{
+		Node: n.ID, Nonce: state.Nonce, Checkpoint: a.encoded, Result: &a.result, Evidence: body,
+		Next: next.Nonce, NextExpires: next.Expires,
+	}
+	before := n.last
+	changed := state.Round == 0 || !before.same(&a.result, state)
+	err = h.Store.Do(ctx, func(tx *store.Tx) error {
+		var previous *appraise.Result
+		if changed && state.Round != 0 {
+			var err error
+			if previous, err = tx.PreviousResult(ctx, n.ID); err != nil && !errors.Is(err, store.ErrNotFound) {
+				return err
+			}
+			if previous != nil && a.result.Received.After(previous.Expires) {
+				lapsed(previous)
+			}
+		}
+		if len(a.learned) > 0 {
+			added, err := tx.AddValues(ctx, a.learned)
+			if err != nil {
+				return err
+			}
+			tx.Audit(fleet.AuditEntry{Time: a.result.Received, Actor: "verifier", Action: "values.learn", Subject: n.ID, Detail: detail("values", fmt.Sprint(added))})
+		}
+		if _, err := tx.CompleteRound(ctx, c); err != nil {
+			return err
+		}
+		if !changed {
+			return nil
+		}
+		for _, e := range webhook.TrustChanges(n.Node, previous, &a.result, a.result.Received) {
+			if err := webhook.Queue(ctx, tx, e); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	n.last = summarize(&a.result, state.Version+1)
+	h.nodes.keep(n)
+	return &nodeapi.Outcome{Tier: a.result.Host.Tier, Codes: codes(&a.result), Next: next}, nil
+}
+
+// appraised is what an appraisal gives.
+type appraised struct {
+	result     appraise.Result
+	checkpoint *appraise.Checkpoint
+	encoded    []byte
+	learned    []fleet.Value
+}
+
+// appraise never fails: what cannot be appraised is None, and leaves the
+// checkpoint as it was.
+func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState, body []byte, readErr error) (a appraised) {
+	now := h.now()
+	none := func(code, what string) {
+		a = appraised{result: appraise.Result{Node: n.ID, Received: now, Expires: now.Add(h.nonceTime()), Host: appraise.Appraisal{
+			Tier: appraise.None, Reasons: []appraise.Reason{{Code: code, Tier: appraise.None, What: what}},
+		}}, encoded: state.Checkpoint}
+	}
+	defer func() {
+		if p := recover(); p != nil {
+			h.Log.WithField("node", n.ID).WithField("stack", string(debug.Stack())).Errorf("panic in an appraisal: %v", p)
+			none(appraise.CodeInternal, "the Verifier failed over this Evidence")
+		}
+		if a.checkpoint == nil && len(a.encoded) > 0 {
+			a.checkpoint, _ = appraise.DecodeCheckpoint(a.encoded)
+		}
+	}()
+	if readErr != nil {
+		none(appraise.CodeFormat, readErr.Error())
+		return a
+	}
+	policy, err := h.Policy(ctx)
+	if err != nil {
+		none(appraise.CodeInternal, "the Verifier has no policy that it can use")
+		h.Log.WithError(err).Error("the appraisal policy")
+		return a
+	}
+	previous, damaged := appraise.DecodeCheckpoint(state.Checkpoint)
+	vms, eks := untrustedVMs(body)
+	values, learnedBefore, err := h.nodes.values(ctx, h.Store, n, vms)
+	if err != nil {
+		none(appraise.CodeInternal, "the Reference Values could not be read")
+		h.Log.WithError(err).Error("reading Reference Values")
+		return a
+	}
+	in := appraise.Input{
+		Node:  appraise.Node{ID: n.ID, AK: n.ak, AKName: n.AKName},
+		Nonce: state.Nonce, Expires: state.Expires, Evidence: body, Previous: previous, Values: values, Policy: policy.Appraisal,
+		// A checkpoint that was lost is no first round: what was learned once is not
+		// learned again.
+		Learn: policy.Learn && damaged == nil && (previous != nil || !learnedBefore), Now: now,
+	}
+	a.result, a.checkpoint = appraise.Appraise(in)
+	if in.Learn {
+		a.learned = appraise.Learn(in)
+	}
+	if a.checkpoint != nil {
+		if a.encoded, err = a.checkpoint.Encode(); err != nil || len(a.encoded) > store.MaxCheckpoint {
+			h.Log.WithField("node", n.ID).WithField("bytes", len(a.encoded)).WithError(err).Warn("the node's logs are appraised anew in each round: what is kept of them is too long")
+			a.encoded, a.checkpoint = nil, nil
+		}
+	}
+	if err := h.across(ctx, n, &a.result, eks); err != nil {
+		none(appraise.CodeInternal, "the other nodes' VMs could not be compared")
+		h.Log.WithError(err).Error("comparing VMs of several nodes")
+	}
+	return a
+}
+
+// untrustedVMs gives UUIDs and EK digests out of a report that nobody has vouched
+// for yet.
+func untrustedVMs(body []byte) (uuids, eks []string) {
+	e, err := report.UntrustedParse(body)
+	if err != nil {
+		return nil, nil
+	}
+	r, err := report.UntrustedParseReport(e.Report)
+	if err != nil {
+		return nil, nil
+	}
+	for i := range r.VMs {
+		v := &r.VMs[i]
+		uuids = append(uuids, spell(v.UUID))
+		if len(v.EK) > 0 {
+			eks = append(eks, fmt.Sprintf("%x", v.EK))
+		}
+	}
+	return uuids, eks
+}
+
+func spell(u [16]byte) string {
+	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
+}
+
+// maxEKs bounds the question for VMs with the same EK.
+const maxEKs = 500
+
+// across holds the VMs against those of other nodes: two VMs with one EK share a
+// vTPM, and a VM runs in one place only.
+func (h *Handler) across(ctx context.Context, n *node, r *appraise.Result, eks []string) error {
+	for batch := range slices.Chunk(eks, maxEKs) {
+		others, err := h.Store.VMsByEK(ctx, batch...)
+		if err != nil {
+			return err
+		}
+		for i := range r.VMs {
+			v := &r.VMs[i]
+			for j := range others {
+				o := &others[j]
+				if v.EK == "" || o.EKDigest != v.EK || o.Node == n.ID && o.UUID == v.UUID {
+					continue
+				}
+				switch {
+				case o.UUID != v.UUID:
+					add(v, appraise.Reason{Code: appraise.CodeVMSharedEK, Tier: appraise.Contraindicated,
+						What: fmt.Sprintf("VM %s of node %q has the same vTPM", o.UUID, o.NodeName), Digest: v.EK})
+				case v.Running && o.Running && n.last.runs(v.UUID) && o.Expires.After(n.last.expires):
+					// Both have said so after both had: while a VM moves, the one that it left has
+					// not spoken again yet.
+					add(v, appraise.Reason{Code: CodeTwice, Tier: appraise.Contraindicated,
+						What: fmt.Sprintf("node %q has this VM running, too", o.NodeName), Digest: v.EK})
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// add puts a reason to a VM's others.
+func add(v *appraise.VM, r appraise.Reason) {
+	if slices.ContainsFunc(v.Reasons, func(x appraise.Reason) bool { return x.Code == r.Code && x.What == r.What }) {
+		return
+	}
+	if v.Tier != appraise.None { // which nothing makes worse
+		v.Tier = max(v.Tier, r.Tier)
+		v.Vector.InstanceIdentity = int8(r.Tier)
+	}
+	v.Reasons = append(v.Reasons, r)
+	slices.SortStableFunc(v.Reasons, func(a, b appraise.Reason) int { return cmp.Compare(b.Tier, a.Tier) })
+}
+
+// lapsed makes of a result that has expired what it counts for.
+func lapsed(r *appraise.Result) {
+	r.Host.Tier = appraise.None
+	for i := range r.VMs {
+		r.VMs[i].Tier = appraise.None
+	}
+}
+
+func codes(r *appraise.Result) []string {
+	all := []string{}
+	for _, x := range r.Host.Reasons {
+		all = append(all, x.Code)
+	}
+	for i := range r.VMs {
+		for _, x := range r.VMs[i].Reasons {
+			all = append(all, x.Code)
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
+}

@@ -1,0 +1,183 @@
+package rounds
+
+import (
+	"compress/gzip"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"virt-trust/internal/evidence/report"
+	"virt-trust/internal/verifier/ca"
+)
+
+const (
+	maxJSON      = 64 << 10 // bytes of a request's body in JSON
+	maxAddresses = 4096     // that are remembered
+	maxRatio     = 64       // of gzip: logs make 3 to 10, a bomb 1000
+	freeRatio    = 1 << 20  // bytes that are read before the ratio is looked at
+)
+
+// addresses bounds what one address may ask without a certificate: of IPv6, a
+// /64. When there are too many to remember, all are forgotten; a bound for all
+// together stays.
+type addresses struct {
+	mu        sync.Mutex
+	perMinute int
+	all       *rate.Limiter
+	by        map[netip.Addr]*rate.Limiter
+}
+
+func newAddresses(perMinute int) *addresses {
+	per := rate.Limit(float64(perMinute) / 60)
+	return &addresses{perMinute: perMinute, all: rate.NewLimiter(100*per, 100*perMinute), by: map[netip.Addr]*rate.Limiter{}}
+}
+
+func (a *addresses) allow(remote string, now time.Time) bool {
+	key := netip.Addr{} // those without an address share one
+	if p, err := netip.ParseAddrPort(remote); err == nil {
+		key = p.Addr().Unmap().WithZone("")
+		if key.Is6() {
+			key = netip.PrefixFrom(key, 64).Masked().Addr()
+		}
+	}
+	a.mu.Lock()
+	l := a.by[key]
+	if l == nil {
+		if len(a.by) >= maxAddresses {
+			clear(a.by)
+		}
+		l = rate.NewLimiter(rate.Limit(float64(a.perMinute)/60), a.perMinute)
+		a.by[key] = l
+	}
+	a.mu.Unlock()
+	return l.AllowN(now, 1) && a.all.AllowN(now, 1)
+}
+
+// budget is bytes that may be held at once.
+type budget struct {
+	mu   sync.Mutex
+	left int64
+}
+
+func (b *budget) take(n int64) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if n > b.left {
+		return false
+	}
+	b.left -= n
+	return true
+}
+
+func (b *budget) give(n int64) {
+	b.mu.Lock()
+	b.left += n
+	b.mu.Unlock()
+}
+
+// readJSON reads a body into v. Fields that are not known are left out: an agent
+// may be newer.
+func readJSON(r *http.Request, v any) error {
+	b, err := io.ReadAll(io.LimitReader(r.Body, maxJSON+1))
+	switch {
+	case err != nil:
+		return refuse(ca.Malformed, "the request's body did not come whole")
+	case len(b) > maxJSON:
+		return refuse(ca.TooLarge, "the request's body is longer than %d bytes", maxJSON)
+	case len(b) == 0:
+		return nil
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return refuse(ca.Malformed, "the request's body: %v", err)
+	}
+	return nil
+}
+
+// counted counts what was read.
+type counted struct {
+	io.Reader
+	n int64
+}
+
+func (c *counted) Read(b []byte) (int, error) {
+	n, err := c.Reader.Read(b)
+	c.n += int64(n)
+	return n, err
+}
+
+var unzippers sync.Pool
+
+// readEvidence reads a body of Evidence, unpacked, within all limits. What it holds
+// is taken from the budget, and given back by the caller: held says how much.
+func (h *Handler) readEvidence(r *http.Request) (body []byte, held int64, err error) {
+	if r.Header.Get("Content-Type") != report.MediaType {
+		return nil, 0, refuse(ca.Malformed, "Evidence of type %.80q; %s is taken", r.Header.Get("Content-Type"), report.MediaType)
+	}
+	if r.ContentLength > report.MaxEvidence {
+		return nil, 0, refuse(ca.TooLarge, "Evidence of %d bytes; at most %d are taken", r.ContentLength, report.MaxEvidence)
+	}
+	packed := &counted{Reader: io.LimitReader(r.Body, report.MaxEvidence+1)}
+	var in io.Reader = packed
+	zipped := false
+	switch e := r.Header.Get("Content-Encoding"); e {
+	case "", "identity":
+	case "gzip":
+		zipped = true
+		z, _ := unzippers.Get().(*gzip.Reader)
+		if z == nil {
+			z = new(gzip.Reader)
+		}
+		if err := z.Reset(packed); err != nil {
+			return nil, 0, refuse(ca.Malformed, "Evidence that is not gzip: %v", err)
+		}
+		z.Multistream(false)
+		defer unzippers.Put(z)
+		in = z
+	default:
+		return nil, 0, refuse(ca.Malformed, "Evidence encoded as %.40q; gzip is taken", e)
+	}
+	size := int64(64 << 10)
+	if !zipped && r.ContentLength > 0 {
+		size = r.ContentLength + 1 // room to see the end
+	}
+	if !h.budget.take(size) {
+		return nil, 0, errFull
+	}
+	held = size
+	body = make([]byte, 0, size)
+	for {
+		n, err := in.Read(body[len(body):cap(body)])
+		body = body[:len(body)+n]
+		switch {
+		case len(body) > report.MaxEvidence:
+			return nil, held, refuse(ca.TooLarge, "Evidence of more than %d bytes", report.MaxEvidence)
+		case zipped && len(body) > freeRatio && int64(len(body)) > maxRatio*packed.n:
+			return nil, held, refuse(ca.TooLarge, "Evidence that gzip made %d times smaller, which no Evidence is", int64(len(body))/max(packed.n, 1))
+		case errors.Is(err, io.EOF):
+			return body, held, nil
+		case err != nil:
+			return nil, held, refuse(ca.Malformed, "the Evidence did not come whole: %v", err)
+		}
+		if len(body) < cap(body) {
+			continue
+		}
+		// Both, the old and the new, are held for a moment.
+		bigger := min(2*int64(cap(body)), report.MaxEvidence+1)
+		if !h.budget.take(bigger) {
+			return nil, held, errFull
+		}
+		next := make([]byte, len(body), bigger)
+		copy(next, body)
+		body = next
+		h.budget.give(held)
+		held = bigger
+	}
+}
+
+var errFull = &ca.Refusal{Code: ca.Failed, What: "too much Evidence is at work; try again"}
