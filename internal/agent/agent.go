@@ -164,14 +164,17 @@ func (a *Agent) turn(ctx context.Context) time.Duration {
 	if a.m == nil {
 		return idle
 	}
-	ctx, cancel := context.WithTimeout(ctx, stepTime)
+	inTime, cancel := context.WithTimeout(ctx, stepTime)
 	defer cancel()
-	wait, err := a.step(ctx)
-	if err == nil {
+	wait, err := a.step(inTime)
+	switch {
+	case err == nil:
 		a.tries = 0
 		return max(wait, 0)
+	case ctx.Err() != nil: // the agent ends
+		return 0
 	}
-	return a.after(ctx, err)
+	return a.after(inTime, err)
 }
 
 // step does what is next: a certificate, a nonce, Evidence.
@@ -199,7 +202,7 @@ func (a *Agent) step(ctx context.Context) (time.Duration, error) {
 
 // interval is that of a Verifier, within what makes sense.
 func interval(r *nodeapi.Round) time.Duration {
-	return min(max(time.Duration(r.Interval*float64(time.Second)), 100*time.Millisecond), time.Hour)
+	return time.Duration(min(max(r.Interval, 0.1), 3600) * float64(time.Second))
 }
 
 func (a *Agent) take(r *nodeapi.Round) {
