@@ -80,13 +80,13 @@ func TestService(t *testing.T) {
 	if result["state"].Value() != Active || result["name"].Value() != "host-on-bus" || result["node"].Value() != get("Node") || get("Verifier") != v.url() {
 		t.Errorf("%v", result)
 	}
-	select {
-	case s := <-signals:
-		if s.Name != "org.freedesktop.DBus.Properties.PropertiesChanged" {
-			t.Errorf("%+v", s)
+	for told := false; !told; {
+		select {
+		case s := <-signals:
+			told = s.Name == "org.freedesktop.DBus.Properties.PropertiesChanged"
+		case <-time.After(5 * time.Second):
+			t.Fatal("nobody is told of a change")
 		}
-	case <-time.After(5 * time.Second):
-		t.Error("no signal")
 	}
 	// A Verifier's refusal comes through with its code.
 	err := object.Call(bus.AgentInterface+".Enroll", 0, v.url(), dict{"token": dbus.MakeVariant(v.token("", time.Hour)), "name": dbus.MakeVariant("other")}).Err
@@ -103,7 +103,7 @@ func TestService(t *testing.T) {
 	if os.Getuid() == 0 {
 		c := exec.Command("busctl", "--address="+os.Getenv("DBUS_SYSTEM_BUS_ADDRESS"), "call", bus.AgentName, string(bus.AgentPath), bus.AgentInterface, "Leave", "a{sv}", "0")
 		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-		if out, err := c.CombinedOutput(); err == nil || !bytes.Contains(out, []byte("only root")) {
+		if out, err := c.CombinedOutput(); err == nil || !bytes.Contains(out, []byte("ccess denied")) {
 			t.Errorf("somebody else: %s, %v", out, err)
 		}
 	}
