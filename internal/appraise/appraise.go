@@ -181,9 +181,9 @@ func (r *round) begin() {
 	}
 	n.BootID, n.Received = r.report.BootID, r.in.Now.Unix()
 	n.Clock, n.Resets, n.Restarts = r.quote.Clock.Milliseconds, r.quote.Clock.Resets, r.quote.Clock.Restarts
-	n.Values, n.Policy = r.in.valuesRevision(), r.policy.revision
 	n.PCRs = hexPCRs(r.policy.Bank, r.live)
 	r.values = r.in.view(append([]string{"", r.in.Node.ID}, r.in.Node.Groups...)...)
+	n.Values, n.Policy = r.values.revision(), r.policy.revision
 	r.learnHost = r.in.Learn && !n.Learned && !r.in.view(r.in.Node.ID).hasHost()
 }
 

@@ -312,7 +312,7 @@ func (o *order) findings(pcrs []uint) (all []Reason) {
 		switch n := o.at[p]; {
 		case n == 0:
 			add(CodeEventMissing, p, fmt.Sprintf("PCR %d has no separator: the firmware did not end its measurements", p))
-		case n > 1:
+		case n > 1 && p > 0: // some firmware ends PCR 0 twice, after its root of trust
 			add(CodeEventOrder, p, fmt.Sprintf("PCR %d has %d separators: something went on after the firmware's end as if it were the firmware", p, n))
 		case o.failed[p]:
 			add(CodeFirmwareError, p, fmt.Sprintf("the separator of PCR %d says that the firmware failed", p))
