@@ -23,6 +23,7 @@ import (
 	"virt-trust/internal/verifier/login"
 	"virt-trust/internal/verifier/metrics"
 	"virt-trust/internal/verifier/operate"
+	"virt-trust/internal/verifier/page"
 	"virt-trust/internal/verifier/rounds"
 	"virt-trust/internal/verifier/store"
 	"virt-trust/internal/verifier/webhook"
@@ -140,6 +141,21 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 	for pattern := range v.login.routes() {
 		mux.Handle(pattern, people.Person(v.login.serve(pattern)))
 	}
+	web, err := page.New(page.Config{
+		Store: v.store, Operator: service, OIDC: cfg.OIDC.Issuer != "", FourEyes: cfg.Policy.FourEyes, HookEvents: webhook.Events(), Log: o.Log,
+	})
+	if err != nil {
+		return err
+	}
+	mux.Handle("/", people.Person(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/live" {
+			// What follows is no request any more: its reader sends nothing, and is not slow.
+			if err := http.NewResponseController(w).SetReadDeadline(time.Time{}); err != nil {
+				o.Log.WithError(err).Warn("a live page ends with the time for its request")
+			}
+		}
+		web.ServeHTTP(w, r)
+	})))
 	v.handler = protect(mux)
 	return nil
 }
