@@ -16,7 +16,7 @@ var events = []Event{
 	TPMAway, TPMBack, HostNotApproved, ListDamaged, Provisioned, NotRaised, OlderAccepted, Reverted,
 	RecoverySet, RecoveryMissing, Recovered, BackedUp, Restored, KeysGranted,
 	HostApproved, HostRevoked, NextBootGiven, NextBootUsed,
-	LauncherLearned, LauncherChanged, LaunchLogBroken,
+	LauncherLearned, LauncherChanged, LaunchLogBroken, EKShared, Certified, CertifierSet,
 }
 
 // TestCatalog holds packaging/virt-trust.catalog against systemd.catalog(7)
