@@ -23,6 +23,7 @@ import (
 
 	"virt-trust/internal/bus"
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/nodeapi"
@@ -371,8 +372,12 @@ func (a *Agent) after(ctx context.Context, err error) time.Duration {
 		// It may be our certificate that the Verifier does not like: TLS does not say.
 		a.renewAt = time.Time{}
 	}
-	if a.tries == 1 || a.tries%20 == 0 {
-		a.log.WithError(err).WithField("tries", a.tries).Warn("no round with the Verifier")
+	if entry := a.log.WithError(err).WithField("tries", a.tries); state == Refused && a.Status().State != Refused {
+		entry.WithField(journal.ID, journal.NodeRefused).Error("the Verifier refuses this node")
+	} else if a.tries%20 == 0 {
+		entry.WithField(journal.ID, journal.VerifierAway).Warn("no round with the Verifier for a while")
+	} else if a.tries == 1 {
+		entry.Info("no round with the Verifier")
 	}
 	a.set(func(s *Status) {
 		if state != Active {
