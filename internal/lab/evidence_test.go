@@ -17,7 +17,7 @@ import (
 
 // measuredHost is a host whose firmware, boot loader and kernel have measured
 // what they ran.
-func measuredHost(t *testing.T, name string) *Host {
+func measuredHost(t *testing.T, name string, more ...func(path func(string) string) error) *Host {
 	t.Helper()
 	l := realBoot(t, smallImage(t), []byte("initrd"))
 	h := guarded(t, HostOptions{Name: name, Setup: func(path func(string) string) error {
@@ -27,6 +27,11 @@ func measuredHost(t *testing.T, name string) *Host {
 			"/etc/virt-trust/virt-trustd.toml":     AttestationConfig,
 		} {
 			if err := os.WriteFile(path(name), []byte(text), 0o644); err != nil {
+				return err
+			}
+		}
+		for _, f := range more {
+			if err := f(path); err != nil {
 				return err
 			}
 		}
