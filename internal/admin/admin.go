@@ -36,7 +36,8 @@ type Command struct {
 	Stdout, Stderr io.Writer
 	Args           []string // without the program's name
 	Version        string
-	ConfigPath     string // virt-trustd.toml, for the folder of vTPM states
+	ConfigPath     string   // virt-trustd.toml, for the folder of vTPM states
+	ClientPaths    []string // client.toml; nil for the user's own and the system's
 
 	json bool
 }
@@ -132,7 +133,8 @@ func (c *Command) root() *cobra.Command {
 	root.AddCommand(c.changeCommands()...)
 	root.AddCommand(c.emulatorCommand())
 	root.AddCommand(c.recoveryCommands()...)
-	root.AddCommand(c.launcherCommand(), c.launchLogCommand(), c.evidenceCommand())
+	root.AddCommand(c.launcherCommand(), c.launchLogCommand(), c.evidenceCommand(), c.appraiseCommand())
+	root.AddCommand(c.fleetCommand(), c.referenceCommand(), c.auditCommand())
 	root.AddCommand(c.enrollCommand(), c.leaveCommand())
 	return root
 }

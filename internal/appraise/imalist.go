@@ -53,9 +53,7 @@ func (r *round) imaList() {
 	}
 	policyChanged := st.At.Entries > 0 && r.prev.Policy != r.next.Policy
 	st.Accepted = slices.Clip(st.Accepted) // it is the checkpoint's before
-	if st.At.Entries > 0 && r.revised() {
-		r.reviewIMA(st)
-	}
+	withdrawn := st.At.Entries > 0 && r.revised() && r.reviewIMA(st)
 	v := imaVisit{r: r, st: st}
 	at, err := st.At.Replay(l.Data, r.policy.Bank, ima.PCR, want, v.entry)
 	if errors.Is(err, ima.ErrReplay) && l.More {
@@ -79,20 +77,19 @@ func (r *round) imaList() {
 	}
 	r.imaFindings(st)
 	if policyChanged {
-		// What the policy before excluded is not known any more: the next round brings
-		// the list whole.
 		r.hostf(CodePolicyChanged, Warning, "the policy has changed: %d files were appraised under the one before, and are asked for again", at.Entries)
+	}
+	if policyChanged || withdrawn {
+		// What the policy before excluded, and which files they are that were
+		// accepted, is not kept: the next round brings the list whole.
 		*st = imaState{}
 	}
 }
 
 // reviewIMA holds what was found and accepted before against Reference Values
-// that have changed.
-func (r *round) reviewIMA(st *imaState) {
+// that have changed, and says whether something accepted is so no more.
+func (r *round) reviewIMA(st *imaState) bool {
 	st.Found = slices.DeleteFunc(st.Found, func(f imaFinding) bool {
-		if f.Code == CodeIMAWithdrawn {
-			return true // told anew below
-		}
 		if f.Code != "" || f.Violation || len(f.Digest) < 9 {
 			return false
 		}
@@ -109,8 +106,9 @@ func (r *round) reviewIMA(st *imaState) {
 		}
 	}
 	if withdrawn > 0 {
-		st.Found = append(st.Found, imaFinding{Entry: -1, Code: CodeIMAWithdrawn, What: fmt.Sprintf("%d files were Reference Values when they were measured, and are none any more", withdrawn)})
+		st.Found = append(st.Found, imaFinding{Entry: -1, Code: CodeIMAWithdrawn, What: fmt.Sprintf("%d files were Reference Values when they were measured, and are none any more; which, the next round tells", withdrawn)})
 	}
+	return withdrawn > 0
 }
 
 // imaVisit takes up entries that are new.
@@ -230,8 +228,6 @@ func (r *round) imaReason(f *imaFinding) Reason {
 	switch {
 	case f.Code == CodeIMAAggregate:
 		reason.Tier = Contraindicated
-	case f.Code == CodeIMAWithdrawn:
-		reason.Tier = r.policy.IMA.Changed
 	case f.Code != "":
 	case f.Violation:
 		reason.Code, reason.What = CodeIMAViolation, "a file was written while it was measured: what was read of it is not known"

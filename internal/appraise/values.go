@@ -14,14 +14,14 @@ import (
 // Values are approved Reference Values, indexed. They are built once and used
 // for many rounds, by many at once.
 type Values struct {
-	revision uint64 // the sum of all values' digests
 	subjects map[string]*subjectValues
 }
 
 // subjectValues are those of one subject.
 type subjectValues struct {
-	files [2]map[string][]string // of IMA, launchers: digest ("\x0b" ‖ 32 bytes) => paths, "" for wherever
-	paths [2]map[string][]string // path => digests, in hexadecimal
+	revision uint64                 // the sum of all values' digests
+	files    [2]map[string][]string // of IMA, launchers: digest ("\x0b" ‖ 32 bytes) => paths, "" for wherever
+	paths    [2]map[string][]string // path => digests, in hexadecimal
 	// events: "PCR/" ‖ digest; words: PCR/type/description => digests, in
 	// hexadecimal.
 	events map[string]bool
@@ -135,7 +135,7 @@ func (x *Values) add(v *fleet.Value) {
 		s.paths[of][v.Path] = append(s.paths[of][v.Path], digits)
 	}
 	d := sha256.Sum256([]byte(strings.Join([]string{v.Subject, string(v.Kind), v.Path, strings.ToLower(v.Digest)}, "\x00")))
-	x.revision += binary.BigEndian.Uint64(d[:])
+	s.revision += binary.BigEndian.Uint64(d[:])
 }
 
 // mark stands for a path, "" for any, and a digest there. It is no hash that one
@@ -234,15 +234,19 @@ func (v view) words(path string) (digests []string) {
 }
 
 func (v view) pcr(of int, path string) (values []string) {
+	if len(v) == 1 {
+		return v[0].pcrs[of][path]
+	}
 	for _, s := range v {
 		values = append(values, s.pcrs[of][path]...)
 	}
 	return values
 }
 
-func (in *Input) valuesRevision() (n uint64) {
-	for _, x := range in.Values {
-		n += x.revision
+// revision tells whether something was added or taken away.
+func (v view) revision() (n uint64) {
+	for _, s := range v {
+		n += s.revision
 	}
 	return n
 }

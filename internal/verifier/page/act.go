@@ -354,16 +354,8 @@ func (p *Page) approvalsPage(r *http.Request) (view, error) {
 		return view{}, err
 	}
 	d.Problems = slices.DeleteFunc(d.Problems, func(n fleet.Status) bool { return n.State == fleet.Revoked })
-	for _, t := range []appraise.Tier{appraise.Contraindicated, appraise.Warning} {
-		nodes, _, err := p.Store.Nodes(ctx, store.NodeFilter{State: fleet.Active, Tier: &t}, store.Page{Limit: 50})
-		if err != nil {
-			return view{}, err
-		}
-		for _, n := range nodes {
-			if slices.ContainsFunc(n.Codes, approvableCode) {
-				d.Changes = append(d.Changes, row{Status: n})
-			}
-		}
+	if d.Changes, err = p.changedHosts(ctx); err != nil {
+		return view{}, err
 	}
 	s, err := p.Operator.ProposedPolicy(ctx, a)
 	switch {
@@ -373,6 +365,44 @@ func (p *Page) approvalsPage(r *http.Request) (view, error) {
 		return view{}, err
 	}
 	return view{name: "approvals", title: "Approvals", data: d}, nil
+}
+
+// changedHosts gives hosts whose newest rounds show, of themselves or of a VM,
+// what a Reference Value could be made of; of very many, some.
+func (p *Page) changedHosts(ctx context.Context) ([]row, error) {
+	const most = 50
+	var out []row
+	seen := map[string]bool{}
+	add := func(n fleet.Status) {
+		if !seen[n.ID] && len(out) < most && slices.ContainsFunc(n.Codes, approvableCode) {
+			out = append(out, row{Status: n})
+		}
+		seen[n.ID] = true
+	}
+	for _, t := range []appraise.Tier{appraise.Contraindicated, appraise.Warning} {
+		nodes, _, err := p.Store.Nodes(ctx, store.NodeFilter{State: fleet.Active, Tier: &t}, store.Page{Limit: most})
+		if err != nil {
+			return nil, err
+		}
+		for _, n := range nodes {
+			add(n)
+		}
+		vms, _, err := p.Store.VMs(ctx, store.VMFilter{Tier: &t}, store.Page{Limit: 4 * most})
+		if err != nil {
+			return nil, err
+		}
+		for _, v := range vms {
+			if seen[v.Node] {
+				continue
+			}
+			n, err := p.Store.Status(ctx, v.Node)
+			if err != nil {
+				return nil, err
+			}
+			add(n)
+		}
+	}
+	return out, nil
 }
 
 // approvableCode says whether a Reference Value can be what a reason lacks; the

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,6 +44,11 @@ type link struct {
 }
 
 type fact struct{ Name, Value string }
+
+// Hex says whether it is a digest, a key's name or the like.
+func (f fact) Hex() bool {
+	return len(f.Value) >= 32 && strings.Trim(f.Value, "0123456789abcdef") == ""
+}
 
 type pcrValue struct {
 	Bank, Value string
@@ -234,38 +240,32 @@ func (c *chain) facts(n fleet.Status, res *appraise.Result, vm *appraise.VM) {
 		l := &c.Links[i]
 		l.Facts = slices.DeleteFunc(l.Facts, func(f fact) bool { return f.Value == "" })
 		switch {
-		case len(l.Findings) > 0 && len(l.Findings) > 1:
-			l.Detail = fmt.Sprintf("%s and %d more", l.Findings[0].Code, len(l.Findings)-1)
 		case len(l.Findings) == 1:
 			l.Detail = l.Findings[0].Code
-			if d := l.Findings[0].Path; d != "" {
-				l.Detail += ": " + d
-			}
+		case len(l.Findings) > 1:
+			l.Detail = fmt.Sprintf("%s +%d", l.Findings[0].Code, len(l.Findings)-1)
 		case i == linkTPM:
-			l.Detail = "AK " + shortDigest(fmt.Sprintf("%x", n.AKName))
+			l.Detail = "AK " + beginning(fmt.Sprintf("%x", n.AKName))
 		case i == linkKernel:
 			l.Detail = res.Kernel
 		case i == linkDaemon:
 			l.Detail = res.Software
 		case i == linkVTPM && vm.EK != "":
-			l.Detail = "EK " + shortDigest(vm.EK)
+			l.Detail = "EK " + beginning(vm.EK)
 		case i >= linkSwtpm && i <= linkQEMU && len(l.Facts) > 0:
-			l.Detail = l.Facts[0].Value
+			l.Detail = path.Base(l.Facts[0].Value)
 		case len(l.PCRs) > 0:
-			l.Detail = fmt.Sprintf("PCR %d %s", l.PCRs[0].Index, shortDigest(l.PCRs[0].Value))
+			l.Detail = fmt.Sprintf("PCR %d %s", l.PCRs[0].Index, beginning(l.PCRs[0].Value))
 		}
 	}
 }
 
-// Problems counts the links that have findings.
-func (c *chain) Problems() int {
-	n := 0
-	for _, l := range c.Links {
-		if len(l.Findings) > 0 {
-			n++
-		}
+// beginning of a digest, for a picture.
+func beginning(digest string) string {
+	if len(digest) > 10 {
+		return digest[:10] + "…"
 	}
-	return n
+	return digest
 }
 
 // Summary is the chain in one sentence, for those who do not see it.

@@ -144,7 +144,7 @@ func (d *drawing) group(x, y, w, h int, label string) {
 	d.Groups = append(d.Groups, drawnGroup{x, y, w, h, cut(label, (w-2*pad)/8)})
 }
 
-// box draws a link. Texts are cut to what fits: about 8 units a character, in the
+// box draws a link. Texts are cut to what fits: 7.2 units a character, in the
 // broadest of the faces that browsers have.
 func (d *drawing) box(x, y, w int, l link) {
 	says := l.Title + ": " + l.Word
@@ -152,7 +152,7 @@ func (d *drawing) box(x, y, w int, l link) {
 		says += ". " + cut(l.Detail, 200)
 	}
 	d.Boxes = append(d.Boxes, drawnBox{
-		X: x, Y: y, W: w, H: boxH, Link: "link-" + l.ID, Title: l.Title, Detail: cut(l.Detail, (w-60)/8-len(l.Word)-3), Word: l.Word, Says: says, Tier: l.Tier,
+		X: x, Y: y, W: w, H: boxH, Link: "link-" + l.ID, Title: l.Title, Detail: cut(l.Detail, (w-56)*10/72-len(l.Word)-3), Word: l.Word, Says: says, Tier: l.Tier,
 	})
 }
 

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -66,11 +67,13 @@ func (h *harness) as(a operate.Actor) *harness {
 	return h
 }
 
-func newHarness(t testing.TB) *harness {
+func newHarness(t testing.TB) *harness { return openHarness(t, filepath.Join(t.TempDir(), "v.db")) }
+
+func openHarness(t testing.TB, file string) *harness {
 	t.Helper()
 	h := &harness{t: t, now: start, actor: policyA}
 	var err error
-	h.Store, err = store.Open(context.Background(), "sqlite:"+filepath.Join(t.TempDir(), "v.db"), store.Options{Now: h.Now})
+	h.Store, err = store.Open(context.Background(), "sqlite:"+file, store.Options{Now: h.Now})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,14 +100,34 @@ func newHarness(t testing.TB) *harness {
 	return h
 }
 
+// newFleet has the fleet of pagetest: built once, and copied for each test.
 func newFleet(t testing.TB) *harness {
 	t.Helper()
-	h := newHarness(t)
-	if err := h.Build.Fleet(context.Background()); err != nil {
+	built.Do(func() {
+		h := newHarness(t)
+		if err := h.Build.Fleet(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		file := filepath.Join(t.TempDir(), "copy.db")
+		if err := h.Store.Backup(context.Background(), file); err != nil {
+			t.Fatal(err)
+		}
+		var err error
+		if fleetDB, err = os.ReadFile(file); err != nil {
+			t.Fatal(err)
+		}
+	})
+	file := filepath.Join(t.TempDir(), "v.db")
+	if err := os.WriteFile(file, fleetDB, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return h
+	return openHarness(t, file)
 }
+
+var (
+	built   sync.Once
+	fleetDB []byte
+)
 
 // get gives a page's body, which has to be there.
 func (h *harness) get(path string) string {

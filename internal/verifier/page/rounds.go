@@ -324,7 +324,14 @@ type deltaGroup struct {
 }
 
 // delta is one difference: what it is of, before and after ("" for not there).
-type delta struct{ Name, Before, After string }
+type delta struct {
+	Name, Before, After string
+	Tiers               bool // before and after are tiers
+}
+
+// Was and Is are the tiers.
+func (d delta) Was() appraise.Tier { t, _ := tierNamed(d.Before); return t }
+func (d delta) Is() appraise.Tier  { t, _ := tierNamed(d.After); return t }
 
 func (p *Page) diffPage(r *http.Request) (view, error) {
 	ctx, q := r.Context(), r.URL.Query()
@@ -431,7 +438,7 @@ func grouped(n fleet.Status, ds []operate.Difference) []deltaGroup {
 			out = append(out, g)
 		}
 		g := &out[len(out)-1]
-		g.Deltas = append(g.Deltas, delta{deltaWords(d), d.Before, d.After})
+		g.Deltas = append(g.Deltas, delta{deltaWords(d), d.Before, d.After, d.Kind == "tier"})
 		g.Gone = g.Gone || d.Kind == "vm" && d.After == ""
 	}
 	return out
@@ -446,6 +453,8 @@ func deltaWords(d operate.Difference) string {
 		return "finding " + d.What
 	case "launcher":
 		return "launcher " + d.What
+	case "tier":
+		return "trust"
 	}
 	return d.What
 }

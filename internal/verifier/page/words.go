@@ -96,7 +96,7 @@ var advice = map[string]string{
 	"event-log-missing":         "The firmware's event log was not readable: see that securityfs is mounted, and the firmware has measured boot turned on.",
 	"event-log-format":          "The event log cannot be read. Update the firmware; keep the round if it comes again.",
 	"event-log-does-not-replay": "The log does not lead to what the TPM holds: entries were changed, dropped or added. Boot the host from known media and compare.",
-	"event-unknown":             "Something ran at boot that nobody approved. If an update explains it, approve the change below; else boot from known media.",
+	"event-unknown":             "Something ran at boot that nobody approved. If an update explains it, approve it; else boot from known media.",
 	"event-missing":             "Something that always runs at boot did not. If a change of firmware or boot loader explains it, approve; else look at the host's firmware.",
 	"event-order":               "An event stands where it cannot be: the log was written by something else than firmware. Treat the host as taken over.",
 	"firmware-error":            "The firmware reports that it failed to start properly. Look at its own log; update or reset it.",
