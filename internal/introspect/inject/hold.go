@@ -25,6 +25,10 @@ const eventStop = 128
 // comes meanwhile takes effect after us. And it needs no right to send signals.
 type held map[int]unix.Signal
 
+// errSlow: a thread did not stop in time. It may have waited for a disk, or for a
+// processor.
+var errSlow = errors.New("does not stop")
+
 // hold stops all threads of a process within limit. It must be called, as must
 // release, on one thread of the operating system, the tracer.
 func hold(pid int, limit time.Duration) (h held, err error) {
@@ -104,7 +108,7 @@ func (h held) wait(pid, tid int, deadline time.Time) error {
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%w: a thread of process %d does not stop", introspect.ErrBusy, pid)
+			return fmt.Errorf("%w: thread %d of process %d", errSlow, tid, pid)
 		}
 		sleep(20 * time.Microsecond)
 	}
