@@ -53,6 +53,7 @@ const (
 	stopLimit   = 50 * time.Millisecond  // for QEMU's threads to stop
 	idleLimit   = 20 * time.Millisecond  // for swtpm to finish what it has, QEMU being held
 	answerLimit = 10 * time.Second       // for one command: an answer that is left behind would be QEMU's
+	slowLimit   = time.Second            // for a thread that was not let go to stop after all
 	roundLimit  = 3 * time.Second        // for a moment without a command of the guest
 	pause       = 400 * time.Microsecond // between two looks
 )
@@ -124,7 +125,9 @@ func (a *Answer) hold(c *channel, q Request) (asked bool, err error) {
 		return false, err
 	}
 	defer func() {
-		h.release()
+		if e := h.release(); e != nil {
+			err = errors.Join(err, e)
+		}
 		a.Held = max(a.Held, time.Since(begin))
 	}()
 	if err := c.connected(); err != nil {
