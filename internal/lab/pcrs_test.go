@@ -207,7 +207,7 @@ func TestPCRs(t *testing.T) {
 			t.Errorf("before %s\nafter %s", before, after)
 		}
 		samePCRs(t, g, "sha256")
-		underLoad(t, g, readOne(t, g), 4, 100, "-pause", "5ms")
+		underLoad(t, g, readOne(t, g), 8, 400, "-pause", "10ms")
 		unseals(t, g)
 		g.conn.Close()
 	})
@@ -256,7 +256,7 @@ func TestPCRsMigrate(t *testing.T) {
 	g := a.NewVM(VM{Name: "mover", TPM: true, Disk: "qcow2", Shared: true})
 	g.Start()
 	from := samePCRs(t, g, "sha256")
-	underLoad(t, g, from, 4, 100, "-pause", "5ms")
+	underLoad(t, g, from, 8, 400, "-pause", "10ms")
 	before := words(readOne(t, g))
 	if r := g.Migrate(b); r.Code != 0 {
 		t.Fatalf("migrate: %s", r.Stderr)
@@ -265,7 +265,7 @@ func TestPCRsMigrate(t *testing.T) {
 	if after := words(readOne(t, there)); after != before {
 		t.Errorf("before %s\nafter %s", before, after)
 	}
-	underLoad(t, there, samePCRs(t, there, "sha256"), 4, 100, "-pause", "5ms")
+	underLoad(t, there, samePCRs(t, there, "sha256"), 8, 400, "-pause", "10ms")
 }
 
 // unitOf puts virt-trustd's unit, and nothing else of the package, onto a host.
