@@ -51,7 +51,7 @@ var codes = map[string]error{
 // The bounds of an exchange.
 const (
 	stopLimit   = 50 * time.Millisecond  // for QEMU's threads to stop
-	idleLimit   = 20 * time.Millisecond  // for swtpm to finish what it has, QEMU being held
+	idleLimit   = 5 * time.Millisecond   // for swtpm to finish what it has, QEMU being held
 	answerLimit = 10 * time.Second       // for one command: an answer that is left behind would be QEMU's
 	slowLimit   = time.Second            // for a thread that was not let go to stop after all
 	roundLimit  = 3 * time.Second        // for a moment without a command of the guest
@@ -133,6 +133,7 @@ func (a *Answer) hold(c *channel, q Request) (asked bool, err error) {
 	if err := c.connected(); err != nil {
 		return false, err
 	}
+	still := time.Now()
 	for ok := false; !ok; sleep(20 * time.Microsecond) {
 		if ok, err = c.idle(); err != nil {
 			return false, err
@@ -140,7 +141,7 @@ func (a *Answer) hold(c *channel, q Request) (asked bool, err error) {
 		if ok {
 			break
 		}
-		if time.Since(begin) > stopLimit+idleLimit {
+		if time.Since(still) > idleLimit {
 			return false, nil
 		}
 	}
