@@ -38,6 +38,7 @@ import (
 	"virt-trust/internal/launcher/launchlog"
 	"virt-trust/internal/vtpm/ekcert"
 	"virt-trust/internal/vtpm/list"
+	"virt-trust/internal/vtpm/liststore"
 	"virt-trust/internal/vtpm/reason"
 )
 
@@ -49,7 +50,7 @@ type site struct {
 	ima string // the kernel's list
 }
 
-func openSite(t *testing.T) *site {
+func openSite(t testing.TB) *site {
 	t.Helper()
 	o, m := bootedOffice(t, bootLog(t, "uki"))
 	s := &site{office: o, m: m, ima: filepath.Join(m.dir, "ima")}
@@ -138,6 +139,54 @@ func (r *seer) Read(ctx context.Context, t introspect.Target) (*report.Reading, 
 	}
 	d := sha256.Sum256([]byte(t.UUID))
 	return &report.Reading{Reader: "test", Time: 7, Banks: []report.Bank{{Algorithm: "sha256", Values: map[uint][]byte{0: d[:]}}}}, nil
+}
+
+// notary is a vTPM's AK.
+type notary struct {
+	asked [][32]byte
+	err   error
+}
+
+func (n *notary) Quote(_ context.Context, t introspect.Target, qualifying [32]byte, ak uint32) (*report.Quote, *report.Reading, error) {
+	n.asked = append(n.asked, qualifying)
+	if n.err != nil || ak != 0x8180ff01 {
+		return nil, nil, n.err
+	}
+	return &report.Quote{Attest: []byte{1}, Signature: []byte{2}}, &report.Reading{Reader: "quoted"}, nil
+}
+
+// A vTPM that has an AK quotes, where that is turned on; where it does not, its
+// PCRs are read all the same.
+func TestEvidenceWithVTPMQuotes(t *testing.T) {
+	s := openSite(t)
+	f, _, _ := s.ran(uuidA)
+	s.start(f)
+	defer s.holder(uuidA)()
+	n := &notary{}
+	s.s.pcrs, s.s.quoter = &seer{}, n
+	look := func(quotes bool, reader string, asked int) {
+		t.Helper()
+		e, r := s.take(bus.Have{})
+		v := r.VMs[0]
+		if (v.Quote != nil) != quotes || v.PCRs == nil || v.PCRs.Reader != reader || v.Problem != "" || len(n.asked) != asked {
+			t.Errorf("the VM is %+v, asked %d", v, len(n.asked))
+		}
+		if quotes && (!bytes.Equal(v.Quote.AK, []byte("its AK")) || n.asked[asked-1] != report.VTPMQualifyingData(e.Nonce, v.UUID)) {
+			t.Errorf("the quote is %+v for %x", v.Quote, n.asked)
+		}
+	}
+	s.g.cfg.Attestation.VTPMAK = true
+	look(false, "test", 0)
+	r := s.g.peek().Get(uuidA).Clone()
+	r.AKPublic = []byte("its AK")
+	if err := s.g.peek().Commit(liststore.Change{Put: r}); err != nil {
+		t.Fatal(err)
+	}
+	look(true, "quoted", 1)
+	n.err = errors.New("not now")
+	look(false, "test", 2)
+	s.g.cfg.Attestation.VTPMAK = false
+	look(false, "test", 2)
 }
 
 // take asks for evidence on the bus, and checks what a Verifier checks first:

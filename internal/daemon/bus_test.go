@@ -49,7 +49,7 @@ type office struct {
 	programs string // folder of programs that are this test binary
 }
 
-func openOffice(t *testing.T) *office {
+func openOffice(t testing.TB) *office {
 	t.Helper()
 	o := &office{house: newHouse(t)}
 	var err error
@@ -71,7 +71,7 @@ func openOffice(t *testing.T) *office {
 	o.address = "unix:path=" + socket
 
 	self := must[string](t)(os.Executable())
-	for _, p := range []string{"hook", "wrapper", "emulator", "libvirtd", "other"} {
+	for _, p := range []string{"hook", "wrapper", "emulator", "ekcert", "libvirtd", "other"} {
 		to := filepath.Join(o.programs, p)
 		if os.Link(self, to) != nil {
 			copyFile(t, self, to)
@@ -90,7 +90,7 @@ func openOffice(t *testing.T) *office {
 	t.Cleanup(func() { own.Close() })
 	o.s = newService(own, Options{
 		Config: configIn(o.root), Version: "1", Log: logrus.NewEntry(l),
-		Programs: Programs{Hook: filepath.Join(o.programs, "hook"), Wrapper: filepath.Join(o.programs, "wrapper"), Emulator: filepath.Join(o.programs, "emulator"), Script: filepath.Join(o.root, "script")},
+		Programs: Programs{Hook: filepath.Join(o.programs, "hook"), Wrapper: filepath.Join(o.programs, "wrapper"), Emulator: filepath.Join(o.programs, "emulator"), EKCert: filepath.Join(o.programs, "ekcert"), Script: filepath.Join(o.root, "script")},
 	}, uint32(os.Getuid()), uint32(os.Getuid()), host)
 	o.s.g = o.g
 	o.g.changed = o.s.vmChanged

@@ -39,6 +39,7 @@ import (
 const (
 	readers     = 8               // VMs whose PCRs are read at once
 	readLimit   = 2 * time.Second // for one VM
+	quoteLimit  = 3 * time.Second
 	vmsLimit    = 20 * time.Second
 	maxIMAPiece = 16 << 20 // bytes of a log in one round: what is more goes with the next
 	maxLogPiece = 8 << 20
@@ -146,23 +147,23 @@ func (s *Service) reportVM(ctx context.Context, nonce []byte, r *list.Record) (v
 		v.EK = r.EKDigest[:]
 	}
 	v.EKCertificate = r.EKCertificate
-	pid, used, err := statedir.Holder(r.Instance)
+	pid, err := statedir.Holder(r.Instance)
 	if err != nil {
 		// It may run: that it cannot be told is told.
 		v.Running, v.Problem = true, text("whether it runs cannot be told: "+err.Error())
 		return v, nil
 	}
-	if v.Running = used; !used {
+	if v.Running = pid != 0; !v.Running {
 		return v, nil
 	}
-	if pid == 0 {
+	if pid < 0 {
 		v.Problem = "its swtpm runs in another pid namespace"
 		return v, nil
 	}
-	one, cancel := context.WithTimeout(ctx, readLimit)
-	defer cancel()
 	target := introspect.Target{Swtpm: pid, QEMU: qemuOf(r.Name), UUID: r.UUID, StateDir: r.Instance}
-	if len(r.AKPublic) > 0 && s.quoter != nil {
+	if len(r.AKPublic) > 0 && s.g.cfg.Attestation.VTPMAK && s.quoter != nil { // the VM is paused for a moment
+		one, cancel := context.WithTimeout(ctx, quoteLimit)
+		defer cancel()
 		q, reading, err := s.quoter.Quote(one, target, report.VTPMQualifyingData(nonce, v.UUID), uint32(ek.AKHandle))
 		if err == nil {
 			v.Quote, v.PCRs = &report.VTPMQuote{Quote: *q, AK: r.AKPublic}, reading
@@ -170,9 +171,11 @@ func (s *Service) reportVM(ctx context.Context, nonce []byte, r *list.Record) (v
 		}
 		s.log.WithField(journal.VM, r.UUID).WithError(err).Debug("a vTPM does not quote")
 	}
+	one, cancel := context.WithTimeout(ctx, readLimit)
+	defer cancel()
 	v.PCRs, err = s.pcrs.Read(one, target)
 	if errors.Is(err, introspect.ErrGone) {
-		if _, used, e := statedir.Holder(r.Instance); e == nil && !used { // it has just stopped
+		if used, e := statedir.InUse(r.Instance); e == nil && !used { // it has just stopped
 			v.Running = false
 			return v, nil
 		}

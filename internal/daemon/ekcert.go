@@ -110,10 +110,10 @@ func slot(kind ekcert.Kind, key crypto.PublicKey) string {
 func (g *Guard) CertifyEK(ctx context.Context, kind ekcert.Kind, key []byte, vm string, tpm ekcert.TPM, c *caller) ([]byte, error) {
 	public, err := ekcert.ParseKey(key)
 	if err != nil {
-		return nil, reason.Refuse(reason.PolicyForbids, "", "the endorsement key cannot be read: %s", err)
+		return nil, reason.Refuse(reason.PolicyForbids, "let libvirt start the VM", "the endorsement key cannot be read: %s", err)
 	}
 	if kind != ekcert.EK && kind != ekcert.Platform {
-		return nil, reason.Refuse(reason.PolicyForbids, "", "swtpm_setup gets no certificate of the kind %.20q", kind)
+		return nil, reason.Refuse(reason.PolicyForbids, "let libvirt start the VM", "swtpm_setup gets no certificate of the kind %.20q", kind)
 	}
 	digest, name := list.DigestOf(key), slot(kind, public)
 	gr, err := g.claim(name, digest, kind, vm, c)
@@ -262,9 +262,9 @@ func (g *Guard) IssueEK(ctx context.Context, d libvirt.Domain, f *domain.Facts) 
 	case r == nil || r.State == list.Released:
 		return "", reason.Refuse(reason.VTPMUnknown, "'virt-trust adopt' takes it in", "the vTPM is not in the vTPM list")
 	case r.KeyOwner != list.Ours:
-		return "", reason.Refuse(reason.PolicyForbids, "", "the vTPM's key is libvirt's: its endorsement key cannot be read")
+		return "", reason.Refuse(reason.PolicyForbids, "remove the <encryption> of its definition", "the vTPM's key is libvirt's: its endorsement key cannot be read")
 	case f.TPM == nil || f.TPM.Version != "2.0":
-		return "", reason.Refuse(reason.PolicyForbids, "", "only a TPM 2.0 gets a certificate")
+		return "", reason.Refuse(reason.PolicyForbids, "give the VM a TPM 2.0", "only a TPM 2.0 gets a certificate")
 	case g.launch.ek == nil:
 		return "", errors.New("no endorsement keys are read here")
 	}

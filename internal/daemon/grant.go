@@ -160,6 +160,7 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 		r.Certify = gr.certify
 		if s := g.sessions[gr.uuid]; s != nil {
 			s.writes.Store(true)
+			s.making.Store(!gr.had)
 		}
 		var err error
 		if gr.setup, err = unix.PidfdOpen(c.pid, 0); err != nil {

@@ -64,6 +64,10 @@ func TestMain(m *testing.M) {
 		callBus(os.Args[1], os.Args[2], os.Args[3:])
 	case "attest":
 		callAttest(os.Args[1], os.Args[2], len(os.Args[3]))
+	case "certify", "chain":
+		callCertify(mode, os.Args[1])
+	case "manufacture":
+		os.Exit(manufactureInChild())
 	case "count":
 		os.Exit(countOn(os.Args[1]))
 	case "libvirtd":

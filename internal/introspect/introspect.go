@@ -5,18 +5,39 @@ package introspect
 import (
 	"context"
 	"errors"
+	"fmt"
+	"path/filepath"
 
 	"virt-trust/internal/evidence/report"
+	"virt-trust/internal/vtpm/statedir"
 )
 
 // Target is a running VM.
 type Target struct {
-	Swtpm int    // process id of its swtpm
-	QEMU  int    // process id of its QEMU, 0 where it is not known
-	UUID  string // of the VM: the swtpm must hold the lock of this VM's state
-	// StateDir is the folder of the vTPM's state, of which the swtpm must hold the
-	// lock.
-	StateDir string
+	Swtpm    int    // process id of its swtpm, 0 where it is not known
+	QEMU     int    // process id of its QEMU, 0 where it is not known
+	UUID     string // for messages
+	StateDir string // of its vTPM's state: its swtpm is what holds the lock there
+}
+
+// Holder gives the process that holds the lock of the VM's state. It must be
+// t.Swtpm, where that is given.
+func (t Target) Holder() (int, error) {
+	if !filepath.IsAbs(t.StateDir) {
+		return 0, fmt.Errorf("%w: %q is no state folder", ErrOther, t.StateDir)
+	}
+	pid, err := statedir.Holder(t.StateDir)
+	switch {
+	case err != nil:
+		return 0, err
+	case pid == 0:
+		return 0, fmt.Errorf("%w: nobody holds the lock in %s", ErrGone, t.StateDir)
+	case pid < 0: // of another pid namespace
+		return 0, fmt.Errorf("%w: the lock in %s is held out of sight", ErrOther, t.StateDir)
+	case t.Swtpm != 0 && t.Swtpm != pid:
+		return 0, fmt.Errorf("%w: process %d holds the lock in %s, not %d", ErrOther, pid, t.StateDir, t.Swtpm)
+	}
+	return pid, nil
 }
 
 // Reader reads the PCRs of a VM's vTPM.

@@ -12,7 +12,6 @@ import (
 
 	"virt-trust/internal/evidence/report"
 	"virt-trust/internal/introspect/layout"
-	"virt-trust/internal/vtpm/statedir"
 )
 
 // FromMemory is what a Memory's readings are called.
@@ -90,7 +89,7 @@ func (m *Memory) read(ctx context.Context, t Target) (*report.Reading, error) {
 
 // process gives the swtpm that holds the lock of the VM's state.
 func (m *Memory) process(t Target) (*process, error) {
-	pid, err := holder(t)
+	pid, err := t.Holder()
 	if err != nil {
 		return nil, err
 	}
@@ -124,25 +123,6 @@ func (m *Memory) forget(dir string, p *process) {
 	p.close()
 }
 
-// holder gives the process that holds the lock of the VM's state.
-func holder(t Target) (int, error) {
-	if !filepath.IsAbs(t.StateDir) {
-		return 0, fmt.Errorf("%w: %q is no state folder", ErrOther, t.StateDir)
-	}
-	pid, held, err := statedir.Holder(t.StateDir)
-	switch {
-	case err != nil:
-		return 0, err
-	case !held:
-		return 0, fmt.Errorf("%w: nobody holds the lock in %s", ErrGone, t.StateDir)
-	case pid == 0: // of another pid namespace
-		return 0, fmt.Errorf("%w: the lock in %s is held out of sight", ErrOther, t.StateDir)
-	case t.Swtpm != 0 && t.Swtpm != pid:
-		return 0, fmt.Errorf("%w: process %d holds the lock in %s, not %d", ErrOther, pid, t.StateDir, t.Swtpm)
-	}
-	return pid, nil
-}
-
 // attach gets at a process that holds the lock of the VM's state, and finds
 // libtpms in it.
 func (m *Memory) attach(t Target, pid int) (*process, error) {
@@ -165,7 +145,7 @@ func (m *Memory) attach(t Target, pid int) (*process, error) {
 // once more: had the number gone to another process before that was opened, it
 // would not have it.
 func (m *Memory) check(t Target, p *process) error {
-	again, err := holder(t)
+	again, err := t.Holder()
 	if err != nil {
 		return err
 	}

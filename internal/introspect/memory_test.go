@@ -315,7 +315,7 @@ func TestOtherProcess(t *testing.T) {
 	defer impostor.Process.Kill()
 	target := Target{Swtpm: impostor.Process.Pid, StateDir: dir}
 	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		if pid, _ := holder(target); pid != 0 {
+		if pid, _ := target.Holder(); pid != 0 {
 			break
 		}
 		if time.Now().After(deadline) {

@@ -81,7 +81,7 @@ func start(t testing.TB, c Config, dir string, args ...string) *vtpm {
 	v.Swtpm = v.cmd.Process.Pid
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
 		conn, err := net.Dial("unix", socket)
-		pid, _, _ := statedir.Holder(dir)
+		pid, _ := statedir.Holder(dir)
 		if err == nil && pid == v.Swtpm {
 			v.conn, v.tpm = conn, transport.FromReadWriter(conn)
 			return v

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"crypto/rand"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -144,4 +145,11 @@ func (b *bench) round(r *appraise.Result, evidence []byte) int64 {
 	nonce := fmt.Appendf(nil, "nonce %s", time.Now())
 	must[RoundState](b.t)(b.IssueNonce(b.t.Context(), r.Node, nonce, b.clock.Now().Add(time.Minute)))
 	return must[int64](b.t)(b.CompleteRound(b.t.Context(), Completion{Node: r.Node, Nonce: nonce, Checkpoint: []byte("checkpoint"), Result: r, Evidence: evidence}))
+}
+
+// random gives bytes that cannot be compressed.
+func random(n int) []byte {
+	b := make([]byte, n)
+	_, _ = rand.Read(b) // never fails
+	return b
 }

@@ -190,7 +190,7 @@ func Main(m *testing.M) int {
 // fails where CI=true.
 func Postgres(t testing.TB) string {
 	t.Helper()
-	sharedOnce.Do(func() { shared, sharedErr = New() })
+	sharedOnce.Do(func() { shared, sharedErr = New("fsync=off", "full_page_writes=off") })
 	Need(t, sharedErr)
 	return shared.NewDatabase(t)
 }
