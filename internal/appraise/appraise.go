@@ -33,6 +33,7 @@ type round struct {
 	learnHost bool
 	// launchKnown: the launch log was replayed, or there is nothing that it could say.
 	launchKnown bool
+	unknown     map[int]bool  // launchers that are no Reference Values, by number
 	learned     []fleet.Value // of the host
 	vmLearned   []fleet.Value
 	vms         []VM

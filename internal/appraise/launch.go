@@ -119,11 +119,13 @@ func (r *round) launchBoot(b *launchlog.Boot) {
 // that the host itself approved, at a path of which nothing is known, is taken for
 // right: a host has its first VM after its first round.
 func (r *round) launchFiles(files []launchlog.File) {
+	r.unknown = map[int]bool{}
 	for i := range files {
 		f := &files[i]
 		if r.launcherKnown(f) {
 			continue
 		}
+		r.unknown[f.N] = true
 		n := f.N - 1
 		r.host = append(r.host, r.launcherReason(f, minTier(r.policy.UnknownLauncher, Warning), &n))
 	}

@@ -112,7 +112,8 @@ func (r *round) vmStart(v *report.VM, start vmStart, started bool, say sayer) {
 	}
 }
 
-func (r *round) launchers(s vmStart) (all []Launcher) {
+func (r *round) launchers(s vmStart) []Launcher {
+	all := make([]Launcher, 0, len(s.Launchers))
 	for _, n := range s.Launchers {
 		if n >= 1 && n <= len(r.next.Launch.Files) {
 			f := r.next.Launch.Files[n-1]
@@ -124,12 +125,9 @@ func (r *round) launchers(s vmStart) (all []Launcher) {
 
 func (r *round) vmLaunchers(s vmStart) (all []Reason) {
 	for _, n := range s.Launchers {
-		if n < 1 || n > len(r.next.Launch.Files) {
-			continue
-		}
-		if f := &r.next.Launch.Files[n-1]; !r.launcherKnown(f) {
+		if r.unknown[n] {
 			i := n - 1
-			all = append(all, r.launcherReason(f, r.policy.UnknownLauncher, &i))
+			all = append(all, r.launcherReason(&r.next.Launch.Files[i], r.policy.UnknownLauncher, &i))
 		}
 	}
 	return all
