@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -214,14 +215,13 @@ func (r *round) vmQuote(v *report.VM, live map[uint][]byte, say sayer) {
 		}
 		return
 	}
-	object, err := quote.ParsePublic(v.Quote.AK)
-	if err != nil {
-		say(CodeVMQuote, None, "the AK in its vTPM: %v", err)
-		return
-	}
-	ak, err := object.AK()
-	if err != nil {
+	ak, err := quote.ParseAK(v.Quote.AK)
+	switch {
+	case errors.Is(err, quote.ErrKind):
 		say(CodeVMQuote, Contraindicated, "the AK in its vTPM: %v", err)
+		return
+	case err != nil:
+		say(CodeVMQuote, None, "the AK in its vTPM: %v", err)
 		return
 	}
 	q, err := quote.Verify(v.Quote.Quote.Attest, v.Quote.Quote.Signature, ak, report.VTPMQualifyingData(r.evidence.Nonce, v.UUID))
