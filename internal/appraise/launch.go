@@ -160,13 +160,7 @@ func (r *round) launcherKnown(f *launchlog.File) bool {
 		return true
 	}
 	if r.in.Learn && f.By != "" && len(r.values.at(ofLauncher, []byte(f.Path))) == 0 {
-		digest := "sha256:" + f.SHA256
-		if !slices.ContainsFunc(r.learned, func(v fleet.Value) bool {
-			return v.Kind == fleet.Launcher && v.Path == f.Path && v.Digest == digest
-		}) {
-			r.learn(r.in.Node.ID, fleet.Launcher, f.Path, digest)
-		}
-		return true
+		return r.learn(r.in.Node.ID, fleet.Launcher, f.Path, "sha256:"+f.SHA256)
 	}
 	return false
 }
