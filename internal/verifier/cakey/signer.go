@@ -82,7 +82,10 @@ func ReadMessage(r io.Reader, limit int) ([]byte, error) {
 	}
 	b := make([]byte, n)
 	if _, err := io.ReadFull(r, b); err != nil {
-		return nil, errors.Join(io.ErrUnexpectedEOF, err)
+		if errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+		return nil, err
 	}
 	return b, nil
 }
