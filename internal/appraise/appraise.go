@@ -134,7 +134,7 @@ func (r *round) verify() bool {
 		r.hostf(CodeFormat, None, "%v", err)
 		return false
 	}
-	if !bytes.Equal(r.report.AK, in.Node.AKName) {
+	if in.Node.AKName != nil && !bytes.Equal(r.report.AK, in.Node.AKName) {
 		r.hostf(CodeAKName, Contraindicated, "the report names another AK, %x", r.report.AK)
 		return false
 	}

@@ -185,7 +185,7 @@ func TestLearned(t *testing.T) {
 	b.learn = false
 	b.round(forge.Options{})
 	b.want(None, CodeHostNoValues, CodeIMAUnknown, CodeLauncherUnknown)
-	b.wantVM("one", Contraindicated, CodeHost, CodeVMNoValues, CodeLauncherUnknown)
+	b.wantVM("one", None, CodeHost, CodeVMNoValues, CodeLauncherUnknown)
 	if len(b.values) != 0 {
 		t.Errorf("%d values were learned", len(b.values))
 	}

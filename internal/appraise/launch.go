@@ -130,6 +130,9 @@ func minTier(a, b Tier) Tier {
 }
 
 func (r *round) launcherReason(f *launchlog.File, t Tier, n *int) Reason {
+	if !r.values.has(func(s *subjectValues) bool { return len(s.files[ofLauncher]) > 0 }) {
+		t = None // nothing is known of any
+	}
 	return Reason{
 		Code: CodeLauncherUnknown, Tier: t, Log: report.LaunchLog, Entry: n, Path: f.Path, Digest: "sha256:" + f.SHA256,
 		Expected: strings.Join(last(r.values.at(ofLauncher, []byte(f.Path)), 3), ", "),
