@@ -129,7 +129,7 @@ func (c *Command) root() *cobra.Command {
 	}
 	root.PersistentFlags().BoolVar(&c.json, "json", false, "print JSON")
 	root.AddCommand(c.statusCommand(), c.listCommand(), c.showCommand(), c.labelCommand(), c.logCommand(),
-		c.checkCommand(), c.hostCommand(), c.reasonCommand(), c.versionCommand())
+		c.checkCommand(), c.ekCommand(), c.hostCommand(), c.reasonCommand(), c.versionCommand())
 	root.AddCommand(c.changeCommands()...)
 	root.AddCommand(c.emulatorCommand())
 	root.AddCommand(c.recoveryCommands()...)

@@ -134,7 +134,7 @@ func (c *Command) readToken(name string) (string, error) {
 	}
 	token := string(bytes.TrimSpace(line))
 	if token == "" || len(line) > maxToken {
-		return "", &exit{ExitUsage, errors.New("a join token is needed; an operator makes one with 'virt-trust-verifier token', or on the Verifier's page")}
+		return "", &exit{ExitUsage, errors.New("a join token is needed; an operator makes one with 'virt-trust fleet token create', or on the Verifier's page")}
 	}
 	return token, nil
 }

@@ -280,7 +280,7 @@ func (f *fake) serve(t *testing.T, address string) {
 			return variants(f.label), nil
 		},
 	}
-	for _, m := range []string{"Adopt", "Release", "Repair", "Accept", "AdoptEmulator", "RestoreEmulator"} {
+	for _, m := range []string{"Adopt", "Release", "Repair", "Accept", "AdoptEmulator", "RestoreEmulator", "IssueEKCertificate"} {
 		manager[m] = change(m)
 	}
 	maps.Copy(manager, f.methods)

@@ -23,6 +23,7 @@ import (
 
 	"virt-trust/internal/bus"
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/nodeapi"
@@ -164,14 +165,17 @@ func (a *Agent) turn(ctx context.Context) time.Duration {
 	if a.m == nil {
 		return idle
 	}
-	ctx, cancel := context.WithTimeout(ctx, stepTime)
+	inTime, cancel := context.WithTimeout(ctx, stepTime)
 	defer cancel()
-	wait, err := a.step(ctx)
-	if err == nil {
+	wait, err := a.step(inTime)
+	switch {
+	case err == nil:
 		a.tries = 0
 		return max(wait, 0)
+	case ctx.Err() != nil: // the agent ends
+		return 0
 	}
-	return a.after(ctx, err)
+	return a.after(inTime, err)
 }
 
 // step does what is next: a certificate, a nonce, Evidence.
@@ -199,7 +203,7 @@ func (a *Agent) step(ctx context.Context) (time.Duration, error) {
 
 // interval is that of a Verifier, within what makes sense.
 func interval(r *nodeapi.Round) time.Duration {
-	return min(max(time.Duration(r.Interval*float64(time.Second)), 100*time.Millisecond), time.Hour)
+	return time.Duration(min(max(r.Interval, 0.1), 3600) * float64(time.Second))
 }
 
 func (a *Agent) take(r *nodeapi.Round) {
@@ -368,8 +372,12 @@ func (a *Agent) after(ctx context.Context, err error) time.Duration {
 		// It may be our certificate that the Verifier does not like: TLS does not say.
 		a.renewAt = time.Time{}
 	}
-	if a.tries == 1 || a.tries%20 == 0 {
-		a.log.WithError(err).WithField("tries", a.tries).Warn("no round with the Verifier")
+	if entry := a.log.WithError(err).WithField("tries", a.tries); state == Refused && a.Status().State != Refused {
+		entry.WithField(journal.ID, journal.NodeRefused).Error("the Verifier refuses this node")
+	} else if a.tries%20 == 0 {
+		entry.WithField(journal.ID, journal.VerifierAway).Warn("no round with the Verifier for a while")
+	} else if a.tries == 1 {
+		entry.Info("no round with the Verifier")
 	}
 	a.set(func(s *Status) {
 		if state != Active {

@@ -13,6 +13,7 @@ import (
 	"os"
 	"strings"
 
+	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/nodeapi"
@@ -170,6 +171,7 @@ func (a *Agent) enrol(ctx context.Context, url string, pin ca.Pin, secret []byte
 		return fmt.Errorf("keeping the membership: %w", err)
 	}
 	a.belong(member)
+	a.log.WithField("node", m.Node).WithField("verifier", u.Host).WithField(journal.ID, journal.Enrolled).Infof("the host became a node: %s", m.State)
 	return a.join(ctx, &m, key)
 }
 

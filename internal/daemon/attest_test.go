@@ -50,7 +50,7 @@ type site struct {
 	ima string // the kernel's list
 }
 
-func openSite(t *testing.T) *site {
+func openSite(t testing.TB) *site {
 	t.Helper()
 	o, m := bootedOffice(t, bootLog(t, "uki"))
 	s := &site{office: o, m: m, ima: filepath.Join(m.dir, "ima")}

@@ -49,7 +49,7 @@ type office struct {
 	programs string // folder of programs that are this test binary
 }
 
-func openOffice(t *testing.T) *office {
+func openOffice(t testing.TB) *office {
 	t.Helper()
 	o := &office{house: newHouse(t)}
 	var err error

@@ -17,7 +17,7 @@ import (
 
 // measuredHost is a host whose firmware, boot loader and kernel have measured
 // what they ran.
-func measuredHost(t *testing.T, name string) *Host {
+func measuredHost(t *testing.T, name string, more ...func(path func(string) string) error) *Host {
 	t.Helper()
 	l := realBoot(t, smallImage(t), []byte("initrd"))
 	h := guarded(t, HostOptions{Name: name, Setup: func(path func(string) string) error {
@@ -27,6 +27,11 @@ func measuredHost(t *testing.T, name string) *Host {
 			"/etc/virt-trust/virt-trustd.toml":     AttestationConfig,
 		} {
 			if err := os.WriteFile(path(name), []byte(text), 0o644); err != nil {
+				return err
+			}
+		}
+		for _, f := range more {
+			if err := f(path); err != nil {
 				return err
 			}
 		}
@@ -134,7 +139,8 @@ func TestEvidence(t *testing.T) {
 	g := h.NewVM(VM{Name: "proven", TPM: true, Disk: "qcow2"})
 	other := h.NewVM(VM{Name: "other", TPM: true, Disk: "qcow2"})
 	g.Start()
-	guest := strings.Fields(g.Ask("pcrs"))
+	_, own, _ := strings.Cut(g.Ask("pcrs"), " sha256 ")
+	guest := strings.Fields(own)
 	other.Start()
 	other.Destroy()
 
@@ -181,7 +187,7 @@ func TestEvidence(t *testing.T) {
 	}
 	for _, b := range v.PCRs.Banks {
 		for i := uint(0); b.Algorithm == "sha256" && i < 24; i++ {
-			if got := hex.EncodeToString(b.Values[i]); len(guest) != 25 || got != guest[i+1] {
+			if got := hex.EncodeToString(b.Values[i]); len(guest) < 24 || got != guest[i] {
 				t.Errorf("PCR %d of the vTPM is %s, the guest says %v", i, got, guest)
 			}
 		}

@@ -151,10 +151,21 @@ func obey(verb, arg string) string {
 				err = extend(tpm, pcr)
 			}
 			text = "extended " + arg
-		case "ek":
-			text, err = ek(tpm)
+		case "extends":
+			var n int
+			if n, err = strconv.Atoi(arg); err == nil {
+				err = extends(tpm, n)
+			}
+			text = "extends " + arg
 		case "pcrs":
 			text, err = pcrs(tpm)
+			text = "pcrs " + text
+		case "ek":
+			text, err = ek(tpm)
+		case "ekcert":
+			text, err = certificate(tpm)
+		case "ak":
+			text, err = ak(tpm)
 		default:
 			err = errors.New("unknown command")
 		}
@@ -198,24 +209,6 @@ var selection = tpm2.TPMLPCRSelection{PCRSelections: []tpm2.TPMSPCRSelection{{
 	Hash:      tpm2.TPMAlgSHA256,
 	PCRSelect: tpm2.PCClientCompatible.PCRs(7, 12),
 }}}
-
-// pcrs gives the PCRs of the bank SHA-256, 0 to 23.
-func pcrs(tpm transport.TPM) (string, error) {
-	all := "pcrs"
-	for i := range uint(24) {
-		r, err := tpm2.PCRRead{PCRSelectionIn: tpm2.TPMLPCRSelection{PCRSelections: []tpm2.TPMSPCRSelection{{
-			Hash: tpm2.TPMAlgSHA256, PCRSelect: tpm2.PCClientCompatible.PCRs(i),
-		}}}}.Execute(tpm)
-		if err != nil {
-			return "", err
-		}
-		if len(r.PCRValues.Digests) != 1 {
-			return "", errors.New("PCR without a value")
-		}
-		all += fmt.Sprintf(" %x", r.PCRValues.Digests[0].Buffer)
-	}
-	return all, nil
-}
 
 // seal keeps text in a persistent object that opens only with the PCRs of now.
 func seal(tpm transport.TPM, text string) error {
@@ -363,4 +356,51 @@ func ek(tpm transport.TPM) (string, error) {
 		return "", err
 	}
 	return fmt.Sprintf("ek %x", public.Name.Buffer), nil
+}
+
+// certificateIndex has the certificate of the RSA EK (TCG EK Credential Profile
+// 2.6, 2.2.1.4).
+const certificateIndex = tpm2.TPMHandle(0x01c00002)
+
+// certificate reads the EK's certificate out of the vTPM's NV memory.
+func certificate(tpm transport.TPM) (string, error) {
+	public, err := tpm2.NVReadPublic{NVIndex: certificateIndex}.Execute(tpm)
+	if err != nil {
+		return "", err
+	}
+	p, err := public.NVPublic.Contents()
+	if err != nil {
+		return "", err
+	}
+	index := tpm2.NamedHandle{Handle: certificateIndex, Name: public.NVName}
+	var der []byte
+	for len(der) < int(p.DataSize) {
+		r, err := tpm2.NVRead{
+			AuthHandle: tpm2.TPMRHOwner, NVIndex: index,
+			Size: min(512, p.DataSize-uint16(len(der))), Offset: uint16(len(der)),
+		}.Execute(tpm)
+		if err != nil {
+			return "", err
+		}
+		der = append(der, r.Data.Buffer...)
+	}
+	return fmt.Sprintf("ekcert %x", der), nil
+}
+
+// akHandle is where a vTPM has the AK of its manufacture.
+const akHandle = tpm2.TPMHandle(0x8180ff01)
+
+func ak(tpm transport.TPM) (string, error) {
+	public, err := tpm2.ReadPublic{ObjectHandle: akHandle}.Execute(tpm)
+	if err != nil {
+		return "", err
+	}
+	// The guest's owner cannot take it away.
+	_, err = tpm2.EvictControl{
+		Auth: tpm2.TPMRHOwner, ObjectHandle: tpm2.NamedHandle{Handle: akHandle, Name: public.Name}, PersistentHandle: akHandle,
+	}.Execute(tpm)
+	if err == nil {
+		return "", errors.New("the owner evicted it")
+	}
+	return fmt.Sprintf("ak %x", public.OutPublic.Bytes()), nil
 }

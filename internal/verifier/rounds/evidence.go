@@ -186,9 +186,7 @@ type appraised struct {
 func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState, body []byte, readErr error) (a appraised) {
 	now := h.now()
 	none := func(code, what string) {
-		a = appraised{result: appraise.Result{Node: n.ID, Received: now, Expires: now.Add(h.nonceTime()), Host: appraise.Appraisal{
-			Tier: appraise.None, Reasons: []appraise.Reason{{Code: code, Tier: appraise.None, What: what}},
-		}}, encoded: state.Checkpoint}
+		a = appraised{result: nothing(n, state, code, what, now, now.Add(h.nonceTime())), encoded: state.Checkpoint}
 	}
 	defer func() {
 		if p := recover(); p != nil {
@@ -224,10 +222,7 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 		// learned again.
 		Learn: policy.Learn && damaged == nil && (previous != nil || !learnedBefore), Now: now,
 	}
-	a.result, a.checkpoint = appraise.Appraise(in)
-	if in.Learn {
-		a.learned = appraise.Learn(in)
-	}
+	a.result, a.checkpoint, a.learned = appraise.Round(in)
 	if a.checkpoint != nil {
 		if a.encoded, err = a.checkpoint.Encode(); err != nil || len(a.encoded) > store.MaxCheckpoint {
 			h.Log.WithField("node", n.ID).WithField("bytes", len(a.encoded)).WithError(err).Warn("the node's logs are appraised anew in each round: what is kept of them is too long")
@@ -239,6 +234,22 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 		h.Log.WithError(err).Error("comparing VMs of several nodes")
 	}
 	return a
+}
+
+// nothing is the result of a round that showed nothing: None for the host, and for
+// the VMs that it had.
+func nothing(n *node, state store.RoundState, code, what string, now, expires time.Time) appraise.Result {
+	previous, err := appraise.DecodeCheckpoint(state.Checkpoint)
+	if err != nil {
+		previous = nil
+	}
+	r, _ := appraise.Appraise(appraise.Input{Node: appraise.Node{ID: n.ID, AK: n.ak, AKName: n.AKName}, Nonce: state.Nonce, Previous: previous, Policy: appraise.DefaultPolicy(), Now: now})
+	r.Expires = expires
+	r.Host = appraise.Appraisal{Tier: appraise.None, Reasons: []appraise.Reason{{Code: code, Tier: appraise.None, What: what}}}
+	for i := range r.VMs {
+		r.VMs[i].Appraisal = appraise.Appraisal{Tier: appraise.None, Reasons: []appraise.Reason{{Code: appraise.CodeHost, Tier: appraise.None, What: "nothing is known of its host"}}}
+	}
+	return r
 }
 
 // untrustedVMs gives UUIDs and EK digests out of a report that nobody has vouched
