@@ -29,7 +29,7 @@ func Diff(was, now *Checkpoint, p *Policy) []Change {
 	d.files(was, now)
 	for _, uuid := range slices.Sorted(maps.Keys(now.VMs)) {
 		b, known := was.VMs[uuid]
-		d.vm(uuid, b, now.VMs[uuid], known)
+		d.vm(uuid, b, now.VMs[uuid], known, p)
 	}
 	for _, uuid := range slices.Sorted(maps.Keys(was.VMs)) {
 		if _, there := now.VMs[uuid]; !there {
@@ -38,6 +38,13 @@ func Diff(was, now *Checkpoint, p *Policy) []Change {
 	}
 	return d.all
 }
+
+var allPCRs = func() (all []uint) {
+	for p := range uint(24) {
+		all = append(all, p)
+	}
+	return all
+}()
 
 type differ struct {
 	all    []Change
@@ -112,7 +119,7 @@ func (d *differ) files(was, now *Checkpoint) {
 	}
 }
 
-func (d *differ) vm(uuid string, was, now vmState, known bool) {
+func (d *differ) vm(uuid string, was, now vmState, known bool, p *Policy) {
 	switch {
 	case !known:
 		d.add(uuid, "vm-new", "VM %.80q is new", now.Name)
@@ -127,9 +134,5 @@ func (d *differ) vm(uuid string, was, now vmState, known bool) {
 	if was.Tier != now.Tier {
 		d.add(uuid, "tier", "%s, was %s", now.Tier, was.Tier)
 	}
-	for _, path := range slices.Sorted(maps.Keys(now.PCRs)) {
-		if before := was.PCRs[path]; before != "" && before != now.PCRs[path] {
-			d.add(uuid, "pcr", "PCR %s changed from %.16s… to %.16s…", path, before, now.PCRs[path])
-		}
-	}
+	d.pcrs(uuid, was.PCRs, now.PCRs, p.VMBank, allPCRs)
 }

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 
 	"virt-trust/internal/evidence/eventlog"
 	"virt-trust/internal/evidence/report"
@@ -57,7 +58,7 @@ func (r *round) eventLog() {
 		return
 	}
 	live := r.firmwareLive()
-	if l.From > 0 && st.Bank == r.policy.Bank && maps.Equal(st.Values, hexPCRs(st.Bank, live)) && !r.revised() && !r.learnHost {
+	if l.From > 0 && st.Bank == r.policy.Bank && samePCRs(st.Bank, live, st.Values) && !r.revised() && !r.learnHost {
 		r.host = append(r.host, st.Found...)
 		return
 	}
@@ -81,7 +82,7 @@ func (r *round) eventLog() {
 	}
 	before := len(r.host)
 	r.events(explained)
-	*st = eventState{Size: size, Packed: packed, Bank: r.policy.Bank, Values: hexPCRs(r.policy.Bank, live), Found: slices.Clone(r.host[before:])}
+	*st = eventState{Size: size, Packed: packed, Bank: r.policy.Bank, Values: hexPCRs(r.policy.Bank, live, nil), Found: slices.Clone(r.host[before:])}
 }
 
 // revised: Reference Values or policy are others than in the round before.
@@ -111,12 +112,20 @@ func (r *round) readEventLog(l *report.Log) (log *eventlog.Log, packed []byte, o
 	return log, pack(log.Marshal()), true
 }
 
+// deflaters are kept: one has more than a megabyte.
+var deflaters = sync.Pool{New: func() any {
+	w, err := flate.NewWriter(nil, flate.BestSpeed)
+	if err != nil {
+		panic(err)
+	}
+	return w
+}}
+
 func pack(b []byte) []byte {
 	var out bytes.Buffer
-	w, err := flate.NewWriter(&out, flate.BestSpeed)
-	if err != nil {
-		return nil
-	}
+	w := deflaters.Get().(*flate.Writer)
+	defer deflaters.Put(w)
+	w.Reset(&out)
 	if _, err := w.Write(b); err != nil || w.Close() != nil {
 		return nil
 	}
@@ -334,12 +343,12 @@ func (o *order) findings(pcrs []uint) (all []Reason) {
 func (r *round) hostPCRs() {
 	withoutLog := r.next.Events.Packed == nil
 	for _, p := range r.policy.Events {
-		v, ok := r.live[p]
+		_, ok := r.live[p]
 		if !ok || p == r.report.Host.LaunchPCR {
 			continue
 		}
 		path := pcrPath(r.policy.Bank, p)
-		got, want := hex.EncodeToString(v), r.values.pcr(ofHost, path)
+		got, want := r.next.PCRs[path], r.values.pcr(ofHost, path)
 		switch {
 		case slices.Contains(want, got):
 		case len(want) == 0 && withoutLog && r.learnHost:

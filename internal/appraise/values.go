@@ -234,6 +234,9 @@ func (v view) words(path string) (digests []string) {
 }
 
 func (v view) pcr(of int, path string) (values []string) {
+	if len(v) == 1 {
+		return v[0].pcrs[of][path]
+	}
 	for _, s := range v {
 		values = append(values, s.pcrs[of][path]...)
 	}

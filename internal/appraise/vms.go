@@ -83,7 +83,7 @@ func (r *round) vm(v *report.VM) (VM, vmState) {
 	}
 	r.vmStart(v, start, started, say)
 	vm.Reasons = append(vm.Reasons, r.vmLaunchers(start)...)
-	r.vmPCRs(v, &vm, &st, start, say)
+	r.vmPCRs(v, &vm, &st, before, start, say)
 	return vm, st
 }
 
@@ -137,7 +137,7 @@ func (r *round) vmLaunchers(s vmStart) (all []Reason) {
 
 // vmPCRs holds a VM's PCRs against its Reference Values, and its vTPM's quote
 // against both.
-func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, start vmStart, say sayer) {
+func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start vmStart, say sayer) {
 	bank := r.policy.VMBank
 	var live map[uint][]byte
 	if v.PCRs != nil {
@@ -159,7 +159,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, start vmStart, say say
 		say(CodeVMPCRsMissing, None, "its PCRs were read %s before the report", age.Round(time.Second))
 		return
 	}
-	st.PCRs = hexPCRs(bank, live)
+	st.PCRs = hexPCRs(bank, live, before.PCRs)
 	vm.PCRs = st.PCRs
 	r.vmQuote(v, live, say)
 	starting := start.Time != 0 && r.report.Time/1e6-start.Time < int64(time.Duration(r.policy.Starting).Seconds()) && r.report.Time/1e6 >= start.Time
@@ -167,13 +167,12 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, start vmStart, say say
 	learn := r.learnsVM(vm.UUID)
 	var unknown, missing []uint
 	for _, p := range r.policy.VMPCRs {
-		got, ok := live[p]
-		if !ok {
+		if _, ok := live[p]; !ok {
 			missing = append(missing, p)
 			continue
 		}
 		path := pcrPath(bank, p)
-		hexValue := hex.EncodeToString(got)
+		hexValue := st.PCRs[path]
 		want := values.pcr(ofVM, path)
 		switch {
 		case slices.Contains(want, hexValue):
@@ -199,7 +198,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, start vmStart, say say
 		say(CodeVMStarting, Warning, "it was started a moment ago: its PCRs are learned when it has booted")
 	case learn && rank(worst(vm.Reasons)) <= rank(Warning):
 		for _, p := range unknown {
-			r.learn(vm.UUID, fleet.VMPCR, pcrPath(bank, p), bank+":"+hex.EncodeToString(live[p]))
+			r.learn(vm.UUID, fleet.VMPCR, pcrPath(bank, p), bank+":"+st.PCRs[pcrPath(bank, p)])
 		}
 		st.Learned = true
 	case learn: // it is not right in another respect

@@ -62,7 +62,7 @@ type factory struct {
 	conf string // swtpm_setup.conf of the admin
 }
 
-func openFactory(t *testing.T, change ...func(*config.Config)) *factory {
+func openFactory(t testing.TB, change ...func(*config.Config)) *factory {
 	t.Helper()
 	o := openOffice(t)
 	for _, c := range change {
@@ -570,4 +570,42 @@ func TestAdoptedAndCopied(t *testing.T) {
 	}
 	_, err = o.g.IssueEK(context.Background(), off(o.facts(uuidA)), func() *domain.Facts { f := o.facts(uuidA); f.UUID = "cccccccc-0000-4000-8000-000000000003"; return f }())
 	refuses(t, err, reason.VTPMUnknown)
+}
+
+// BenchmarkManufacture is a whole swtpm_setup through the wrapper, with
+// certificates by virt-trust-ekcert, by swtpm_localca, and by virt-trust-ekcert
+// with the AK besides (which is made when swtpm's grant is redeemed). The host's
+// TPM is a fake here: add what three signatures take.
+func BenchmarkManufacture(b *testing.B) {
+	localca := need(b, "swtpm_localca")
+	for _, by := range []string{"virt-trust-ekcert", "swtpm_localca", "virt-trust-ekcert and AK"} {
+		b.Run(by, func(b *testing.B) {
+			o := openFactory(b, func(c *config.Config) {
+				c.Attestation.EKCertificates, c.Attestation.VTPMAK = by != "swtpm_localca", strings.HasSuffix(by, "AK")
+			})
+			ca := b.TempDir()
+			os.WriteFile(o.conf, []byte("create_certs_tool = "+localca+"\ncreate_certs_tool_config = "+ca+"/conf\ncreate_certs_tool_options = /etc/swtpm-localca.options\n"), 0o644)
+			os.WriteFile(filepath.Join(ca, "conf"), []byte("statedir = "+ca+"\nsigningkey = "+ca+"/signkey.pem\nissuercert = "+ca+"/issuercert.pem\ncertserial = "+ca+"/certserial\n"), 0o644)
+			o.manufactured(uuidB) // makes the CA
+			b.ResetTimer()
+			for range b.N {
+				b.StopTimer()
+				f := o.vm(uuidA, false)
+				if err := o.g.Prepare(background, f, ownCgroup(b)); err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+				if out, err := o.setup(f); err != nil {
+					b.Fatalf("%v: %s", err, out)
+				}
+				o.redeemed(f)
+				b.StopTimer()
+				o.stop(f)
+				os.RemoveAll(filepath.Dir(o.dir(uuidA)))
+				if err := o.g.delete(background, o.g.peek(), o.g.peek().Get(uuidA), "the end"); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
 }

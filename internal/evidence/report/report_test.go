@@ -262,6 +262,50 @@ func TestForms(t *testing.T) {
 	}
 }
 
+// Values are read as the library reads a map.
+func FuzzValues(f *testing.F) {
+	for _, v := range []any{map[uint][]byte{}, map[uint][]byte{0: make([]byte, 32), 23: make([]byte, 64)}, map[uint][]byte{24: {}}, map[string][]byte{"1": {}}, map[uint]string{1: "x"}, nil, 7} {
+		b, err := cbor.Marshal(v)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var want map[uint][]byte
+		wantErr := decMode.Unmarshal(b, &want)
+		for i := range want {
+			if i >= numPCRs {
+				wantErr = ErrFormat
+			}
+		}
+		var got Values
+		err := decMode.Unmarshal(b, &got)
+		if err == nil && wantErr != nil || err == nil && len(want)+len(got) > 0 && !reflect.DeepEqual(map[uint][]byte(got), want) {
+			t.Errorf("%v, %v; the library gives %v, %v", got, err, want, wantErr)
+		}
+		if wantErr == nil && err != nil && len(b) > 0 && b[0] != 0xf6 && b[0] != 0xf7 && !hasArray(b) {
+			t.Errorf("%v, the library takes it", err)
+		}
+	})
+}
+
+// hasArray: the library takes an array of numbers, or null, for bytes, and the
+// grammar does not.
+func hasArray(b []byte) bool {
+	var v any
+	if cbor.Unmarshal(b, &v) != nil {
+		return true
+	}
+	m, _ := v.(map[any]any)
+	for _, e := range m {
+		if _, bytes := e.([]byte); !bytes {
+			return true
+		}
+	}
+	return false
+}
+
 // What is read is as the grammar says, and has one encoding that is read again.
 func FuzzUntrustedParse(f *testing.F) {
 	f.Add(encode(f, anEvidence(f, aReport())))

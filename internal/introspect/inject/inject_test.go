@@ -189,6 +189,29 @@ func TestUnderLoad(t *testing.T) {
 	}
 }
 
+// Several may ask at once, and a caller that does not wait is in nobody's way.
+func TestAtOnce(t *testing.T) {
+	v := startVM(t)
+	q := quoter()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Microsecond)
+	defer cancel()
+	if _, err := q.Read(ctx, v.Target); !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	results := make(chan error)
+	for range 4 {
+		go func() {
+			_, err := q.Read(t.Context(), v.Target)
+			results <- err
+		}()
+	}
+	for range 4 {
+		if err := <-results; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func stateOf(t *testing.T, pid int) string {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
