@@ -78,13 +78,12 @@ type fleetRound struct {
 	Codes    []string          `json:"codes"`
 }
 
-// tierExit is the exit code of a command that shows a tier: nothing that is less
-// than affirming is a success.
+// tierExit is the exit code of a command that shows a tier.
 func tierExit(tier string) error {
 	switch tier {
-	case "affirming":
+	case "affirming", "warning":
 		return nil
-	case "warning", "contraindicated":
+	case "contraindicated":
 		return &exit{code: ExitRefused}
 	}
 	return &exit{code: ExitNotAppraised}
@@ -180,7 +179,7 @@ func (c *Command) fleetShow(f *verifierFlags) *cobra.Command {
 	return &cobra.Command{
 		Use:   "show NODE | VM",
 		Short: "Show a node or a VM, by name, ID or UUID, and why it is trusted or not",
-		Long:  "Shows a node or a VM, by name, ID or UUID, and why it is trusted or not. The exit code is 0 if it is affirming, 3 for a warning or if it is contraindicated, 4 if it could not be appraised.",
+		Long:  "Shows a node or a VM, by name, ID or UUID, and why it is trusted or not. The exit code is 0 if it is affirming or a warning, 3 if it is contraindicated, 4 if it could not be appraised.",
 		Args:  cobra.ExactArgs(1),
 		RunE: c.verified(f, func(ctx context.Context, v *verifier, args []string) error {
 			n, err := findNode(ctx, v, args[0])

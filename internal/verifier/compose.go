@@ -62,7 +62,7 @@ func open(ctx context.Context, o Options) (*verifier, error) {
 	if _, err := v.tls.GetCertificate(nil); err != nil {
 		return nil, err
 	}
-	if v.results, err = newResults(cfg.Results.Keys, own[0]); err != nil {
+	if v.results, err = newResults(cfg.Results.Keys, o.Version); err != nil {
 		return nil, err
 	}
 	if v.store, err = store.Open(ctx, cfg.Database, store.Options{}); err != nil {
@@ -110,7 +110,6 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 	}
 	service := &operate.Service{
 		Store: v.store, Pin: authority.Pin(), FourEyes: cfg.Policy.FourEyes, ManifestKeys: manifests,
-		CheckValue: appraise.CheckValue,
 		CheckPolicy: func(document []byte) error {
 			_, err := appraise.ParsePolicy(document)
 			return err
@@ -118,7 +117,7 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 		Guard: guard, Deliver: v.sender.Deliver, Now: time.Now,
 	}
 	people := api.New(api.Config{
-		Store: v.store, Operate: service, Results: v.results, Policy: policy.document, Actor: v.login.actor,
+		Store: v.store, Operate: service, Results: func() api.Results { return v.results.Load() }, Policy: policy.document, Actor: v.login.actor,
 		Node: func(r *http.Request) (fleet.Node, bool, error) {
 			id, err := authority.VerifyNode(r.TLS.VerifiedChains, time.Now())
 			if err != nil {

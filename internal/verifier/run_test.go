@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"virt-trust/internal/appraise/ear"
 	"virt-trust/internal/platform/config"
 	"virt-trust/internal/verifier/resultkeys"
 	"virt-trust/internal/verifier/store/storetest"
@@ -106,6 +107,24 @@ func TestRound(t *testing.T) {
 	if code, _, body := ask(c, "GET", v.url("/v1/nodes/"+h.id), readerToken, ""); code != 200 || !strings.Contains(body, `"tier":"affirming"`) {
 		t.Errorf("%d %s", code, body)
 	}
+	// A relying party, and the node itself, fetch what was signed.
+	_, _, jwks := ask(c, "GET", v.url("/.well-known/jwks.json"), "", "")
+	for _, path := range []string{"/v1/nodes/" + h.id + "/result", "/v1/vms/" + h.VMs[0].UUIDText() + "/result"} {
+		code, header, token := ask(c, "GET", v.url(path), readerToken, "")
+		claims, err := ear.Verify(token, []byte(jwks), time.Now())
+		if code != 200 || header.Get("Content-Type") != ear.MediaType || err != nil {
+			t.Fatalf("%s: %d %s %v", path, code, token, err)
+		}
+		if len(claims.Submods) != 2 {
+			t.Errorf("%s: %+v", path, claims)
+		}
+		if code, _, own := ask(h.client, "GET", v.url(path), "", ""); code != 200 || own != token {
+			t.Errorf("as the node: %d %s", code, own)
+		}
+		if code, _, _ := ask(c, "GET", v.url(path), "", ""); code != 401 {
+			t.Errorf("as nobody: %d", code)
+		}
+	}
 	h.Measure("/usr/bin/evil", []byte("evil"))
 	if tier, err := h.round(v.url("")); err != nil || tier != "warning" {
 		t.Fatalf("%s %v", tier, err)
@@ -145,7 +164,11 @@ func TestReload(t *testing.T) {
 	v := s.start()
 	c := s.client()
 	_, _, before := ask(c, "GET", v.url("/.well-known/jwks.json"), "", "")
-	old, err := resultkeys.Read(s.cfg.Results.Keys)
+	keys, err := resultkeys.Read(s.cfg.Results.Keys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old, err := ear.KeyID(&keys[0].PublicKey)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -168,7 +191,7 @@ func TestReload(t *testing.T) {
 		t.Errorf("a token that was taken out: %d", code)
 	}
 	_, _, after := ask(c, "GET", v.url("/.well-known/jwks.json"), "", "")
-	if after == before || !strings.Contains(after, old[0].ID) || strings.Count(after, `"kid"`) != 2 {
+	if after == before || !strings.Contains(after, old) || strings.Count(after, `"kid"`) != 2 {
 		t.Errorf("%s", after)
 	}
 	if err := os.WriteFile(s.cfg.Results.Keys, []byte("broken"), 0o600); err != nil {

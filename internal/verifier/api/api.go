@@ -40,7 +40,7 @@ var Document []byte
 type Config struct {
 	Store   *store.Store
 	Operate *operate.Service
-	Results Results
+	Results func() Results                                // as they are signed now
 	Policy  func() []byte                                 // the policy that counts where none was set
 	Actor   func(*http.Request) (operate.Actor, error)    // package login
 	Node    func(*http.Request) (fleet.Node, bool, error) // who asks, by mutual TLS: an active node

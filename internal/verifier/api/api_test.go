@@ -244,8 +244,8 @@ func TestRounds(t *testing.T) {
 	}
 }
 
-func someValue(path string) operate.ValueEntry {
-	return operate.ValueEntry{Kind: fleet.HostIMA, Path: path, Digest: "sha256:" + strings.Repeat("12", 32)}
+func someValue(path string) appraise.ValueEntry {
+	return appraise.ValueEntry{Kind: fleet.HostIMA, Path: path, Digest: "sha256:" + strings.Repeat("12", 32)}
 }
 
 func (h *house) values(query string) []Value {
@@ -255,7 +255,7 @@ func (h *house) values(query string) []Value {
 
 func TestValues(t *testing.T) {
 	h := newHouse(t)
-	body := map[string]any{"values": []operate.ValueEntry{someValue("/bin/a"), someValue("/bin/b")}}
+	body := map[string]any{"values": []appraise.ValueEntry{someValue("/bin/a"), someValue("/bin/b")}}
 	h.want(403, Forbidden, "operator-token", "POST", "/v1/values", body)
 	if a := decode[operate.Added](t, h.want(200, "", "policy-token", "POST", "/v1/values", body)); a.New != 2 || a.State != fleet.Approved {
 		t.Errorf("%+v", a)
@@ -290,7 +290,7 @@ func TestValues(t *testing.T) {
 // With four eyes nothing counts on one person's word.
 func TestFourEyes(t *testing.T) {
 	h := newHouse(t, func(c *Config) { c.Operate.FourEyes = true })
-	a := decode[operate.Added](t, h.want(200, "", "policy-token", "POST", "/v1/values", map[string]any{"values": []operate.ValueEntry{someValue("/bin/a")}}))
+	a := decode[operate.Added](t, h.want(200, "", "policy-token", "POST", "/v1/values", map[string]any{"values": []appraise.ValueEntry{someValue("/bin/a")}}))
 	if a.State != fleet.Proposed || len(h.values("state=approved")) != 0 {
 		t.Fatalf("%+v", a)
 	}
