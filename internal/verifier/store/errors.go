@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"database/sql"
 	"database/sql/driver"
 	"errors"
 	"fmt"
@@ -120,6 +121,7 @@ func (d *dialect) classify(err error) error {
 	var network net.Error
 	var errno syscall.Errno
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, driver.ErrBadConn) ||
+		errors.Is(err, sql.ErrConnDone) || err.Error() == "sql: database is closed" || // which has no name
 		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.As(err, &network) || errors.As(err, &errno) {
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}

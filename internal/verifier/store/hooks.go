@@ -111,7 +111,7 @@ func (s *Store) Claim(ctx context.Context, n int, lease time.Duration) ([]fleet.
 	var all []fleet.Delivery
 	// Most times there is nothing; a question does not write.
 	var due int
-	err := s.one(ctx, "SELECT count(*) FROM (SELECT 1 FROM deliveries WHERE dead = 0 AND due <= ? LIMIT 1) AS some", []any{s.now()}, &due)
+	err := s.one(ctx, "SELECT count(*) FROM (SELECT 1 FROM deliveries WHERE dead = 0 AND due <= ? LIMIT 1) AS d", []any{s.now()}, &due)
 	if err == nil && due > 0 {
 		err = s.Do(ctx, func(tx *Tx) error {
 			now := tx.now()

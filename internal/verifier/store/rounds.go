@@ -78,7 +78,8 @@ type Completion struct {
 	// most MaxCheckpoint. One that is equal to the last one costs nothing.
 	Checkpoint []byte
 	Result     *appraise.Result // Received and Expires are taken from it
-	// Evidence is kept where the result is not affirming, of host and all VMs.
+	// Evidence is kept where the result is not affirming, of host and all VMs: each
+	// time that there is some, so that such rounds are never folded into one.
 	Evidence []byte
 	// Next becomes the outstanding nonce, until NextExpires; nil for none.
 	Next        []byte
@@ -88,7 +89,10 @@ type Completion struct {
 // prepared is what can be known of a Completion before the transaction.
 type prepared struct {
 	Completion
-	digest   [sha256.Size]byte // of the result but for its times and changes
+	lasting  []byte            // JSON of the result but for its times and changes
+	digest   [sha256.Size]byte // of that
+	result   []byte            // lasting and Evidence compressed, where they will surely be kept:
+	evidence []byte            // nobody else has to wait for that
 	affirmed bool
 	codes    []string
 	vms      []appraise.VM
@@ -104,11 +108,11 @@ func prepare(c Completion) (*prepared, error) {
 	p := &prepared{Completion: c, affirmed: c.Result.Host.Tier == appraise.Affirming}
 	lasting := *c.Result
 	lasting.Received, lasting.Expires, lasting.Changes = time.Time{}, time.Time{}, nil
-	h := sha256.New()
-	if err := json.NewEncoder(h).Encode(&lasting); err != nil {
+	var err error
+	if p.lasting, err = json.Marshal(&lasting); err != nil {
 		return nil, fmt.Errorf("result: %w", err)
 	}
-	h.Sum(p.digest[:0])
+	p.digest = sha256.Sum256(p.lasting)
 	for _, r := range c.Result.Host.Reasons {
 		p.codes = append(p.codes, r.Code)
 	}
@@ -127,6 +131,12 @@ func prepare(c Completion) (*prepared, error) {
 	}
 	slices.Sort(p.codes)
 	p.codes = slices.Compact(p.codes)
+	if !p.affirmed && len(c.Evidence) > 0 {
+		p.evidence = pack(c.Evidence)
+	}
+	if p.evidence != nil || len(c.Result.Changes) > 0 {
+		p.result = pack(p.lasting)
+	}
 	return p, nil
 }
 
@@ -189,8 +199,7 @@ func (tx *Tx) takeRound(ctx context.Context, p *prepared) (int64, error) {
 		return 0, err
 	}
 	received, ends := p.Result.Received, p.Result.Expires
-	keep := !p.affirmed && len(p.Evidence) > 0
-	if id != 0 && !keep && len(p.Result.Changes) == 0 && bytes.Equal(digest, p.digest[:]) {
+	if id != 0 && p.evidence == nil && len(p.Result.Changes) == 0 && bytes.Equal(digest, p.digest[:]) {
 		_, err := tx.exec(ctx, `UPDATE node_state SET version = version + 1, nonce = ?, nonce_expires = ?, received = ?, expires = ?, count = count + 1, noticed = 0
  WHERE node = ?`, p.Next, p.NextExpires, received, ends, p.Node)
 		return id, err
@@ -200,7 +209,7 @@ func (tx *Tx) takeRound(ctx context.Context, p *prepared) (int64, error) {
 			return 0, err
 		}
 	}
-	if id, err = tx.addRound(ctx, p, keep); err != nil {
+	if id, err = tx.addRound(ctx, p); err != nil {
 		return 0, err
 	}
 	if !bytes.Equal(digest, p.digest[:]) {
@@ -246,9 +255,10 @@ func (tx *Tx) putCheckpoint(ctx context.Context, node string, data []byte) error
 	return err
 }
 
-func (tx *Tx) addRound(ctx context.Context, p *prepared, keep bool) (int64, error) {
-	lasting := *p.Result
-	lasting.Received, lasting.Expires, lasting.Changes = time.Time{}, time.Time{}, nil
+func (tx *Tx) addRound(ctx context.Context, p *prepared) (int64, error) {
+	if p.result == nil {
+		p.result = pack(p.lasting)
+	}
 	var changes []byte
 	if len(p.Result.Changes) > 0 {
 		changes = pack(toJSON(p.Result.Changes))
@@ -260,7 +270,7 @@ func (tx *Tx) addRound(ctx context.Context, p *prepared, keep bool) (int64, erro
 	var id int64
 	err := tx.one(ctx, `INSERT INTO rounds (node, received, last, expires, count, tier, affirmed, vm_tiers, codes, changes, result)
  VALUES (?, ?, ?, ?, 1, ?, ?, ?, ?, ?, ?) RETURNING id`, []any{p.Node, p.Result.Received, p.Result.Received, p.Result.Expires,
-		known(p.Result.Host.Tier), p.affirmed, toJSON(vmTiers), toJSON(p.codes), changes, pack(toJSON(&lasting))}, &id)
+		known(p.Result.Host.Tier), p.affirmed, toJSON(vmTiers), toJSON(p.codes), changes, p.result}, &id)
 	if err != nil {
 		return 0, err
 	}
@@ -274,9 +284,8 @@ func (tx *Tx) addRound(ctx context.Context, p *prepared, keep bool) (int64, erro
 			return 0, err
 		}
 	}
-	if keep {
-		data := pack(p.Evidence)
-		_, err = tx.exec(ctx, "INSERT INTO evidence (round, node, received, size, data) VALUES (?, ?, ?, ?, ?)", id, p.Node, p.Result.Received, len(data), data)
+	if p.evidence != nil {
+		_, err = tx.exec(ctx, "INSERT INTO evidence (round, node, received, size, data) VALUES (?, ?, ?, ?, ?)", id, p.Node, p.Result.Received, len(p.evidence), p.evidence)
 	}
 	return id, err
 }
