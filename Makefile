@@ -21,6 +21,7 @@ DESTDIR ?=
 # runs has this prefix.
 prefix ?= /usr
 bindir = $(prefix)/bin
+sbindir = $(prefix)/sbin
 libexecdir = $(prefix)/libexec/virt-trust
 datadir = $(prefix)/share
 unitdir = $(prefix)/lib/systemd/system
@@ -33,13 +34,16 @@ GO ?= go
 GOFLAGS_BUILD = -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
 
 # program:its main package; virt-trust makes its own completion
-MAINS = virt-trust:helper/virt-trust virt-trustd:helper/virt-trustd virt-trust-hook:hooks/qemu virt-trust-wrapper:wrapper virt-trust-emulator:wrapper/emulator
-LIBEXEC = virt-trustd virt-trust-hook virt-trust-wrapper virt-trust-emulator
+MAINS = virt-trust:helper/virt-trust virt-trustd:helper/virt-trustd virt-trust-hook:hooks/qemu virt-trust-wrapper:wrapper virt-trust-emulator:wrapper/emulator \
+	virt-trust-ekcert:helper/virt-trust-ekcert virt-trust-inject:helper/virt-trust-inject virt-trust-agent:helper/virt-trust-agent \
+	virt-trust-verifier:helper/virt-trust-verifier virt-trust-signer:helper/virt-trust-verifier/signer
+LIBEXEC = virt-trustd virt-trust-hook virt-trust-wrapper virt-trust-emulator virt-trust-ekcert virt-trust-inject virt-trust-agent
+LIBEXEC_VERIFIER = virt-trust-verifier virt-trust-signer
 # as package emulator has them: the names, and the descriptor
 EMULATORS = qemu-system-aarch64 qemu-system-ppc64 qemu-system-x86_64
 EMULATOR_FD = 777
 MAN_CLI = packaging/man/virt-trust.1 packaging/man/virt-trust-reasons.7
-MAN_VERIFIER = $(wildcard packaging/man/virt-trust-verifier*.[1-8])
+MAN_VERIFIER = $(wildcard packaging/man/virt-trust-verifier*.[1-8] packaging/man/virt-trust-signer.8)
 MAN_HOST = $(filter-out $(MAN_CLI) $(MAN_VERIFIER),$(wildcard packaging/man/*.[1-8]))
 
 .PHONY: build install install-cli install-host install-verifier deb lint-deb test check faults demo bench soak fuzz clean help
@@ -83,6 +87,12 @@ install-host: build
 	$(INSTALL) systemd/virt-trustd.service $(DESTDIR)$(unitdir)/virt-trustd.service
 	$(INSTALL) systemd/50-virt-trust.conf $(DESTDIR)$(unitdir)/libvirtd.service.d/50-virt-trust.conf
 	$(INSTALL) systemd/50-virt-trust.conf $(DESTDIR)$(unitdir)/virtqemud.service.d/50-virt-trust.conf
+	$(INSTALL) packaging/agent.toml $(DESTDIR)$(sysconfdir)/virt-trust/agent.toml
+	$(INSTALL) systemd/virt-trust-agent.service $(DESTDIR)$(unitdir)/virt-trust-agent.service
+	$(INSTALL) packaging/virt-trust-agent.sysusers $(DESTDIR)$(prefix)/lib/sysusers.d/virt-trust-agent.conf
+	$(INSTALL) dbus/org.virttrust1.Agent.conf $(DESTDIR)$(datadir)/dbus-1/system.d/org.virttrust1.Agent.conf
+	$(INSTALL) dbus/org.virttrust1.Agent.service $(DESTDIR)$(datadir)/dbus-1/system-services/org.virttrust1.Agent.service
+	$(INSTALL) dbus/org.virttrust1.Agent.xml $(DESTDIR)$(datadir)/dbus-1/interfaces/org.virttrust1.Agent.xml
 	$(INSTALL) packaging/virt-trust.sysusers $(DESTDIR)$(prefix)/lib/sysusers.d/virt-trust.conf
 	$(INSTALL) packaging/virt-trust.tmpfiles $(DESTDIR)$(prefix)/lib/tmpfiles.d/virt-trust.conf
 	$(INSTALL) packaging/virt-trust.catalog $(DESTDIR)$(prefix)/lib/systemd/catalog/virt-trust.catalog
@@ -93,6 +103,18 @@ install-host: build
 	@set -e; for m in $(MAN_HOST); do $(INSTALL) $$m $(DESTDIR)$(datadir)/man/man$${m##*.}/$${m##*/}; done
 
 install-verifier: build
+	@set -e; for p in $(LIBEXEC_VERIFIER); do \
+		$(INSTALL_PROGRAM) bin/$$p $(DESTDIR)$(libexecdir)/$$p; \
+		install -d $(DESTDIR)$(sbindir); ln -sf ../libexec/virt-trust/$$p $(DESTDIR)$(sbindir)/$$p; \
+	done
+	$(INSTALL) packaging/verifier.toml $(DESTDIR)$(sysconfdir)/virt-trust/verifier.toml
+	@set -e; for u in virt-trust-verifier.service virt-trust-verifier.socket virt-trust-signer.service virt-trust-signer.socket; do \
+		$(INSTALL) systemd/$$u $(DESTDIR)$(unitdir)/$$u; \
+	done
+	$(INSTALL) packaging/virt-trust-verifier.sysusers $(DESTDIR)$(prefix)/lib/sysusers.d/virt-trust-verifier.conf
+	$(INSTALL) packaging/virt-trust-verifier.tmpfiles $(DESTDIR)$(prefix)/lib/tmpfiles.d/virt-trust-verifier.conf
+	$(INSTALL) internal/evidence/report/evidence.cddl $(DESTDIR)$(datadir)/virt-trust/evidence.cddl
+	@set -e; for m in $(MAN_VERIFIER); do $(INSTALL) $$m $(DESTDIR)$(datadir)/man/man$${m##*.}/$${m##*/}; done
 
 deb: build
 	packaging/debian/build

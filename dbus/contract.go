@@ -7,3 +7,8 @@ import _ "embed"
 //
 //go:embed org.virttrust1.xml
 var XML string
+
+// AgentXML is org.virttrust1.Agent.xml: what virt-trust-agent offers.
+//
+//go:embed org.virttrust1.Agent.xml
+var AgentXML string

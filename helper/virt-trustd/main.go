@@ -51,7 +51,7 @@ func run() error {
 		Dirs: daemon.Dirs{State: "/var/lib/virt-trust", Run: "/run/virt-trust", Domains: "/etc/libvirt/qemu"},
 		Programs: daemon.Programs{
 			Hook: "/usr/libexec/virt-trust/virt-trust-hook", Wrapper: "/usr/libexec/virt-trust/virt-trust-wrapper",
-			Emulator: "/usr/libexec/virt-trust/virt-trust-emulator",
+			Emulator: "/usr/libexec/virt-trust/virt-trust-emulator", EKCert: "/usr/libexec/virt-trust/virt-trust-ekcert",
 			Script:   "/etc/libvirt/hooks/qemu.d/50-virt-trust", Removed: "/run/virt-trust.removed",
 		},
 	})

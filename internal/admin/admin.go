@@ -36,7 +36,8 @@ type Command struct {
 	Stdout, Stderr io.Writer
 	Args           []string // without the program's name
 	Version        string
-	ConfigPath     string // virt-trustd.toml, for the folder of vTPM states
+	ConfigPath     string   // virt-trustd.toml, for the folder of vTPM states
+	ClientPaths    []string // client.toml; nil for the user's own and the system's
 
 	json bool
 }
@@ -128,11 +129,13 @@ func (c *Command) root() *cobra.Command {
 	}
 	root.PersistentFlags().BoolVar(&c.json, "json", false, "print JSON")
 	root.AddCommand(c.statusCommand(), c.listCommand(), c.showCommand(), c.labelCommand(), c.logCommand(),
-		c.checkCommand(), c.hostCommand(), c.reasonCommand(), c.versionCommand())
+		c.checkCommand(), c.ekCommand(), c.hostCommand(), c.reasonCommand(), c.versionCommand())
 	root.AddCommand(c.changeCommands()...)
 	root.AddCommand(c.emulatorCommand())
 	root.AddCommand(c.recoveryCommands()...)
-	root.AddCommand(c.launcherCommand(), c.launchLogCommand())
+	root.AddCommand(c.launcherCommand(), c.launchLogCommand(), c.evidenceCommand(), c.appraiseCommand())
+	root.AddCommand(c.fleetCommand(), c.referenceCommand(), c.auditCommand())
+	root.AddCommand(c.enrollCommand(), c.leaveCommand())
 	return root
 }
 

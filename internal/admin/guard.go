@@ -15,6 +15,7 @@ import (
 
 	"virt-trust/internal/bus"
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/vtpm/ekcert"
 	"virt-trust/internal/vtpm/reason"
 )
 
@@ -41,6 +42,15 @@ func (p props) lines(key string) string {
 		b.WriteString(reason.OneLine(strings.TrimRight(line, "\n")) + "\n")
 	}
 	return b.String()
+}
+
+func (p props) texts(key string) []string {
+	all, _ := p[key].Value().([]string)
+	var out []string
+	for _, s := range all {
+		out = append(out, reason.OneLine(s))
+	}
+	return out
 }
 
 func (p props) number(key string) uint64 {
@@ -130,36 +140,47 @@ type Host struct {
 
 // VM is one record of the vTPM list.
 type VM struct {
-	UUID        string     `json:"uuid"`
-	Name        string     `json:"name"`
-	State       string     `json:"state"`
-	StatePath   string     `json:"state_path"`
-	LabelPath   string     `json:"label_path,omitempty"`
-	LabelState  string     `json:"label_state"`
-	LabelID     string     `json:"label_id,omitempty"`
-	KeyOwner    string     `json:"key_owner"`
-	Recovery    string     `json:"recovery,omitempty"` // wrapped, none
-	Baseline    string     `json:"baseline,omitempty"`
-	EKDigest    string     `json:"ek_digest,omitempty"` // SHA-256 of the RSA EK's SubjectPublicKeyInfo
-	Generation  uint64     `json:"generation"`
-	Created     *time.Time `json:"created,omitempty"`
-	Changed     *time.Time `json:"changed,omitempty"`
-	LastVerdict string     `json:"last_verdict,omitempty"`
-	LastReason  string     `json:"last_reason,omitempty"`
-	LastWhat    string     `json:"last_what,omitempty"`
-	Reverts     uint64     `json:"reverts"`
-	Reverted    *time.Time `json:"reverted,omitempty"`
+	UUID       string `json:"uuid"`
+	Name       string `json:"name"`
+	State      string `json:"state"`
+	StatePath  string `json:"state_path"`
+	LabelPath  string `json:"label_path,omitempty"`
+	LabelState string `json:"label_state"`
+	LabelID    string `json:"label_id,omitempty"`
+	KeyOwner   string `json:"key_owner"`
+	Recovery   string `json:"recovery,omitempty"` // wrapped, none
+	Baseline   string `json:"baseline,omitempty"`
+	EKDigest   string `json:"ek_digest,omitempty"` // SHA-256 of the RSA EK's SubjectPublicKeyInfo
+	// EKSharedWith are the UUIDs of VMs whose vTPMs have the same EK: copies.
+	EKSharedWith []string   `json:"ek_shared_with,omitempty"`
+	EKOrigin     string     `json:"ek_certificate_origin,omitempty"` // manufactured, taken-in; "" without a certificate
+	Generation   uint64     `json:"generation"`
+	Created      *time.Time `json:"created,omitempty"`
+	Changed      *time.Time `json:"changed,omitempty"`
+	LastVerdict  string     `json:"last_verdict,omitempty"`
+	LastReason   string     `json:"last_reason,omitempty"`
+	LastWhat     string     `json:"last_what,omitempty"`
+	Reverts      uint64     `json:"reverts"`
+	Reverted     *time.Time `json:"reverted,omitempty"`
 }
 
 func newVM(p props) VM {
-	return VM{
+	vm := VM{
 		UUID: p.text("UUID"), Name: p.text("Name"), State: p.text("State"), StatePath: p.text("StatePath"),
 		LabelPath: p.text("LabelPath"), LabelState: p.text("LabelState"), LabelID: p.text("LabelID"),
 		KeyOwner: p.text("KeyOwner"), Recovery: p.text("Recovery"), Baseline: p.text("Baseline"), EKDigest: p.text("EKDigest"), Generation: p.number("Generation"),
 		Created: p.time("Created"), Changed: p.time("Changed"),
 		LastVerdict: p.text("LastVerdict"), LastReason: p.text("LastReason"), LastWhat: p.text("LastWhat"),
-		Reverts: p.number("Reverts"), Reverted: p.time("Reverted"),
+		Reverts: p.number("Reverts"), Reverted: p.time("Reverted"), EKSharedWith: p.texts("EKSharedWith"),
 	}
+	if der, _ := p["EKCertificate"].Value().([]byte); len(der) > 0 {
+		said, err := ekcert.UntrustedParse(der)
+		vm.EKOrigin = string(said.Origin)
+		if err != nil {
+			vm.EKOrigin = "not one of a vTPM"
+		}
+	}
+	return vm
 }
 
 // properties reads all properties of one interface.

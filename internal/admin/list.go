@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/spf13/cobra"
 )
@@ -71,6 +72,7 @@ func (l List) write(w io.Writer) {
 			rows = append(rows, []string{vm.Name, vm.UUID, vm.State, vm.LabelState, vm.KeyOwner, last})
 		}
 		table(w, rows)
+		l.writeShared(w)
 	}
 	switch {
 	case l.State == "empty" || l.State == "readable":
@@ -88,6 +90,21 @@ func (l List) write(w io.Writer) {
 			fmt.Fprintln(w, "vTPM state that is there, of VMs:")
 		}
 		fmt.Fprintln(w, "  "+uuid)
+	}
+}
+
+// writeShared names VMs whose vTPMs are copies of one another.
+func (l List) writeShared(w io.Writer) {
+	first := true
+	for _, vm := range l.VMs {
+		if len(vm.EKSharedWith) == 0 {
+			continue
+		}
+		if first {
+			fmt.Fprintln(w, "\nvTPMs that are copies of one another, by their endorsement keys:")
+		}
+		first = false
+		fmt.Fprintf(w, "  %s (%s) and %s\n", vm.Name, vm.UUID, strings.Join(vm.EKSharedWith, ", "))
 	}
 }
 
@@ -139,6 +156,10 @@ func (vm VM) write(w io.Writer) {
 	if vm.LastWhat != "" {
 		last += ": " + vm.LastWhat
 	}
+	certificate := vm.EKOrigin
+	if certificate == "" && vm.EKDigest != "" {
+		certificate = "none"
+	}
 	reverts := ""
 	if vm.Reverts > 0 {
 		reverts = fmt.Sprintf("%s, last %s", plural(vm.Reverts, "time", "times"), local(vm.Reverted))
@@ -150,6 +171,8 @@ func (vm VM) write(w io.Writer) {
 		"vTPM", vm.StatePath,
 		"Baseline", vm.Baseline,
 		"EK digest", vm.EKDigest,
+		"EK certificate", certificate,
+		"Same EK as", strings.Join(vm.EKSharedWith, " "),
 		"Key", key,
 		"Recovery", recovery,
 		"Label", label,

@@ -150,11 +150,12 @@ func TestPolicy(t *testing.T) {
 	gid, _ := strconv.Atoi(group.Gid)
 	member := uid(t, "nobody")
 	member.Groups = []uint32{uint32(gid)}
-	callers := map[string]*syscall.Credential{"root": {}, "member": member, "tss": uid(t, "tss"), "qemu": uid(t, "libvirt-qemu"), "other": uid(t, "nobody")}
+	callers := map[string]*syscall.Credential{"root": {}, "member": member, "tss": uid(t, "tss"), "qemu": uid(t, "libvirt-qemu"), "agent": uid(t, standInAgent), "other": uid(t, "nobody")}
 
 	const std = "org.freedesktop.DBus."
 	readers := map[string]bool{"root": true, "member": true}
 	root := map[string]bool{"root": true}
+	attesters := map[string]bool{"root": true, "agent": true}
 	for call, allowed := range map[string]map[string]bool{
 		std + "Properties.Get":                    readers,
 		std + "Properties.GetAll":                 readers,
@@ -176,6 +177,10 @@ func TestPolicy(t *testing.T) {
 		bus.ManagerInterface + ".HandleHook":      root,
 		bus.ManagerInterface + ".RedeemGrant":     {"root": true, "tss": true, "qemu": true},
 		bus.ManagerInterface + ".NotYetInvented":  root,
+		bus.AttestationInterface + ".Identity":    attesters,
+		bus.AttestationInterface + ".Evidence":    attesters,
+		bus.AttestationInterface + ".QuoteKey":    attesters,
+		bus.HostInterface + ".States":             readers,
 		bus.VMInterface + ".NotYetInvented":       root,
 	} {
 		for name, credential := range callers {
@@ -242,6 +247,28 @@ func TestPolicySignals(t *testing.T) {
 		if got := line(listeners[name]); got != want {
 			t.Errorf("%s heard %q first, want %q", name, got, want)
 		}
+	}
+}
+
+// On a host without the agent there is no such user: the bus comes up all the
+// same, and lets everybody else do what they may.
+func TestPolicyWithoutAgent(t *testing.T) {
+	if os.Getuid() != 0 {
+		missing(t, "calling as several users needs root")
+	}
+	const none = "virt-trust-test-none"
+	if _, err := user.Lookup(none); err == nil {
+		t.Fatal("there is a user ", none)
+	}
+	newFake().serve(t, startBusFor(t, none))
+	call := "call " + bus.AttestationInterface + ".Identity"
+	for name, want := range map[string]string{"daemon": "denied", "root": "allowed", "tss": "denied"} {
+		if got := line(child(t, uid(t, name), call)); got != want {
+			t.Errorf("%s: %q, want %q", name, got, want)
+		}
+	}
+	if got := line(child(t, uid(t, "tss"), "call "+bus.ManagerInterface+".RedeemGrant")); got != "allowed keys 2" {
+		t.Errorf("swtpm's user: %q", got)
 	}
 }
 

@@ -26,9 +26,18 @@ import (
 // virt-trust, which exists only where the package is installed.
 const standIn = "games"
 
+// standInAgent likewise stands for the user virt-trust-agent.
+const standInAgent = "daemon"
+
 // startBus runs a dbus-daemon with the rules of Debian's system bus and the
 // packaged policy, and makes it the system bus of this test.
 func startBus(t *testing.T) (address string) {
+	t.Helper()
+	return startBusFor(t, standInAgent)
+}
+
+// startBusFor is startBus with another user in place of virt-trust-agent.
+func startBusFor(t *testing.T, agent string) (address string) {
 	t.Helper()
 	daemon, err := exec.LookPath("dbus-daemon")
 	if err != nil {
@@ -42,7 +51,7 @@ func startBus(t *testing.T) (address string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	text := strings.NewReplacer(`group="virt-trust"`, `group="`+standIn+`"`, `user="root"`, `user="`+me.Username+`"`).Replace(string(policy))
+	text := strings.NewReplacer(`group="virt-trust"`, `group="`+standIn+`"`, `user="root"`, `user="`+me.Username+`"`, `user="virt-trust-agent"`, `user="`+agent+`"`).Replace(string(policy))
 
 	dir, err := os.MkdirTemp("", "bus") // t.TempDir's parents are closed to other users
 	if err != nil {
@@ -128,6 +137,7 @@ type fake struct {
 	check         map[string]map[string]any // by VM
 	refuse        map[string]*reason.Refusal
 	methods       map[string]any // more of them
+	attestation   map[string]any
 
 	mu        sync.Mutex // of what follows: each call has its goroutine
 	label     map[string]any
@@ -270,7 +280,7 @@ func (f *fake) serve(t *testing.T, address string) {
 			return variants(f.label), nil
 		},
 	}
-	for _, m := range []string{"Adopt", "Release", "Repair", "Accept", "AdoptEmulator", "RestoreEmulator"} {
+	for _, m := range []string{"Adopt", "Release", "Repair", "Accept", "AdoptEmulator", "RestoreEmulator", "IssueEKCertificate"} {
 		manager[m] = change(m)
 	}
 	maps.Copy(manager, f.methods)
@@ -292,6 +302,7 @@ func (f *fake) serve(t *testing.T, address string) {
 	nothing := func(dbus.Message) *dbus.Error { return nil }
 	for _, err := range []error{
 		conn.ExportMethodTable(manager, bus.Path, bus.ManagerInterface),
+		conn.ExportMethodTable(f.attestation, bus.HostPath, bus.AttestationInterface),
 		conn.ExportSubtreeMethodTable(map[string]any{"GetAll": getAll, "Get": nothing, "Set": nothing}, bus.Path, "org.freedesktop.DBus.Properties"),
 		conn.ExportMethodTable(map[string]any{"GetManagedObjects": f.managed}, bus.Path, "org.freedesktop.DBus.ObjectManager"),
 		conn.ExportMethodTable(map[string]any{"Introspect": nothing}, bus.Path, "org.freedesktop.DBus.Introspectable"),

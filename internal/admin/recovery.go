@@ -267,16 +267,14 @@ func (c *Command) readSecret(name string) ([]byte, error) {
 	if !ok {
 		return readAll(c.Stdin)
 	}
-	was, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	if err != nil { // no terminal
-		return readAll(f)
-	}
-	silent := *was
-	silent.Lflag &^= unix.ECHO
-	if err := unix.IoctlSetTermios(int(f.Fd()), unix.TCSETSF, &silent); err != nil {
+	loud, err := silent(f)
+	if err != nil {
 		return nil, err
 	}
-	defer unix.IoctlSetTermios(int(f.Fd()), unix.TCSETSF, was)
+	if loud == nil { // no terminal
+		return readAll(f)
+	}
+	defer loud()
 	fmt.Fprintln(c.Stderr, "Recovery key, or its shares in lines (not shown); an empty line ends it:")
 	var text []byte
 	one := make([]byte, 1)
@@ -290,6 +288,21 @@ func (c *Command) readSecret(name string) ([]byte, error) {
 		}
 	}
 	return text, nil
+}
+
+// silent ends a terminal's echo until the function that it gives is called; nil
+// where f is none.
+func silent(f *os.File) (loud func(), err error) {
+	was, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	if err != nil {
+		return nil, nil
+	}
+	now := *was
+	now.Lflag &^= unix.ECHO
+	if err := unix.IoctlSetTermios(int(f.Fd()), unix.TCSETSF, &now); err != nil {
+		return nil, err
+	}
+	return func() { _ = unix.IoctlSetTermios(int(f.Fd()), unix.TCSETSF, was) }, nil
 }
 
 func readAll(r io.Reader) ([]byte, error) {

@@ -54,8 +54,8 @@ type imaState struct {
 	At    ima.Checkpoint `cbor:"1,keyasint"`
 	Found []imaFinding   `cbor:"2,keyasint"` // entries that were not accepted, oldest first
 	More  uint64         `cbor:"3,keyasint"` // that there was no room for
-	// Accepted are marks of the entries that Reference Values accepted, 8 bytes
-	// each, sorted: a value that is withdrawn later is missed.
+	// Accepted are two marks of each entry that Reference Values accepted, 8 bytes
+	// each: for its path and for any path. A value that is withdrawn later is missed.
 	Accepted []byte `cbor:"4,keyasint"`
 }
 

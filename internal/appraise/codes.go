@@ -17,12 +17,12 @@ const (
 	CodePCRsMissing = "quote-lacks-pcrs"   // PCRs of the policy are not quoted
 	CodePCRValues   = "pcr-values-forged"  // the values are not those that were quoted
 	CodeNodeState   = "node-not-active"    // for the caller: pending, revoked
+	CodeTooMany     = "more-findings"      // than are shown
 
 	// Of time.
-	CodeClockBack  = "clock-went-back"    // the TPM's clock or counters are lower than before
-	CodeResets     = "reset-count"        // boot id and resetCount tell different stories
-	CodeClockSkew  = "host-clock-wrong"   // far from the Verifier's
-	CodeClockReset = "tpm-clock-not-safe" // after a power cut the TPM's clock may have gone back
+	CodeClockBack = "clock-went-back"  // the TPM's clock or counters are lower than before
+	CodeResets    = "reset-count"      // boot id and resetCount tell different stories
+	CodeClockSkew = "host-clock-wrong" // far from the Verifier's
 
 	// Of the firmware's and the boot loader's event log.
 	CodeEventLogMissing = "event-log-missing"

@@ -9,7 +9,7 @@ import (
 type Node struct {
 	ID     string
 	AK     *ecdsa.PublicKey
-	AKName []byte
+	AKName []byte   // nil where only the key is known
 	Groups []string // "group:NAME": subjects of Reference Values that are the node's too
 }
 

@@ -2,6 +2,7 @@ package appraise
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
@@ -9,6 +10,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"virt-trust/internal/launcher/refvalues"
@@ -43,6 +45,8 @@ type Policy struct {
 	MaxAge   Seconds `json:"max_age"`   // of a result
 	MaxSkew  Seconds `json:"max_skew"`  // of the host's clock
 	Starting Seconds `json:"vm_starts"` // after its start a VM's PCRs may not be complete
+
+	ready atomic.Pointer[compiled]
 }
 
 // IMAPolicy is for files in the IMA measurement list.
@@ -161,12 +165,47 @@ func (p *Policy) check() error {
 	return nil
 }
 
-// revision tells one policy from another.
-func (p *Policy) revision() uint64 {
-	b, err := json.Marshal(p)
-	if err != nil {
-		return 0
+// compiled is a policy made ready.
+type compiled struct {
+	*Policy
+	revision uint64 // tells one policy from another
+	keys     []crypto.PublicKey
+	exact    map[string]bool
+	prefixes []string
+}
+
+// compile makes a policy ready, once.
+func (p *Policy) compile() *compiled {
+	if c := p.ready.Load(); c != nil {
+		return c
 	}
-	d := sha256.Sum256(b)
-	return binary.BigEndian.Uint64(d[:])
+	c := &compiled{Policy: p, exact: map[string]bool{}}
+	if b, err := json.Marshal(p); err == nil {
+		d := sha256.Sum256(b)
+		c.revision = binary.BigEndian.Uint64(d[:])
+	}
+	c.keys, _ = p.imaKeys() // check saw to it
+	for _, e := range p.IMA.Excludes {
+		if prefix, ok := strings.CutSuffix(e, "*"); ok {
+			c.prefixes = append(c.prefixes, prefix)
+		} else {
+			c.exact[e] = true
+		}
+	}
+	p.ready.Store(c)
+	return c
+}
+
+// excluded reports whether a file is not looked at. A path with ".." in it is
+// none that the kernel gives.
+func (c *compiled) excluded(path []byte) bool {
+	if c.exact[string(path)] {
+		return true
+	}
+	for _, p := range c.prefixes {
+		if len(path) > len(p) && string(path[:len(p)]) == p && !bytes.Contains(path, []byte("/../")) {
+			return true
+		}
+	}
+	return false
 }

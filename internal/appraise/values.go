@@ -14,19 +14,21 @@ import (
 // Values are approved Reference Values, indexed. They are built once and used
 // for many rounds, by many at once.
 type Values struct {
-	revision uint64 // the sum of all values' digests
 	subjects map[string]*subjectValues
 }
 
 // subjectValues are those of one subject.
 type subjectValues struct {
-	files [2]map[string][]string // of IMA, launchers: digest ("\x0b" ‖ 32 bytes) => paths, "" for wherever
-	paths [2]map[string][]string // path => digests, in hexadecimal
+	revision uint64                 // the sum of all values' digests
+	files    [2]map[string][]string // of IMA, launchers: digest ("\x0b" ‖ 32 bytes) => paths, "" for wherever
+	paths    [2]map[string][]string // path => digests, in hexadecimal
 	// events: "PCR/" ‖ digest; words: PCR/type/description => digests, in
 	// hexadecimal.
 	events map[string]bool
 	words  map[string][]string
 	pcrs   [2]map[string][]string // of the host, of a VM: "sha256:0" => values, in hexadecimal
+	// marks are of IMA's values: see mark.
+	marks map[uint64]bool
 }
 
 // Indexes of files and pcrs.
@@ -106,7 +108,7 @@ func NewValues(values []fleet.Value) *Values {
 func (x *Values) add(v *fleet.Value) {
 	s := x.subjects[v.Subject]
 	if s == nil {
-		s = &subjectValues{events: map[string]bool{}, words: map[string][]string{}}
+		s = &subjectValues{events: map[string]bool{}, words: map[string][]string{}, marks: map[uint64]bool{}}
 		for i := range 2 {
 			s.files[i], s.paths[i], s.pcrs[i] = map[string][]string{}, map[string][]string{}, map[string][]string{}
 		}
@@ -126,12 +128,31 @@ func (x *Values) add(v *fleet.Value) {
 		of := ofIMA
 		if v.Kind == fleet.Launcher {
 			of = ofLauncher
+		} else {
+			s.marks[mark([]byte(v.Path), key[1:])] = true
 		}
 		s.files[of][string(key)] = append(s.files[of][string(key)], v.Path)
 		s.paths[of][v.Path] = append(s.paths[of][v.Path], digits)
 	}
 	d := sha256.Sum256([]byte(strings.Join([]string{v.Subject, string(v.Kind), v.Path, strings.ToLower(v.Digest)}, "\x00")))
-	x.revision += binary.BigEndian.Uint64(d[:])
+	s.revision += binary.BigEndian.Uint64(d[:])
+}
+
+// mark stands for a path, "" for any, and a digest there. It is no hash that one
+// could rely on against someone who chooses both: it tells of a value that was
+// accepted by comparison before whether it is still there.
+func mark(path, digest []byte) uint64 {
+	const prime = 0x9e3779b97f4a7c15
+	h := binary.BigEndian.Uint64(digest)
+	for len(path) >= 8 {
+		h = (h ^ binary.LittleEndian.Uint64(path)) * prime
+		h ^= h >> 29
+		path = path[8:]
+	}
+	for _, c := range path {
+		h = (h ^ uint64(c)) * prime
+	}
+	return h
 }
 
 // view is the Reference Values for some subjects.
@@ -149,16 +170,43 @@ func (in *Input) view(subjects ...string) view {
 	return all
 }
 
+func (v view) has(f func(*subjectValues) bool) bool {
+	for _, s := range v {
+		if f(s) {
+			return true
+		}
+	}
+	return false
+}
+
+func (v view) hasEvents() bool {
+	return v.has(func(s *subjectValues) bool { return len(s.events) > 0 })
+}
+
+// hasHost: something was said of the host's boot.
+func (v view) hasHost() bool {
+	return v.has(func(s *subjectValues) bool { return len(s.events) > 0 || len(s.pcrs[ofHost]) > 0 })
+}
+
+func (v view) hasVM() bool {
+	return v.has(func(s *subjectValues) bool { return len(s.pcrs[ofVM]) > 0 })
+}
+
+// marked reports whether what a mark stands for is still a Reference Value.
+func (v view) marked(m uint64) bool {
+	return v.has(func(s *subjectValues) bool { return s.marks[m] })
+}
+
 // file reports whether a digest is right for a path.
 func (v view) file(of int, key, path []byte) bool {
-	for _, s := range v {
+	return v.has(func(s *subjectValues) bool {
 		for _, p := range s.files[of][string(key)] {
 			if p == "" || p == string(path) {
 				return true
 			}
 		}
-	}
-	return false
+		return false
+	})
 }
 
 // at gives the digests that are right for a path.
@@ -186,15 +234,19 @@ func (v view) words(path string) (digests []string) {
 }
 
 func (v view) pcr(of int, path string) (values []string) {
+	if len(v) == 1 {
+		return v[0].pcrs[of][path]
+	}
 	for _, s := range v {
 		values = append(values, s.pcrs[of][path]...)
 	}
 	return values
 }
 
-func (in *Input) valuesRevision() (n uint64) {
-	for _, x := range in.Values {
-		n += x.revision
+// revision tells whether something was added or taken away.
+func (v view) revision() (n uint64) {
+	for _, s := range v {
+		n += s.revision
 	}
 	return n
 }

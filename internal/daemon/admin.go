@@ -95,6 +95,14 @@ func (g *Guard) Check(ctx context.Context, f *domain.Facts) (note string, err er
 	g.mu.Lock()
 	s := g.sessions[f.UUID]
 	g.mu.Unlock()
+	defer func() {
+		if store := g.peek(); store != nil && err == nil {
+			if r := store.Get(f.UUID); r != nil {
+				note = strings.TrimPrefix(note+"; "+sharedNote(store, r), "; ")
+				note = strings.TrimSuffix(note, "; ")
+			}
+		}
+	}()
 	if s != nil {
 		return "the VM runs", nil
 	}

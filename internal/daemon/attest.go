@@ -7,11 +7,9 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"os/user"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"time"
@@ -22,8 +20,6 @@ import (
 	"virt-trust/internal/evidence/report"
 	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/platform/secret"
-	"virt-trust/internal/vtpm/ekcert"
-	"virt-trust/internal/vtpm/liststore"
 	"virt-trust/internal/vtpm/reason"
 )
 
@@ -57,7 +53,8 @@ func (s *Service) attestation() map[string]any {
 			return s.attestRefusal(body(ctx))
 		})
 	}
-	return map[string]any{
+	methods := s.certifierMethods()
+	maps.Copy(methods, map[string]any{
 		"Identity": func(options dict, sender dbus.Sender) (dict, *dbus.Error) {
 			result := dict{}
 			return result, serve(sender, "Identity", func(ctx context.Context) error {
@@ -110,10 +107,8 @@ func (s *Service) attestation() map[string]any {
 			}
 			return fd, nil
 		},
-		"SetCertifierCertificate": func(chain []byte, options dict, sender dbus.Sender) *dbus.Error {
-			return serve(sender, "SetCertifierCertificate", func(context.Context) error { return s.setCertifierChain(chain) })
-		},
-	}
+	})
+	return methods
 }
 
 // attestRefusal is hostRefusal for what these methods add.
@@ -146,12 +141,12 @@ func (s *Service) identity(ctx context.Context) (dict, error) {
 	if id.EKProblem != "" {
 		d["ek_problem"] = dbus.MakeVariant(text(id.EKProblem))
 	}
-	chain, err := s.g.certifierChain()
-	switch {
-	case err == nil:
-		d["certifier_certificate"] = dbus.MakeVariant(chain[0].Raw)
-	case !errors.Is(err, fs.ErrNotExist):
-		s.log.WithError(err).Warn("the certifier's certificate cannot be used")
+	chain, err := s.g.certifierChain(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if c := chain[0]; !bytes.Equal(c.RawIssuer, c.RawSubject) { // not the one that it gave itself
+		d["certifier_certificate"] = dbus.MakeVariant(c.Raw)
 	}
 	return d, nil
 }
@@ -226,37 +221,4 @@ func (s *Service) evidence(ctx context.Context, nonce []byte, have bus.Have) ([]
 		err = fmt.Errorf("evidence of %d bytes, at most %d", len(b), report.MaxEvidence)
 	}
 	return b, err
-}
-
-// certifierChainPath is where the CA's certificate over the certifier lies, in
-// PEM, and those above it.
-func (g *Guard) certifierChainPath() string { return filepath.Join(g.dirs.State, "certifier.pem") }
-
-// certifierChain gives it; fs.ErrNotExist where none was set.
-func (g *Guard) certifierChain() ([]*x509.Certificate, error) {
-	b, err := readUpTo(g.certifierChainPath(), ekcert.MaxChain)
-	if err != nil {
-		return nil, err
-	}
-	return ekcert.ParseChain(b)
-}
-
-// setCertifierChain keeps a chain that fits this host's certifier. Who signed it
-// is for those to judge who rely on it.
-func (s *Service) setCertifierChain(b []byte) error {
-	certifier := s.host.CertifierPublic()
-	if certifier == nil {
-		return hosttpm.ErrNotProvisioned
-	}
-	chain, err := ekcert.ParseChain(b)
-	if err == nil {
-		err = ekcert.VerifyChain(chain, certifier, s.g.now())
-	}
-	if err != nil {
-		return reason.Refuse(reason.PolicyForbids, "enrol the host again", "the chain is not one above this host's certifier: %s", err)
-	}
-	if err := liststore.WriteFile(s.g.certifierChainPath(), b, 0o644); err != nil {
-		return fmt.Errorf("keeping the certifier's certificate: %w", err)
-	}
-	return nil
 }

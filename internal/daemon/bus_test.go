@@ -49,7 +49,7 @@ type office struct {
 	programs string // folder of programs that are this test binary
 }
 
-func openOffice(t *testing.T) *office {
+func openOffice(t testing.TB) *office {
 	t.Helper()
 	o := &office{house: newHouse(t)}
 	var err error
@@ -71,7 +71,7 @@ func openOffice(t *testing.T) *office {
 	o.address = "unix:path=" + socket
 
 	self := must[string](t)(os.Executable())
-	for _, p := range []string{"hook", "wrapper", "emulator", "libvirtd", "other"} {
+	for _, p := range []string{"hook", "wrapper", "emulator", "ekcert", "libvirtd", "other"} {
 		to := filepath.Join(o.programs, p)
 		if os.Link(self, to) != nil {
 			copyFile(t, self, to)
@@ -90,7 +90,7 @@ func openOffice(t *testing.T) *office {
 	t.Cleanup(func() { own.Close() })
 	o.s = newService(own, Options{
 		Config: configIn(o.root), Version: "1", Log: logrus.NewEntry(l),
-		Programs: Programs{Hook: filepath.Join(o.programs, "hook"), Wrapper: filepath.Join(o.programs, "wrapper"), Emulator: filepath.Join(o.programs, "emulator"), Script: filepath.Join(o.root, "script")},
+		Programs: Programs{Hook: filepath.Join(o.programs, "hook"), Wrapper: filepath.Join(o.programs, "wrapper"), Emulator: filepath.Join(o.programs, "emulator"), EKCert: filepath.Join(o.programs, "ekcert"), Script: filepath.Join(o.root, "script")},
 	}, uint32(os.Getuid()), uint32(os.Getuid()), host)
 	o.s.g = o.g
 	o.g.changed = o.s.vmChanged
@@ -259,7 +259,9 @@ func TestContract(t *testing.T) {
 	o := openOffice(t)
 	f := o.vm(uuidA, true)
 	o.start(f)
-	for path, iface := range map[dbus.ObjectPath]string{bus.Path: bus.ManagerInterface, bus.HostPath: bus.HostInterface, bus.VMPath(uuidA): bus.VMInterface} {
+	for iface, path := range map[string]dbus.ObjectPath{
+		bus.ManagerInterface: bus.Path, bus.HostInterface: bus.HostPath, bus.AttestationInterface: bus.HostPath, bus.VMInterface: bus.VMPath(uuidA),
+	} {
 		var live string
 		if err := o.call(path, "org.freedesktop.DBus.Introspectable.Introspect").Store(&live); err != nil {
 			t.Fatal(path, err)
@@ -285,7 +287,12 @@ func TestContract(t *testing.T) {
 				t.Errorf("%s can be set: %v", k, err)
 			}
 		}
-		if path == bus.HostPath {
+		if iface == bus.AttestationInterface {
+			for name, m := range o.s.attestation() {
+				have = append(have, fmt.Sprintf("method %s(%s) %s", name, signature(t, m, true), signature(t, m, false)))
+			}
+		}
+		if iface == bus.HostInterface {
 			for name, m := range o.s.hostMethods() {
 				have = append(have, fmt.Sprintf("method %s(%s) %s", name, signature(t, m, true), signature(t, m, false)))
 			}

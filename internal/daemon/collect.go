@@ -24,6 +24,9 @@ import (
 	"virt-trust/internal/evidence/ima"
 	"virt-trust/internal/evidence/report"
 	"virt-trust/internal/introspect"
+	"virt-trust/internal/introspect/inject"
+	"virt-trust/internal/platform/journal"
+	"virt-trust/internal/vtpm/ek"
 	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/statedir"
 )
@@ -36,6 +39,7 @@ import (
 const (
 	readers     = 8               // VMs whose PCRs are read at once
 	readLimit   = 2 * time.Second // for one VM
+	quoteLimit  = 3 * time.Second
 	vmsLimit    = 20 * time.Second
 	maxIMAPiece = 16 << 20 // bytes of a log in one round: what is more goes with the next
 	maxLogPiece = 8 << 20
@@ -45,7 +49,7 @@ const (
 
 // collect gives the evidence for a nonce.
 func (s *Service) collect(ctx context.Context, nonce []byte, have bus.Have) (*report.Evidence, error) {
-	r, err := s.report(ctx)
+	r, err := s.report(ctx, nonce)
 	if err != nil {
 		return nil, err
 	}
@@ -75,7 +79,7 @@ func (s *Service) collect(ctx context.Context, nonce []byte, have bus.Have) (*re
 }
 
 // report says how the host and its VMs are now.
-func (s *Service) report(ctx context.Context) (*report.Report, error) {
+func (s *Service) report(ctx context.Context, nonce []byte) (*report.Report, error) {
 	g := s.g
 	r := &report.Report{
 		Version: report.Version, AK: s.host.AKName(), BootID: g.bootID, Time: g.now().UnixMicro(),
@@ -95,22 +99,23 @@ func (s *Service) report(ctx context.Context) (*report.Report, error) {
 	r.Host.Name, r.Host.Kernel = text(name), text(unix.ByteSliceToString(u.Release[:]))
 	r.Host.ListState, _, r.Host.ListGeneration, _ = g.listState()
 	r.Host.LaunchLog, _ = g.launchLogState()
-	r.Deleted = g.gone.deleted() // before the records: see gone
 	store := g.peek()
 	if store == nil {
+		r.Deleted = g.gone.deleted()
 		return r, nil
 	}
 	r.Host.ListGeneration, r.Host.ListCounter = store.Generation(), store.Counter()
 	records := store.All()
+	r.Deleted = g.gone.deleted() // after the records, as it is written before them: see gone
 	if len(records) > report.MaxVMs {
 		return nil, fmt.Errorf("%d VMs, at most %d are reported", len(records), report.MaxVMs)
 	}
-	r.VMs, err = s.reportVMs(ctx, records)
+	r.VMs, err = s.reportVMs(ctx, nonce, records)
 	return r, err
 }
 
 // reportVMs reports some VMs at once. Records come by UUID, ascending.
-func (s *Service) reportVMs(ctx context.Context, records []*list.Record) ([]report.VM, error) {
+func (s *Service) reportVMs(ctx context.Context, nonce []byte, records []*list.Record) ([]report.VM, error) {
 	ctx, cancel := context.WithTimeout(ctx, vmsLimit)
 	defer cancel()
 	all := make([]report.VM, len(records))
@@ -120,7 +125,7 @@ func (s *Service) reportVMs(ctx context.Context, records []*list.Record) ([]repo
 	for range min(readers, len(records)) {
 		wg.Go(func() {
 			for i := range next {
-				all[i], errs[i] = s.reportVM(ctx, records[i])
+				all[i], errs[i] = s.reportVM(ctx, nonce, records[i])
 			}
 		})
 	}
@@ -132,7 +137,7 @@ func (s *Service) reportVMs(ctx context.Context, records []*list.Record) ([]repo
 	return all, errors.Join(errs...)
 }
 
-func (s *Service) reportVM(ctx context.Context, r *list.Record) (v report.VM, err error) {
+func (s *Service) reportVM(ctx context.Context, nonce []byte, r *list.Record) (v report.VM, err error) {
 	if v.UUID, err = binaryUUID(r.UUID); err != nil {
 		return v, err
 	}
@@ -142,24 +147,36 @@ func (s *Service) reportVM(ctx context.Context, r *list.Record) (v report.VM, er
 	if !r.EKDigest.IsZero() {
 		v.EK = r.EKDigest[:]
 	}
-	pid, used, err := statedir.Holder(r.Instance)
+	v.EKCertificate = r.EKCertificate
+	pid, err := statedir.Holder(r.Instance)
 	if err != nil {
 		// It may run: that it cannot be told is told.
 		v.Running, v.Problem = true, text("whether it runs cannot be told: "+err.Error())
 		return v, nil
 	}
-	if v.Running = used; !used {
+	if v.Running = pid != 0; !v.Running {
 		return v, nil
 	}
-	if pid == 0 {
+	if pid < 0 {
 		v.Problem = "its swtpm runs in another pid namespace"
 		return v, nil
 	}
+	target := introspect.Target{Swtpm: pid, QEMU: qemuOf(r.Name), UUID: r.UUID, StateDir: r.Instance}
+	if len(r.AKPublic) > 0 && s.g.cfg.Attestation.VTPMAK && s.quoter != nil { // the VM is paused for a moment
+		one, cancel := context.WithTimeout(ctx, quoteLimit)
+		defer cancel()
+		q, reading, err := s.quoter.Quote(one, target, report.VTPMQualifyingData(nonce, v.UUID), uint32(ek.AKHandle))
+		if err == nil {
+			v.Quote, v.PCRs = &report.VTPMQuote{Quote: *q, AK: r.AKPublic}, reading
+			return v, nil
+		}
+		s.log.WithField(journal.VM, r.UUID).WithError(err).Debug("a vTPM does not quote")
+	}
 	one, cancel := context.WithTimeout(ctx, readLimit)
 	defer cancel()
-	v.PCRs, err = s.pcrs.Read(one, introspect.Target{Swtpm: pid, QEMU: qemuOf(r.Name), UUID: r.UUID, StateDir: r.Instance})
+	v.PCRs, err = s.pcrs.Read(one, target)
 	if errors.Is(err, introspect.ErrGone) {
-		if _, used, e := statedir.Holder(r.Instance); e == nil && !used { // it has just stopped
+		if used, e := statedir.InUse(r.Instance); e == nil && !used { // it has just stopped
 			v.Running = false
 			return v, nil
 		}
@@ -275,7 +292,7 @@ func imaPiece(path string, have uint64) report.Log {
 	case !ok:
 		l.Problem = path + " is no measurement list"
 	default:
-		l.From, l.Data, l.More = have, b[:whole], more || whole < len(b)
+		l.From, l.Data, l.More = have, b[:whole], more
 	}
 	return l
 }
@@ -307,7 +324,7 @@ func wholeEntries(b []byte) (n int, ok bool) {
 		}
 		n += size
 	}
-	return n, n > 0 || len(b) == 0
+	return n, true
 }
 
 // launchLogPiece is what the launch log has grown by since.
@@ -359,6 +376,24 @@ func (g *Guard) launchLogNow(ctx context.Context) (*os.File, int64, error) {
 			return nil, 0, err
 		}
 	}
+}
+
+// quoter has a vTPM quote with the AK at a handle, and reads its PCRs.
+type quoter interface {
+	Quote(ctx context.Context, t introspect.Target, qualifying [32]byte, ak uint32) (*report.Quote, *report.Reading, error)
+}
+
+// lookInto readies what reads the PCRs of vTPMs, which needs the program that
+// they run.
+func (s *Service) lookInto(uid, gid int) {
+	swtpm, err := s.g.launch.measurer.Program("swtpm", defaultPath)
+	if err != nil {
+		s.log.WithError(err).Warn("the PCRs of vTPMs are not read")
+		return
+	}
+	memory := introspect.NewMemory(introspect.Config{Swtpm: swtpm, Dir: s.g.dirs.Run, UID: uid, GID: gid})
+	s.pcrs, s.quoter = memory, &inject.Quoter{}
+	context.AfterFunc(s.working, func() { memory.Close() })
 }
 
 // notRead is a Reader where there is none.

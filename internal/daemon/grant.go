@@ -29,6 +29,10 @@ type grant struct {
 	runs     []launcher
 	had      bool // a vTPM, at prepare: swtpm_setup makes none in its place
 	setup    int  // descriptor of the process that redeemed as swtpm_setup, or -1
+	setupPID int  // its number, while setupRuns
+	certify  bool // a vTPM that is made gets certificates
+	ak       bool // and an AK, which it has not got yet
+	made     manufacture
 }
 
 // open opens a grant after prepare, in place of one that is open still.
@@ -38,6 +42,9 @@ func (g *Guard) open(st *start, cgroup string) {
 		had:  st.dir != nil && st.dir.Exists(),
 		pass: st.d.Plan == lifecycle.Pass || st.r.KeyOwner == list.Libvirts,
 	}
+	fresh := !gr.had && st.d.Plan != lifecycle.Pass && st.f.TPM.Version == "2.0"
+	gr.certify = fresh && g.cfg.Attestation.EKCertificates
+	gr.ak = fresh && g.cfg.Attestation.VTPMAK && !gr.pass && g.launch.ek != nil
 	if !gr.pass {
 		gr.keys = st.keys
 	}
@@ -81,7 +88,10 @@ func (gr *grant) close() {
 
 // Redemption is what a wrapper gets: descriptors to close when they are sent,
 // or none if it shall run its program as it was called.
-type Redemption struct{ State, Transfer *os.File }
+type Redemption struct {
+	State, Transfer *os.File
+	Certify         bool // swtpm_setup gets its certificates from CertifyEK
+}
 
 // Close closes the descriptors.
 func (r *Redemption) Close() {
@@ -105,6 +115,9 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 		return nil, err
 	}
 	empty := false
+	if program == "swtpm" {
+		g.makeAK(path, c)
+	}
 	if program == "swtpm_setup" {
 		seen, err := statedir.Look(path)
 		empty = err != nil || !seen.Exists()
@@ -143,14 +156,18 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 	}
 	gr.redeemed[program] = true
 	if program == "swtpm_setup" {
+		gr.made.fresh = !gr.had
+		r.Certify = gr.certify
 		if s := g.sessions[gr.uuid]; s != nil {
 			s.writes.Store(true)
+			s.making.Store(!gr.had)
 		}
 		var err error
 		if gr.setup, err = unix.PidfdOpen(c.pid, 0); err != nil {
 			r.Close()
 			return nil, g.noKeys("the wrapper has ended", "start the VM again")
 		}
+		gr.setupPID = c.pid
 	}
 	g.log.WithFields(who).Debug("vTPM keys granted")
 	return r, nil

@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"context"
+	"crypto/ecdsa"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
@@ -46,7 +47,8 @@ type TPM interface {
 	WrapKeys(secret []byte) ([]byte, error)
 	UnwrapKeys(ctx context.Context, ciphertext []byte) ([]byte, error)
 	BindKeyName() []byte
-	Sign(ctx context.Context, digest [32]byte) ([]byte, error)
+	Sign(ctx context.Context, digest [32]byte) ([]byte, error) // with the certifier
+	CertifierPublic() *ecdsa.PublicKey
 	liststore.Counter
 
 	// For recovery.
@@ -78,9 +80,12 @@ type Guard struct {
 	watch   *statedir.Watcher
 	launch  launch
 	gone    *gone
-	now     func() time.Time
-	bootID  string
-	stir    chan struct{} // see keepRaised
+
+	certifier certifier
+
+	now    func() time.Time
+	bootID string
+	stir   chan struct{} // see keepRaised
 
 	openList sync.Mutex // held while the list is being opened
 	adopting sync.Mutex // held while a VM's emulator is changed

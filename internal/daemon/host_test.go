@@ -30,7 +30,7 @@ import (
 
 // machine is a TPM that boots: with an event log that leads to its PCRs.
 type machine struct {
-	t     *testing.T
+	t     testing.TB
 	dir   string
 	child *exec.Cmd
 }
@@ -82,13 +82,13 @@ func (m *machine) boot(l *eventlog.Log) {
 }
 
 // bootLog is a log of real boots, see evidence/eventlog/testdata.
-func bootLog(t *testing.T, name string) *eventlog.Log {
+func bootLog(t testing.TB, name string) *eventlog.Log {
 	t.Helper()
 	return must[*eventlog.Log](t)(eventlog.UntrustedParse(must[[]byte](t)(os.ReadFile("../evidence/eventlog/testdata/" + name + ".bin"))))
 }
 
 // bootedOffice is an office on a machine that has booted.
-func bootedOffice(t *testing.T, l *eventlog.Log) (*office, *machine) {
+func bootedOffice(t testing.TB, l *eventlog.Log) (*office, *machine) {
 	t.Helper()
 	o := openOffice(t)
 	m := &machine{t: t, dir: must[string](t)(os.MkdirTemp("", "machine"))}

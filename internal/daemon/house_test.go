@@ -62,6 +62,12 @@ func TestMain(m *testing.M) {
 		holdLock(os.Args[1])
 	case "call":
 		callBus(os.Args[1], os.Args[2], os.Args[3:])
+	case "attest":
+		callAttest(os.Args[1], os.Args[2], len(os.Args[3]))
+	case "certify", "chain":
+		callCertify(mode, os.Args[1])
+	case "manufacture":
+		os.Exit(manufactureInChild())
 	case "count":
 		os.Exit(countOn(os.Args[1]))
 	case "libvirtd":
@@ -332,6 +338,8 @@ func (f *fakeTPM) Sign(ctx context.Context, d [32]byte) ([]byte, error) {
 	}
 	return ecdsa.SignASN1(rand.Reader, f.sig, d[:])
 }
+
+func (f *fakeTPM) CertifierPublic() *ecdsa.PublicKey { return &f.sig.PublicKey }
 
 func (f *fakeTPM) counter() (n uint64) {
 	b, _ := os.ReadFile(f.nv)

@@ -148,8 +148,11 @@ func (g *Guard) note(s *session, r *list.Record, d list.Digest) error {
 	return err
 }
 
-func (g *Guard) dropJournal(uuid string) error {
-	err := os.Remove(filepath.Join(g.keepDir(uuid), keptJournal))
+func (g *Guard) dropJournal(uuid string) error { return g.unkeep(uuid, keptJournal) }
+
+// unkeep removes one thing that is kept of a VM.
+func (g *Guard) unkeep(uuid, name string) error {
+	err := os.Remove(filepath.Join(g.keepDir(uuid), name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

@@ -315,7 +315,7 @@ func (g *Guard) launchers(ctx context.Context, f *domain.Facts) ([]launcher, err
 
 // launched puts the start of a VM into the launch log, between swtpm's start
 // and QEMU's. Called with the VM's lock held.
-func (g *Guard) launched(ctx context.Context, f *domain.Facts, all []launcher) error {
+func (g *Guard) launched(ctx context.Context, f *domain.Facts, all []launcher, m manufacture) error {
 	if len(all) == 0 {
 		return nil
 	}
@@ -331,7 +331,10 @@ func (g *Guard) launched(ctx context.Context, f *domain.Facts, all []launcher) e
 	start := launchlog.Start{VM: f.UUID}
 	if store := g.peek(); store != nil {
 		if r := store.Get(f.UUID); r != nil {
-			r = g.readEK(ctx, store, f, r, all)
+			r = g.readEK(ctx, store, f, r, all, m)
+			if shared := sharedNote(store, r); shared != "" {
+				g.report(r.UUID, r.Name, "start", noted, "", shared, journal.EKShared)
+			}
 			start.Generation, start.LabelGeneration, start.EK = r.Generation, r.LabelGeneration, r.EKDigest.String()
 		}
 	}
@@ -340,36 +343,43 @@ func (g *Guard) launched(ctx context.Context, f *domain.Facts, all []launcher) e
 	return g.logStart(ctx, start, all)
 }
 
-// readEK notes a vTPM's endorsement key in its record, once. That it could not
-// be read keeps no VM from starting.
-func (g *Guard) readEK(ctx context.Context, store *liststore.Store, f *domain.Facts, r *list.Record, all []launcher) *list.Record {
-	g.mu.Lock()
-	s := g.sessions[f.UUID]
-	g.mu.Unlock()
-	if g.launch.ek == nil || !r.EKDigest.IsZero() || r.KeyOwner != list.Ours || f.TPM.Version != "2.0" || s == nil || s.keys == nil {
+// readEK notes a vTPM's endorsement key in its record, once for each vTPM, and
+// what its manufacture has given. That it could not be read keeps no VM from
+// starting.
+func (g *Guard) readEK(ctx context.Context, store *liststore.Store, f *domain.Facts, r *list.Record, all []launcher, m manufacture) *list.Record {
+	if !r.EKDigest.IsZero() && !m.fresh || f.TPM.Version != "2.0" {
 		return r
 	}
 	log := g.log.WithField(journal.VM, f.UUID)
-	seen, err := statedir.Look(s.dir)
-	if err != nil {
-		log.WithError(err).Warn("reading the vTPM's endorsement key: it is not in the launch log")
-	}
-	if err != nil || !seen.Exists() { // swtpm without swtpm_setup makes it later
-		return r
-	}
-	reader := *g.launch.ek
-	for _, l := range all {
-		if l.Role == measure.Swtpm {
-			reader.Swtpm = l.Path
-		}
-	}
 	n := r.Clone()
-	if n.EKDigest, err = reader.Digest(ctx, seen.Name, seen.Data, stateKey(s.keys)); err == nil {
-		err = store.Commit(liststore.Change{Put: n})
-	}
-	if err != nil {
-		log.WithError(err).Warn("reading the vTPM's endorsement key: it is not in the launch log")
+	if r.KeyOwner == list.Ours {
+		g.mu.Lock()
+		s := g.sessions[f.UUID]
+		g.mu.Unlock()
+		if g.launch.ek == nil || s == nil || s.keys == nil {
+			return r
+		}
+		seen, err := statedir.Look(s.dir)
+		if err == nil && !seen.Exists() { // swtpm without swtpm_setup makes it later
+			return r
+		}
+		if err == nil {
+			n.EKDigest, err = g.reader(all).Digest(ctx, seen.Name, seen.Data, stateKey(s.keys))
+		}
+		if err != nil {
+			log.WithError(err).Warn("reading the vTPM's endorsement key: it is not in the launch log")
+			return r
+		}
+	} else if n.EKDigest = m.key; m.key.IsZero() { // only swtpm_setup has told
 		return r
+	}
+	notes := g.noteIdentity(ctx, n, m)
+	if err := store.Commit(liststore.Change{Put: n}); err != nil {
+		log.WithError(err).Warn("noting the vTPM's endorsement key: it is not in the launch log")
+		return r
+	}
+	for _, o := range notes {
+		g.report(r.UUID, r.Name, "start", noted, "", o.text, o.event)
 	}
 	return n
 }

@@ -75,6 +75,7 @@ func Run(ctx context.Context, o Options) error {
 	if err := s.g.chain(o.Programs, uid, gid); err != nil {
 		return err
 	}
+	s.lookInto(uid, gid)
 	// The list is opened before calls come in, if the TPM lets it be.
 	s.openList(ctx)
 	if err := s.export(); err != nil {
@@ -109,7 +110,7 @@ func newService(conn *dbus.Conn, o Options, swtpmUID, qemuUID uint32, tpm *hostt
 	return &Service{
 		conn: conn, programs: o.Programs, swtpmUID: swtpmUID, qemuUID: qemuUID, version: o.Version, log: o.Log,
 		slots: make(chan struct{}, maxCalls), others: make(chan struct{}, maxCalls), signals: make(chan func(), 1024),
-		collecting: make(chan struct{}, 1), pcrs: notRead{},
+		collecting: make(chan struct{}, 1), agent: agentUID, pcrs: notRead{},
 		known: map[string]bool{}, host: tpm, working: context.Background(),
 		history: &history{path: filepath.Join(o.Dirs.State, "host-history.jsonl")}, logs: bootLogs{filepath.Join(o.Dirs.State, "event-logs")},
 	}
@@ -162,6 +163,9 @@ func (s *Service) openList(ctx context.Context) {
 		}
 		s.emit(bus.Path, propertiesChanged, bus.ManagerInterface, s.managerProperties(), []string{})
 		s.log.WithField("generation", store.Generation()).Infof("the vTPM list is open, with %d VMs", len(store.All()))
+		if _, err := s.g.certifierChain(ctx); err != nil {
+			s.log.WithError(err).Warn("the certifier has no certificate yet: those of vTPMs have nothing above them")
+		}
 		if err := s.keepEventLog(ctx); err != nil {
 			s.log.WithError(err).Info("this boot's event log is not kept: virt-trust host dry-run will not tell events from it")
 		}
@@ -587,6 +591,7 @@ func (s *Service) hostProperties() dict {
 	for name, t := range s.host.Timings() {
 		counts[name], times[name] = uint64(t.Count), uint64(t.Total.Microseconds())
 	}
+	d["CertifierChain"] = dbus.MakeVariant(s.g.chainText())
 	d["CommandCounts"], d["CommandTimes"] = dbus.MakeVariant(counts), dbus.MakeVariant(times)
 	d["NextBoot"] = dbus.MakeVariant(uint64(0))
 	if w, err := s.host.Waiver(); err == nil && w != nil {

@@ -37,6 +37,7 @@ type Programs struct {
 	Hook     string // /usr/libexec/virt-trust/virt-trust-hook
 	Wrapper  string // /usr/libexec/virt-trust/virt-trust-wrapper
 	Emulator string // /usr/libexec/virt-trust/virt-trust-emulator
+	EKCert   string // /usr/libexec/virt-trust/virt-trust-ekcert
 	Script   string // /etc/libvirt/hooks/qemu.d/50-virt-trust
 	Removed  string // /run/virt-trust.removed: when the package was removed since boot, if it was
 }
@@ -68,7 +69,9 @@ type Service struct {
 	denied   rate
 	asked    rate // by the agent
 
+	agent      func() (uid uint32, err error)
 	pcrs       introspect.Reader
+	quoter     quoter        // may be nil
 	collecting chan struct{} // has room for one round of evidence
 
 	working    context.Context // ends with virt-trustd
@@ -95,8 +98,9 @@ const (
 	hookOnly
 	wrapperOnly
 	emulatorOnly
-	polkitAction
+	ekcertOnly
 	agentOnly // and root
+	polkitAction
 )
 
 // serve runs a method's body behind everything that is common to all.
@@ -110,7 +114,7 @@ func (s *Service) serve(sender dbus.Sender, method string, who access, limit tim
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	slots := s.others
-	if who == hookOnly || who == wrapperOnly || who == emulatorOnly {
+	if who == hookOnly || who == wrapperOnly || who == emulatorOnly || who == ekcertOnly {
 		slots = s.slots
 	}
 	select {
@@ -153,8 +157,12 @@ func (s *Service) admit(ctx context.Context, c *caller, method string, who acces
 		if c.uid != s.qemuUID || c.exe != s.programs.Emulator || c.traced {
 			return reason.Refuse(reason.PolicyForbids, "let libvirt start QEMU", "this grant is for virt-trust's emulator, run as libvirt's QEMU user")
 		}
+	case ekcertOnly:
+		if c.uid != s.swtpmUID || c.exe != s.programs.EKCert || c.traced {
+			return reason.Refuse(reason.PolicyForbids, "let libvirt start the VM", "certificates are for virt-trust-ekcert, run by swtpm_setup as libvirt's swtpm user")
+		}
 	case agentOnly:
-		if uid, err := agentUID(); c.uid != 0 && (err != nil || c.uid != uid) {
+		if uid, err := s.agent(); c.uid != 0 && (err != nil || c.uid != uid) {
 			return errDenied
 		}
 	case polkitAction:
@@ -220,6 +228,11 @@ func (s *Service) manager() map[string]any {
 					return err
 				}
 				action = "pass"
+				defer func() {
+					if r.Certify && option[bool](options, "certificates") { // the wrapper knows of them
+						action += "-certify"
+					}
+				}()
 				if r.State != nil {
 					action = "keys"
 					keys = []dbus.Variant{dbus.MakeVariant(dbus.UnixFD(r.State.Fd())), dbus.MakeVariant(dbus.UnixFD(r.Transfer.Fd()))}
@@ -313,6 +326,7 @@ func (s *Service) manager() map[string]any {
 	}
 	maps.Copy(methods, s.recoveryMethods())
 	maps.Copy(methods, s.emulatorMethods())
+	maps.Copy(methods, s.ekcertMethods())
 	return methods
 }
 
@@ -599,6 +613,13 @@ func (s *Service) vmProperties(r *list.Record) dict {
 	}
 	d := strs("Recovery", recovery, "UUID", r.UUID, "Name", r.Name, "State", string(s.g.stateOf(r)), "StatePath", r.Instance, "LabelPath", r.LabelPath, "LabelState", labelState,
 		"LabelID", labelID(r), "KeyOwner", string(r.KeyOwner), "Baseline", r.Baseline.String(), "EKDigest", r.EKDigest.String(), "LastVerdict", verdict, "LastReason", code, "LastWhat", what)
+	d["EKCertificate"] = dbus.MakeVariant(nonNil(r.EKCertificate))
+	d["AKPublic"] = dbus.MakeVariant(nonNil(r.AKPublic))
+	d["AKCertificate"] = dbus.MakeVariant(nonNil(r.AKCertificate))
+	d["EKSharedWith"] = dbus.MakeVariant([]string{})
+	if store := s.g.peek(); store != nil {
+		d["EKSharedWith"] = dbus.MakeVariant(sharers(store, r))
+	}
 	for k, v := range map[string]uint64{"Generation": r.Generation, "Created": uint64(r.Created) * 1e6, "Changed": uint64(r.Changed) * 1e6, "Reverted": uint64(r.Reverted) * 1e6} {
 		d[k] = dbus.MakeVariant(v)
 	}

@@ -37,6 +37,8 @@ type session struct {
 	// writes: swtpm may have written. Until QEMU has it load its state, only a
 	// swtpm_setup may.
 	writes atomic.Bool
+	// making: a swtpm_setup makes the vTPM, and QEMU has not had it yet.
+	making atomic.Bool
 
 	tags     *list.Record // the tags as the record shall have them; nil: as it has them
 	reverts  uint32       // 1 where the vTPM was taken back, and the record does not say so yet
@@ -647,7 +649,7 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 		g.reverted(s, &list.Record{Name: f.Name}, "the VM was restored from a saved image, and was not saved when it stopped last")
 		s.mu.Unlock()
 	}
-	if err := g.launched(context.Background(), f, gr.runs); err != nil {
+	if err := g.launched(context.Background(), f, gr.runs, gr.made); err != nil {
 		r := reason.As(err)
 		if g.cfg.Mode == "enforce" || r == nil {
 			return err
@@ -655,6 +657,7 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 		g.report(f.UUID, f.Name, "start", wouldRefuse, r.Code, r.Text(), journal.WouldRefuse)
 	}
 	s.writes.Store(true)
+	s.making.Store(false)
 	g.setState(f.UUID, list.Running)
 	return nil
 }
@@ -753,6 +756,14 @@ func (g *Guard) rest(ctx context.Context, store *liststore.Store, r *list.Record
 	}
 	if seen.Exists() {
 		if seen, err = statedir.Settle(r.Instance); err != nil {
+			return err
+		}
+	}
+	if s != nil && s.making.Load() && !seen.Exists() && r.Baseline.IsZero() {
+		// swtpm_setup has failed, and what it had made was removed: by itself, or by
+		// libvirt with the folder. Nothing was ever in it.
+		entries = nil
+		if err := g.unkeep(r.UUID, keptState); err != nil {
 			return err
 		}
 	}

@@ -33,8 +33,9 @@ type Quoted struct {
 }
 
 // Quote has the AK quote PCRs of a bank, "sha256" or "sha384", with this
-// qualifyingData. It waits for every other request, and lets those that come
-// meanwhile go before its next step.
+// qualifyingData. It waits for every other request. Those that come meanwhile
+// wait for one quote and the reading of its PCRs at most: where a PCR was
+// extended in between, they go before the next try.
 func (h *Host) Quote(ctx context.Context, qualifying [sha256.Size]byte, bank string, pcrs []uint) (*Quoted, error) {
 	if _, err := h.set(); err != nil {
 		return nil, err
@@ -50,48 +51,40 @@ func (h *Host) Quote(ctx context.Context, qualifying [sha256.Size]byte, bank str
 		return nil, fmt.Errorf("there is no PCR %d", last)
 	}
 	for range quoteTries {
-		q, digest, err := h.quoteOnce(ctx, qualifying, bank, pcrs)
-		if err != nil {
-			return nil, err
-		}
-		q.State, err = doLater(ctx, h, func(c *client) (policy.State, error) { return c.readPCRs(bank, pcrs) })
-		if err != nil {
-			return nil, err
-		}
-		if bytes.Equal(pcrDigest(q.State), digest) {
-			return q, nil
+		q, err := doLater(ctx, h, func(c *client) (*Quoted, error) { return c.quote(qualifying, bank, pcrs) })
+		if q != nil || err != nil {
+			return q, err
 		}
 	}
 	return nil, fmt.Errorf("%w: PCRs were extended during each of %d quotes", ErrBusy, quoteTries)
 }
 
-// quoteOnce gives a quote and the digest of the PCRs in it.
-func (h *Host) quoteOnce(ctx context.Context, qualifying [sha256.Size]byte, bank string, pcrs []uint) (*Quoted, []byte, error) {
-	type quote struct {
-		*Quoted
-		digest []byte
-	}
-	q, err := doLater(ctx, h, func(c *client) (q quote, err error) {
-		k := h.keys.Load()
-		err = c.with(k, k.ak, func(ak tpm2.TPMHandle) error {
-			r, err := tpm2.Quote{
-				SignHandle:     tpm2.AuthHandle{Handle: ak, Name: tpm2.TPM2BName{Buffer: k.ak.name}, Auth: tpm2.PasswordAuth(nil)},
-				QualifyingData: tpm2.TPM2BData{Buffer: qualifying[:]},
-				InScheme:       tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
-				PCRSelect:      selection(bank, pcrs),
-			}.Execute(c)
-			if err != nil {
-				return fmt.Errorf("quoting: %w", err)
-			}
-			q.Quoted, q.digest, err = checkQuote(r, k.akPublic, qualifying, selection(bank, pcrs))
-			if err != nil {
-				return fmt.Errorf("%w: its quote: %w", ErrFailed, err)
-			}
-			return nil
-		})
-		return q, err
+// quote gives a quote, or nil where a PCR was extended before all were read.
+func (c *client) quote(qualifying [sha256.Size]byte, bank string, pcrs []uint) (q *Quoted, err error) {
+	k := c.host.keys.Load()
+	var digest []byte
+	err = c.with(k, k.ak, func(ak tpm2.TPMHandle) error {
+		r, err := tpm2.Quote{
+			SignHandle:     tpm2.AuthHandle{Handle: ak, Name: tpm2.TPM2BName{Buffer: k.ak.name}, Auth: tpm2.PasswordAuth(nil)},
+			QualifyingData: tpm2.TPM2BData{Buffer: qualifying[:]},
+			InScheme:       tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
+			PCRSelect:      selection(bank, pcrs),
+		}.Execute(c)
+		if err != nil {
+			return fmt.Errorf("quoting: %w", err)
+		}
+		if q, digest, err = checkQuote(r, k.akPublic, qualifying, selection(bank, pcrs)); err != nil {
+			return fmt.Errorf("%w: its quote: %w", ErrFailed, err)
+		}
+		return nil
 	})
-	return q.Quoted, q.digest, err
+	if err == nil {
+		q.State, err = c.readPCRs(bank, pcrs)
+	}
+	if err != nil || !bytes.Equal(pcrDigest(q.State), digest) {
+		return nil, err
+	}
+	return q, nil
 }
 
 // checkQuote sees to it that a quote is the one that was asked for. It would be

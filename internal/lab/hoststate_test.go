@@ -16,7 +16,7 @@ import (
 
 // Where a host that boots has its event log, and what it measures of it.
 const (
-	bootLogPath  = labDir + "/boot.bin"
+	bootLogPath  = bootLog
 	bootPCRsPath = labDir + "/boot.pcrs"
 	bootService  = `[Unit]
 Description=Firmware and boot loader of this test host

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs what test hosts and the package's checks need and this Debian 12
-# lacks. Nothing that it installs is started or left enabled here: services
+# Installs what test hosts, the Verifier's tests and the package's checks need
+# and this Debian 12 lacks. Nothing that it installs is started or left enabled here: services
 # run in test hosts only. Quick when nothing is missing.
 set -eu
 
@@ -9,7 +9,8 @@ systemd systemd-sysv systemd-container dbus dbus-daemon polkitd
 libvirt-daemon libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients virtinst
 qemu-system-x86 qemu-utils ovmf seabios swtpm swtpm-tools tpm2-tools
 iproute2 e2fsprogs util-linux procps kmod
-openssl strace lintian apparmor man-db dpkg-dev fakeroot rpm
+openssl strace lintian apparmor man-db dpkg-dev fakeroot rpm openssh-client
+postgresql chromium fonts-dejavu-core prometheus
 "
 
 missing=

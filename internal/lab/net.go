@@ -34,3 +34,23 @@ func (g *Guest) Migrate(to *Host) Result {
 	g.h.t.Helper()
 	return g.h.Run("virsh", "migrate", "--live", "--persistent", "--undefinesource", "--unsafe", g.Name, "qemu+tcp://"+to.opts.Name+"/system")
 }
+
+// Star joins each host by a cable of its own to a center, which all find by its
+// name. They do not reach each other.
+func Star(center *Host, hosts ...*Host) {
+	center.t.Helper()
+	known := "127.0.0.1 localhost\n"
+	for i, h := range hosts {
+		cable := fmt.Sprintf("star%d", i)
+		cmd := exec.Command("ip", "link", "add", cable, "netns", strconv.Itoa(center.leader),
+			"type", "veth", "peer", "name", "star", "netns", strconv.Itoa(h.leader))
+		if out, err := cmd.CombinedOutput(); err != nil {
+			center.t.Fatalf("lab: link: %v: %s", err, out)
+		}
+		center.Shell(fmt.Sprintf("ip address add 10.78.%d.1/24 dev %s; ip link set %s up; ip link set lo up", i, cable, cable))
+		h.Shell(fmt.Sprintf("ip address add 10.78.%d.2/24 dev star; ip link set star up; ip link set lo up", i))
+		h.Shell(fmt.Sprintf("printf '127.0.0.1 localhost\\n10.78.%d.1 %s\\n127.0.1.1 %s\\n' >/etc/hosts", i, center.opts.Name, h.opts.Name))
+		known += fmt.Sprintf("10.78.%d.2 %s\n", i, h.opts.Name)
+	}
+	center.WriteFile("/etc/hosts", []byte(known+"127.0.1.1 "+center.opts.Name+"\n"), 0o644)
+}

@@ -23,6 +23,7 @@ import (
 	"virt-trust/internal/verifier/login"
 	"virt-trust/internal/verifier/metrics"
 	"virt-trust/internal/verifier/operate"
+	"virt-trust/internal/verifier/page"
 	"virt-trust/internal/verifier/rounds"
 	"virt-trust/internal/verifier/store"
 	"virt-trust/internal/verifier/webhook"
@@ -58,7 +59,10 @@ func open(ctx context.Context, o Options) (*verifier, error) {
 		return nil, err
 	}
 	v := &verifier{tls: rounds.TLSConfig(authority, own, time.Now)}
-	if v.results, err = newResults(cfg.Results.Keys, own[0]); err != nil {
+	if _, err := v.tls.GetCertificate(nil); err != nil {
+		return nil, err
+	}
+	if v.results, err = newResults(cfg.Results.Keys, o.Version); err != nil {
 		return nil, err
 	}
 	if v.store, err = store.Open(ctx, cfg.Database, store.Options{}); err != nil {
@@ -106,7 +110,6 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 	}
 	service := &operate.Service{
 		Store: v.store, Pin: authority.Pin(), FourEyes: cfg.Policy.FourEyes, ManifestKeys: manifests,
-		CheckValue: appraise.CheckValue,
 		CheckPolicy: func(document []byte) error {
 			_, err := appraise.ParsePolicy(document)
 			return err
@@ -114,7 +117,7 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 		Guard: guard, Deliver: v.sender.Deliver, Now: time.Now,
 	}
 	people := api.New(api.Config{
-		Store: v.store, Operate: service, Results: v.results, Policy: policy.document, Actor: v.login.actor,
+		Store: v.store, Operate: service, Results: func() api.Results { return v.results.Load() }, Policy: policy.document, Actor: v.login.actor,
 		Node: func(r *http.Request) (fleet.Node, bool, error) {
 			id, err := authority.VerifyNode(r.TLS.VerifiedChains, time.Now())
 			if err != nil {
@@ -126,7 +129,7 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 			}
 			return n, err == nil && n.State == fleet.Active, err
 		},
-		Metrics: v.metrics.Handler(), Version: o.Version, OpenTo: cfg.Results.Access == "open",
+		Metrics: v.metrics.Handler(), DatabaseError: v.metrics.DatabaseError, Version: o.Version, OpenTo: cfg.Results.Access == "open",
 		Requests: cfg.Limits.Requests, Others: cfg.Limits.Anonymous, Now: time.Now, Log: o.Log,
 	})
 	mux := http.NewServeMux()
@@ -135,8 +138,23 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 	}
 	people.Mount(mux)
 	for pattern := range v.login.routes() {
-		mux.HandleFunc(pattern, v.login.serve(pattern))
+		mux.Handle(pattern, people.Person(v.login.serve(pattern)))
 	}
+	web, err := page.New(page.Config{
+		Store: v.store, Operator: service, OIDC: cfg.OIDC.Issuer != "", FourEyes: cfg.Policy.FourEyes, HookEvents: webhook.Events(), Log: o.Log,
+	})
+	if err != nil {
+		return err
+	}
+	mux.Handle("/", people.Person(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/live" {
+			// What follows is no request any more: its reader sends nothing, and is not slow.
+			if err := http.NewResponseController(w).SetReadDeadline(time.Time{}); err != nil {
+				o.Log.WithError(err).Warn("a live page ends with the time for its request")
+			}
+		}
+		web.ServeHTTP(w, r)
+	})))
 	v.handler = protect(mux)
 	return nil
 }

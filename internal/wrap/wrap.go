@@ -193,7 +193,7 @@ func (w *Wrapper) withCertsTool(call swtpmargs.Call) (swtpmargs.Call, error) {
 	}
 	f := os.NewFile(uintptr(fd), "swtpm_setup.conf")
 	defer f.Close()
-	if _, err := f.Write(swtpmargs.WithCertsTool(conf, w.CertsTool)); err != nil {
+	if _, err := f.WriteAt(swtpmargs.WithCertsTool(conf, w.CertsTool), 0); err != nil {
 		return call, err
 	}
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_WRITE|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {

@@ -8,18 +8,16 @@
 // neither a length nor lengths in it, as the oldest kernels wrote it.
 //
 // A PCR vouches for an entry's template data alone. The template's name is not
-// measured; a list in which it was changed replays all the same.
+// measured; a list in which it was changed replays all the same, but for the name
+// "ima".
 package ima
 
 import (
 	"bytes"
 	"crypto/sha1"
-	"crypto/sha256"
-	"crypto/sha512"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash"
 )
 
 // Bounds.
@@ -72,6 +70,14 @@ const legacy = "ima"
 // Next takes the first entry off a list. size is the number of its bytes; 0 where
 // the list ends in the middle of an entry, or before it. e is overwritten.
 func (e *Entry) Next(list []byte) (size int, err error) {
+	if size, err = e.frame(list); size > 0 {
+		e.fields()
+	}
+	return size, err
+}
+
+// frame is Next without a look at the fields.
+func (e *Entry) frame(list []byte) (size int, err error) {
 	const fixed = 4 + sha1.Size + 4
 	if len(list) < fixed {
 		return 0, nil
@@ -112,7 +118,6 @@ func (e *Entry) Next(list []byte) (size int, err error) {
 		return 0, nil
 	}
 	e.Data = list[at : at+length : at+length]
-	e.fields()
 	return at + length, nil
 }
 
@@ -209,19 +214,4 @@ type Checkpoint struct {
 	Bank    string `cbor:"3,keyasint"`
 	Mode    Mode   `cbor:"4,keyasint"`
 	Value   []byte `cbor:"5,keyasint"` // of the PCR; nil at the beginning
-}
-
-// bankHash gives a bank's algorithm.
-func bankHash(bank string) (func() hash.Hash, int) {
-	switch bank {
-	case "sha1":
-		return sha1.New, sha1.Size
-	case "sha256":
-		return sha256.New, sha256.Size
-	case "sha384":
-		return sha512.New384, sha512.Size384
-	case "sha512":
-		return sha512.New, sha512.Size
-	}
-	return nil, 0
 }

@@ -63,9 +63,12 @@ type Quote struct {
 
 // Bank is PCRs of one bank: "sha1", "sha256", "sha384", "sha512".
 type Bank struct {
-	Algorithm string          `cbor:"1,keyasint"`
-	Values    map[uint][]byte `cbor:"2,keyasint"` // by PCR index
+	Algorithm string `cbor:"1,keyasint"`
+	Values    Values `cbor:"2,keyasint"`
 }
+
+// Values are those of PCRs, by index.
+type Values map[uint][]byte
 
 // The kinds of Log.
 const (

@@ -12,6 +12,7 @@ import (
 	"bufio"
 	"bytes"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -151,8 +152,21 @@ func obey(verb, arg string) string {
 				err = extend(tpm, pcr)
 			}
 			text = "extended " + arg
+		case "extends":
+			var n int
+			if n, err = strconv.Atoi(arg); err == nil {
+				err = extends(tpm, n)
+			}
+			text = "extends " + arg
+		case "pcrs":
+			text, err = pcrs(tpm)
+			text = "pcrs " + text
 		case "ek":
 			text, err = ek(tpm)
+		case "ekcert":
+			text, err = certificate(tpm)
+		case "ak":
+			text, err = ak(tpm)
 		default:
 			err = errors.New("unknown command")
 		}
@@ -343,4 +357,56 @@ func ek(tpm transport.TPM) (string, error) {
 		return "", err
 	}
 	return fmt.Sprintf("ek %x", public.Name.Buffer), nil
+}
+
+// certificateIndex has the certificate of the RSA EK (TCG EK Credential Profile
+// 2.6, 2.2.1.4).
+const certificateIndex = tpm2.TPMHandle(0x01c00002)
+
+// certificate reads the EK's certificate out of the vTPM's NV memory, and gives
+// its digest: the console is no line for thousands of digits.
+func certificate(tpm transport.TPM) (string, error) {
+	public, err := tpm2.NVReadPublic{NVIndex: certificateIndex}.Execute(tpm)
+	if err != nil {
+		return "", err
+	}
+	p, err := public.NVPublic.Contents()
+	if err != nil {
+		return "", err
+	}
+	index := tpm2.NamedHandle{Handle: certificateIndex, Name: public.NVName}
+	var der []byte
+	for len(der) < int(p.DataSize) {
+		r, err := tpm2.NVRead{
+			AuthHandle: tpm2.TPMRHOwner, NVIndex: index,
+			Size: min(512, p.DataSize-uint16(len(der))), Offset: uint16(len(der)),
+		}.Execute(tpm)
+		if err != nil {
+			return "", err
+		}
+		der = append(der, r.Data.Buffer...)
+	}
+	issuer := ""
+	if c, err := x509.ParseCertificate(der); err == nil {
+		issuer = c.Issuer.CommonName
+	}
+	return fmt.Sprintf("ekcert %x by %s", sha256.Sum256(der), issuer), nil
+}
+
+// akHandle is where a vTPM has the AK of its manufacture.
+const akHandle = tpm2.TPMHandle(0x8180ff01)
+
+func ak(tpm transport.TPM) (string, error) {
+	public, err := tpm2.ReadPublic{ObjectHandle: akHandle}.Execute(tpm)
+	if err != nil {
+		return "", err
+	}
+	// The guest's owner cannot take it away.
+	_, err = tpm2.EvictControl{
+		Auth: tpm2.TPMRHOwner, ObjectHandle: tpm2.NamedHandle{Handle: akHandle, Name: public.Name}, PersistentHandle: akHandle,
+	}.Execute(tpm)
+	if err == nil {
+		return "", errors.New("the owner evicted it")
+	}
+	return fmt.Sprintf("ak %x", sha256.Sum256(public.OutPublic.Bytes())), nil
 }

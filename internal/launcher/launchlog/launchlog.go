@@ -122,6 +122,7 @@ type Log struct {
 	Files   []File
 	Starts  int
 	Last    *Start // the newest VM start
+	Time    int64  // of the newest entry
 	// Values are what the PCR holds after the lines, Previous what it held before
 	// the last of them; by bank.
 	Values, Previous map[string][]byte
@@ -157,7 +158,7 @@ func (l *Log) Add(line []byte) error {
 		l.Last = e.Start
 		l.Starts++
 	}
-	l.Entries++
+	l.Entries, l.Time = l.Entries+1, e.Time
 	l.Previous, l.Values = l.Values, Extended(l.Values, line)
 	return nil
 }

@@ -181,3 +181,42 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// A log that is taken up again where it was left is the log that was read whole.
+func TestResume(t *testing.T) {
+	var lines [][]byte
+	add := func(e Entry) {
+		t.Helper()
+		b, err := Encode(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines = append(lines, b)
+	}
+	d := sha256.Sum256([]byte("file"))
+	set := Set([][32]byte{d})
+	add(Entry{Event: EventBoot, Boot: &Boot{ID: "b", PCR: 15, Before: map[string]string{"sha256": strings.Repeat("0", 64)}}})
+	add(Entry{Event: EventFiles, Files: []File{{N: 1, Role: "swtpm", Path: "/usr/bin/swtpm", SHA256: hex.EncodeToString(d[:])}}})
+	add(Entry{Event: EventStart, Start: &Start{VM: "v", Launchers: []int{1}, LaunchersSHA256: hex.EncodeToString(set[:])}})
+	whole := &Log{}
+	for i, line := range lines {
+		if i > 0 {
+			l := Resume(Log{Boot: whole.Boot, Entries: whole.Entries, Files: whole.Files, Starts: whole.Starts, Values: whole.Values})
+			for _, rest := range lines[i:] {
+				if err := l.Add(rest); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if l.Entries != len(lines) || l.Starts != 1 || l.Number("/usr/bin/swtpm", d) != 1 {
+				t.Errorf("resumed after %d lines: %+v", i, l)
+			}
+		}
+		if err := whole.Add(line); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l := Resume(Log{Boot: whole.Boot, Entries: 1, Values: whole.Values})
+	if err := l.Add(lines[0]); err == nil {
+		t.Error("a log begins twice")
+	}
+}

@@ -165,6 +165,9 @@ func (m *Measurer) real(program, path string) (string, error) {
 	return "", fmt.Errorf("there is no %s on libvirt's PATH (%.500q) or in /usr/bin", program, path)
 }
 
+// Program finds a real program on a PATH, as virt-trust's wrapper does.
+func (m *Measurer) Program(name, path string) (string, error) { return m.real(name, path) }
+
 func same(a, b string) bool {
 	if b == "" {
 		return false

@@ -115,10 +115,13 @@ type Launcher struct {
 	RequireLog   bool     `toml:"require_log"`   // refuse starts while the launch log does not replay
 }
 
-// Attestation is what the host tells a Verifier.
+// Attestation is what the host tells a Verifier, and what can be proved about
+// VMs.
 type Attestation struct {
-	PCRs    []uint `toml:"pcrs"`     // what is quoted, of the bank tpm.bank
-	IMAList string `toml:"ima_list"` // the kernel's measurement list, binary
+	PCRs           []uint `toml:"pcrs"`            // what is quoted, of the bank tpm.bank
+	IMAList        string `toml:"ima_list"`        // the kernel's measurement list, binary
+	EKCertificates bool   `toml:"ek_certificates"` // new vTPMs get theirs from the host's certifier
+	VTPMAK         bool   `toml:"vtpm_ak"`         // new vTPMs get an AK for quotes
 }
 
 // Default gives the compiled-in configuration.
@@ -136,8 +139,9 @@ func Default() Config {
 		QEMU:     QEMU{User: "libvirt-qemu"},
 		Launcher: Launcher{Policy: []string{FirstUse, Package}, PCR: 15, ManifestKeys: "/etc/virt-trust/manifest-keys.pem"},
 		Attestation: Attestation{
-			PCRs:    []uint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
-			IMAList: "/sys/kernel/security/ima/binary_runtime_measurements",
+			PCRs:           []uint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+			IMAList:        "/sys/kernel/security/ima/binary_runtime_measurements",
+			EKCertificates: true,
 		},
 	}
 }

@@ -56,6 +56,12 @@ const (
 	LauncherLearned Event = "a3d1f0c25f6e4c7f9b0d9a1c7e5b42d8" // a program or firmware was approved on first use or by its package
 	LauncherChanged Event = "5c2b7d9e84f14d0aa1e36f0b9c47d215" // an admin or a manifest changed what may run
 	LaunchLogBroken Event = "e81f4a6b2c9d4f35b7a0d6c3195e72fa" // the launch log does not replay to its PCR
+	EKShared        Event = "de7b4c8eccfa46fcb9c5bcf4beccea99" // two VMs have vTPMs with one endorsement key
+	Certified       Event = "3c246109a4b54f9d98231ebf28c316fb" // a vTPM's endorsement key got a certificate
+	CertifierSet    Event = "40e84153e602419d9fa6c102b851cb3d" // the host's certifier has a new certificate
+	Enrolled        Event = "313a5f9110de45efb2f25adc2c378d7f" // the host became a node of a Verifier
+	NodeRefused     Event = "67f791c2fc8c4427bfb77633b48f1707" // the host's Verifier refuses it
+	VerifierAway    Event = "df166882a5fd449da0e983e0239a268f" // no round with the Verifier for a while
 	KeysGranted     Event = "0cd3f62e16c544fbb99610e01504132f" // vTPM keys were handed to swtpm
 )
 

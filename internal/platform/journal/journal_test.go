@@ -14,9 +14,9 @@ import (
 var events = []Event{
 	Refused, WouldRefuse, VMCreated, VMAdopted, VMReleased, VMDeleted, StateRecovered,
 	TPMAway, TPMBack, HostNotApproved, ListDamaged, Provisioned, NotRaised, OlderAccepted, Reverted,
-	RecoverySet, RecoveryMissing, Recovered, BackedUp, Restored, KeysGranted,
+	RecoverySet, RecoveryMissing, Recovered, BackedUp, Restored, Enrolled, NodeRefused, VerifierAway, KeysGranted,
 	HostApproved, HostRevoked, NextBootGiven, NextBootUsed,
-	LauncherLearned, LauncherChanged, LaunchLogBroken,
+	LauncherLearned, LauncherChanged, LaunchLogBroken, EKShared, Certified, CertifierSet,
 }
 
 // TestCatalog holds packaging/virt-trust.catalog against systemd.catalog(7)

@@ -159,14 +159,15 @@ func (a *API) revive(r *request) (any, error) {
 }
 
 func (a *API) audit(r *request) (any, error) {
-	if err := r.query("limit", "after"); err != nil {
+	if err := r.query("actor", "action", "subject", "limit", "after"); err != nil {
 		return nil, err
 	}
 	p, err := r.page()
 	if err != nil {
 		return nil, err
 	}
-	all, next, err := a.Store.AuditLog(r.Context(), p)
+	q := r.URL.Query()
+	all, next, err := a.Store.AuditLog(r.Context(), store.AuditFilter{Actor: q.Get("actor"), Action: q.Get("action"), Subject: q.Get("subject")}, p)
 	return listOf(all, next, err, func(e fleet.AuditEntry) fleet.AuditEntry { return e })
 }
 

@@ -38,19 +38,22 @@ var Document []byte
 
 // Config is what an API is made of.
 type Config struct {
-	Store    *store.Store
-	Operate  *operate.Service
-	Results  Results
-	Policy   func() []byte                                 // the policy that counts where none was set
-	Actor    func(*http.Request) (operate.Actor, error)    // package login
-	Node     func(*http.Request) (fleet.Node, bool, error) // who asks, by mutual TLS: an active node
-	Metrics  http.Handler
-	Version  string
-	OpenTo   bool // results are for everybody
-	Requests int  // of one person, a minute
-	Others   int  // of one address without identity, a minute
-	Now      func() time.Time
-	Log      *logrus.Entry
+	Store   *store.Store
+	Operate *operate.Service
+	Results func() Results                                // as they are signed now
+	Policy  func() []byte                                 // the policy that counts where none was set
+	Actor   func(*http.Request) (operate.Actor, error)    // package login
+	Node    func(*http.Request) (fleet.Node, bool, error) // who asks, by mutual TLS: an active node
+	Metrics http.Handler
+	// DatabaseError, where it is not nil, is told each time that the database did not
+	// answer.
+	DatabaseError func()
+	Version       string
+	OpenTo        bool // results are for everybody
+	Requests      int  // of one person, a minute
+	Others        int  // of one address without identity, a minute
+	Now           func() time.Time
+	Log           *logrus.Entry
 }
 
 // Results makes Attestation Results for relying parties.
@@ -181,11 +184,7 @@ func (a *API) serve(route Route, w http.ResponseWriter, r *http.Request) {
 	h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
 	h.Set("Cache-Control", "no-store")
 	if err := a.try(route, w, r); err != nil {
-		p, ours := problemOf(err)
-		if ours {
-			a.Log.WithError(err).WithFields(logrus.Fields{"path": r.URL.Path, "code": p.Code}).Warn("a request failed")
-		}
-		p.write(w)
+		a.fail(w, r, err)
 	}
 }
 
@@ -215,12 +214,13 @@ func (a *API) try(route Route, w http.ResponseWriter, r *http.Request) error {
 // created is the answer of what makes something.
 type created struct{ v any }
 
-// admit says who asks, and whether he may.
-func (a *API) admit(route Route, r *http.Request) (operate.Actor, error) {
+// person says who asks, within the rates of people and of addresses.
+func (a *API) person(r *http.Request) (operate.Actor, error) {
 	now, source := a.Now(), Source(r)
-	// Who has used up his guesses is not looked at any more: looking may cost a
-	// signature check and a question to the OpenID provider.
-	if a.others.spent(source, now) && r.Header.Get("Authorization") == "" && len(r.Cookies()) == 0 {
+	// Who has used up his guesses is not looked at any more, unless he has a static
+	// token or a session: looking may cost a signature check and a question to the
+	// OpenID provider.
+	if a.others.spent(source, now) && len(r.Header.Values("Authorization")) == 0 && len(r.Cookies()) == 0 {
 		return operate.Actor{}, tooMany(time.Second)
 	}
 	actor, err := a.Actor(r)
@@ -228,11 +228,44 @@ func (a *API) admit(route Route, r *http.Request) (operate.Actor, error) {
 		if wait, ok := a.others.allow(source, now); !ok {
 			return operate.Actor{}, tooMany(wait)
 		}
-		if err != nil {
-			return operate.Actor{}, err
-		}
-	} else if wait, ok := a.persons.allow(actor.Name, now); !ok {
+		return operate.Actor{}, err
+	}
+	if wait, ok := a.persons.allow(actor.Name, now); !ok {
 		return operate.Actor{}, tooMany(wait)
+	}
+	return actor, nil
+}
+
+// Person gives a handler that is no route of the API, the page's, requests that
+// know who asks (operate.ActorOf), within the same rates.
+func (a *API) Person(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		actor, err := a.person(r)
+		if err != nil {
+			a.fail(w, r, err)
+			return
+		}
+		h.ServeHTTP(w, r.WithContext(operate.WithActor(r.Context(), actor)))
+	})
+}
+
+// fail answers with a problem, and logs what an operator has to know.
+func (a *API) fail(w http.ResponseWriter, r *http.Request, err error) {
+	p, ours := problemOf(err)
+	if ours {
+		a.Log.WithError(err).WithFields(logrus.Fields{"path": r.URL.Path, "code": p.Code}).Warn("a request failed")
+		if errors.Is(err, store.ErrUnavailable) && a.DatabaseError != nil {
+			a.DatabaseError()
+		}
+	}
+	p.write(w)
+}
+
+// admit says who asks, and whether he may.
+func (a *API) admit(route Route, r *http.Request) (operate.Actor, error) {
+	actor, err := a.person(r)
+	if err != nil {
+		return operate.Actor{}, err
 	}
 	switch {
 	case actor.Role >= route.Role || route.Relying && a.OpenTo:

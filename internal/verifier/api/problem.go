@@ -28,40 +28,38 @@ func (p *Problem) Error() string { return p.Code + ": " + p.Detail }
 
 // The codes, each with its status and title. They are stable.
 const (
-	Unauthenticated  = "unauthenticated"
-	TokenRefused     = "token-refused"
-	Forbidden        = "forbidden"
-	CrossOrigin      = "cross-origin"
-	NotFound         = "not-found"
-	MethodNotAllowed = "method-not-allowed"
-	Conflict         = "conflict"
-	SamePerson       = "same-person"
-	Invalid          = "invalid"
-	TooLarge         = "too-large"
-	TooMany          = "too-many-requests"
-	ReceiverFailed   = "receiver-failed"
-	Unavailable      = "unavailable"
-	Failed           = "failed"
+	Unauthenticated = "unauthenticated"
+	TokenRefused    = "token-refused"
+	Forbidden       = "forbidden"
+	CrossOrigin     = "cross-origin"
+	NotFound        = "not-found"
+	Conflict        = "conflict"
+	SamePerson      = "same-person"
+	Invalid         = "invalid"
+	TooLarge        = "too-large"
+	TooMany         = "too-many-requests"
+	ReceiverFailed  = "receiver-failed"
+	Unavailable     = "unavailable"
+	Failed          = "failed"
 )
 
 var problems = map[string]struct {
 	status int
 	title  string
 }{
-	Unauthenticated:  {http.StatusUnauthorized, "Say who you are, with a token"},
-	TokenRefused:     {http.StatusUnauthorized, "The token is not valid"},
-	Forbidden:        {http.StatusForbidden, "Your role may not do this"},
-	CrossOrigin:      {http.StatusForbidden, "Another site asked for this"},
-	NotFound:         {http.StatusNotFound, "There is none"},
-	MethodNotAllowed: {http.StatusMethodNotAllowed, "This cannot be done with it"},
-	Conflict:         {http.StatusConflict, "Not in its present state"},
-	SamePerson:       {http.StatusConflict, "A second person has to approve"},
-	Invalid:          {http.StatusBadRequest, "The request makes no sense"},
-	TooLarge:         {http.StatusRequestEntityTooLarge, "The request is too large"},
-	TooMany:          {http.StatusTooManyRequests, "Too many requests"},
-	ReceiverFailed:   {http.StatusBadGateway, "The webhook's receiver did not take it"},
-	Unavailable:      {http.StatusServiceUnavailable, "The database does not answer"},
-	Failed:           {http.StatusInternalServerError, "The Verifier failed"},
+	Unauthenticated: {http.StatusUnauthorized, "Say who you are, with a token"},
+	TokenRefused:    {http.StatusUnauthorized, "The token is not valid"},
+	Forbidden:       {http.StatusForbidden, "Your role may not do this"},
+	CrossOrigin:     {http.StatusForbidden, "Another site asked for this"},
+	NotFound:        {http.StatusNotFound, "There is none"},
+	Conflict:        {http.StatusConflict, "Not in its present state"},
+	SamePerson:      {http.StatusConflict, "A second person has to approve"},
+	Invalid:         {http.StatusBadRequest, "The request makes no sense"},
+	TooLarge:        {http.StatusRequestEntityTooLarge, "The request is too large"},
+	TooMany:         {http.StatusTooManyRequests, "Too many requests"},
+	ReceiverFailed:  {http.StatusBadGateway, "The webhook's receiver did not take it"},
+	Unavailable:     {http.StatusServiceUnavailable, "The database does not answer"},
+	Failed:          {http.StatusInternalServerError, "The Verifier failed"},
 }
 
 // retryAfter is said where the database is away.

@@ -112,15 +112,15 @@ func choose(vms []fleet.VM) (fleet.VM, bool) {
 }
 
 func (a *API) result(r *request, res *appraise.Result, vm string) (any, error) {
-	key := a.Results.Key()
+	issuer := a.Results()
 	b, err := json.Marshal(res)
 	if err != nil {
 		return nil, err
 	}
-	if r.etag(key, vm, string(b)) {
+	if r.etag(issuer.Key(), vm, string(b)) {
 		return answered{}, nil
 	}
-	token, err := a.signed.get(res.Node+" "+vm, r.w.Header().Get("ETag"), func() (string, error) { return a.Results.Sign(res, vm) })
+	token, err := a.signed.get(res.Node+" "+vm, r.w.Header().Get("ETag"), func() (string, error) { return issuer.Sign(res, vm) })
 	if err != nil {
 		return nil, errors.Join(errors.New("signing a result"), err)
 	}
@@ -132,7 +132,7 @@ func (a *API) result(r *request, res *appraise.Result, vm string) (any, error) {
 }
 
 func (a *API) keys(r *request) (any, error) {
-	set, err := a.Results.KeySet()
+	set, err := a.Results().KeySet()
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"time"
 
+	"virt-trust/internal/appraise"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/operate"
 	"virt-trust/internal/verifier/store"
@@ -55,7 +56,7 @@ func (a *API) values(r *request) (any, error) {
 
 func (a *API) addValues(r *request) (any, error) {
 	var b struct {
-		Values []operate.ValueEntry `json:"values"`
+		Values []appraise.ValueEntry `json:"values"`
 	}
 	if err := r.body(&b); err != nil {
 		return nil, err

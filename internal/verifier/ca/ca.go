@@ -1,6 +1,6 @@
 // Package ca is the Verifier's certificate authority: who becomes a node, and
 // which certificates are given. It holds the rules; the key is a crypto.Signer
-// or crypto.MessageSigner that is handed in (package cakey). It is pure.
+// that is handed in (package cakey). It is pure.
 //
 // There is one level: the CA's key signs nodes' and the Verifier's own TLS
 // certificates, and one CA certificate for each node's certifier, the key in the
@@ -44,26 +44,18 @@ const (
 // Authority is the CA.
 type Authority struct {
 	cert   *x509.Certificate
-	key    any // crypto.Signer or crypto.MessageSigner
+	key    crypto.Signer // a crypto.MessageSigner, it may be
 	random io.Reader
 }
 
-// public is the half of a key that signs, of both kinds that there are.
-type public interface{ Public() crypto.PublicKey }
-
-// New puts a CA together. key is a crypto.Signer or a crypto.MessageSigner, and
-// has to be the certificate's.
-func New(cert *x509.Certificate, key any, random io.Reader) (*Authority, error) {
-	switch key.(type) {
-	case crypto.MessageSigner, crypto.Signer:
-	default:
-		return nil, fmt.Errorf("a %T signs nothing", key)
-	}
+// New puts a CA together. key has to be the certificate's. Where it is a
+// crypto.MessageSigner, whole certificates and CRLs are given to it.
+func New(cert *x509.Certificate, key crypto.Signer, random io.Reader) (*Authority, error) {
 	if _, err := algorithm(cert.PublicKey); err != nil {
 		return nil, fmt.Errorf("the CA's certificate: %w", err)
 	}
 	pub, ok := cert.PublicKey.(*ecdsa.PublicKey)
-	if !ok || !pub.Equal(key.(public).Public()) {
+	if !ok || !pub.Equal(key.Public()) {
 		return nil, errors.New("the CA's key and certificate do not belong together")
 	}
 	if !cert.IsCA || !cert.BasicConstraintsValid || cert.KeyUsage&x509.KeyUsageCertSign == 0 || cert.KeyUsage&x509.KeyUsageCRLSign == 0 || len(cert.SubjectKeyId) == 0 {
@@ -98,12 +90,8 @@ func algorithm(key crypto.PublicKey) (x509.SignatureAlgorithm, error) {
 }
 
 // Root makes the CA's own certificate, DER.
-func Root(key any, random io.Reader, name string, now time.Time) ([]byte, error) {
-	k, ok := key.(public)
-	if !ok {
-		return nil, fmt.Errorf("a %T signs nothing", key)
-	}
-	alg, err := algorithm(k.Public())
+func Root(key crypto.Signer, random io.Reader, name string, now time.Time) ([]byte, error) {
+	alg, err := algorithm(key.Public())
 	if err != nil {
 		return nil, err
 	}
@@ -118,7 +106,7 @@ func Root(key any, random io.Reader, name string, now time.Time) ([]byte, error)
 		IsCA: true, BasicConstraintsValid: true, MaxPathLen: 1,
 		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 	}
-	return x509.CreateCertificate(random, t, t, k.Public(), key)
+	return x509.CreateCertificate(random, t, t, key.Public(), key)
 }
 
 // newSerial gives 127 random bits (RFC 5280, 4.1.2.2: at most 20 octets,
@@ -229,21 +217,18 @@ type checked struct {
 
 func (c *checked) Public() crypto.PublicKey { return c.a.cert.PublicKey }
 
+// Sign is there because a crypto.MessageSigner has it; crypto/x509 prefers
+// SignMessage.
+func (*checked) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
+	return nil, errors.New("the CA signs whole certificates and CRLs, no digests")
+}
+
 // SignMessage signs a TBSCertificate or TBSCertList that the rules allow.
 func (c *checked) SignMessage(random io.Reader, tbs []byte, opts crypto.SignerOpts) ([]byte, error) {
 	if err := CheckTBS(c.a.cert, tbs, c.now); err != nil {
 		return nil, err
 	}
-	return signMessage(c.a.key, random, tbs, opts)
-}
-
-func signMessage(key any, random io.Reader, message []byte, opts crypto.SignerOpts) ([]byte, error) {
-	if m, ok := key.(crypto.MessageSigner); ok {
-		return m.SignMessage(random, message, opts)
-	}
-	h := opts.HashFunc().New()
-	h.Write(message)
-	return key.(crypto.Signer).Sign(random, h.Sum(nil), opts)
+	return crypto.SignMessage(c.a.key, random, tbs, opts)
 }
 
 // CRL gives a list of certificates that are good no more, DER. number has to
@@ -256,19 +241,11 @@ func (a *Authority) CRL(revoked []x509.RevocationListEntry, number *big.Int, now
 	der, err := x509.CreateRevocationList(a.random, &x509.RevocationList{
 		SignatureAlgorithm: alg, RevokedCertificateEntries: revoked, Number: number,
 		ThisUpdate: now.Add(-backdate), NextUpdate: now.Add(CRLLifetime),
-	}, a.cert, &digestOnly{checked{a: a, now: now}})
+	}, a.cert, &checked{a: a, now: now})
 	if err != nil {
 		return nil, fmt.Errorf("signing a CRL: %w", err)
 	}
 	return der, nil
-}
-
-// digestOnly makes a checked fit where the standard library asks for a
-// crypto.Signer by type and then prefers its SignMessage.
-type digestOnly struct{ checked }
-
-func (*digestOnly) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
-	return nil, errors.New("the CA signs whole certificates and CRLs, no digests")
 }
 
 // VerifyNode gives the Identity of a node out of the chains that TLS verified

@@ -57,7 +57,7 @@ func NewToken(random io.Reader, pin Pin) (token, digest string, err error) {
 
 // ParseToken takes a join token apart.
 func ParseToken(token string) (secret []byte, pin Pin, err error) {
-	bad := errors.New("this is no join token: vtj1.….… is wanted, as 'virt-trust-verifier token' prints it")
+	bad := errors.New("this is no join token: vtj1.….… is wanted, as 'virt-trust fleet token create' prints it")
 	parts := strings.Split(token, ".")
 	if len(token) > 128 || len(parts) != 3 || parts[0] != tokenPrefix {
 		return nil, pin, bad

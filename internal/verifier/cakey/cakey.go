@@ -71,7 +71,7 @@ func Open(certFile, keyPath string) (*ca.Authority, error) {
 	return ca.New(cert, key, rand.Reader)
 }
 
-func openKey(cert *x509.Certificate, path string) (any, error) {
+func openKey(cert *x509.Certificate, path string) (crypto.Signer, error) {
 	fi, err := os.Stat(path)
 	switch {
 	case err != nil:

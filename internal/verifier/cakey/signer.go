@@ -24,7 +24,7 @@ const (
 )
 
 // Signer is virt-trust-signer: a crypto.MessageSigner. It signs certificates and
-// CRLs within the CA's limits and nothing else, so there is no Sign.
+// CRLs within the CA's limits and nothing else.
 type Signer struct {
 	Socket string
 	public crypto.PublicKey
@@ -32,6 +32,11 @@ type Signer struct {
 
 // Public is the CA's public key.
 func (s *Signer) Public() crypto.PublicKey { return s.public }
+
+// Sign is there because a crypto.MessageSigner has it.
+func (s *Signer) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
+	return nil, errors.New("virt-trust-signer signs whole certificates and CRLs, no digests")
+}
 
 // SignMessage has a TBSCertificate or TBSCertList signed.
 func (s *Signer) SignMessage(_ io.Reader, tbs []byte, _ crypto.SignerOpts) ([]byte, error) {

@@ -1,15 +1,14 @@
 package operate
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"strconv"
 	"strings"
-	"unicode"
 
+	"virt-trust/internal/appraise"
 	"virt-trust/internal/launcher/refvalues"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/store"
@@ -18,36 +17,10 @@ import (
 // The formats of files of Reference Values.
 const (
 	FormatSums      = "sums"      // see ParseSums
-	FormatValues    = "values"    // see Values, without a signature
+	FormatValues    = "values"    // appraise.ValuesFile, without a signature
 	FormatManifest  = "manifest"  // the same, signed
 	FormatLaunchers = "launchers" // a manifest of launchers, as virt-trustd takes it, signed
 )
-
-// ValuesFormat is what a file of Reference Values names.
-const ValuesFormat = "virt-trust-values-1"
-
-// Values is a file of Reference Values:
-//
-//	{"format": "virt-trust-values-1", "name": "acme-2026", "serial": 7,
-//	 "values": [{"subject": "", "kind": "host-ima", "path": "/usr/bin/true", "digest": "sha256:…"}]}
-//
-// Signed, the signature is beside it, as a manifest of launchers has it
-// (refvalues.SignedManifest), and the file takes the place of the one of its name
-// that has a lower serial.
-type Values struct {
-	Format string       `json:"format"`
-	Name   string       `json:"name"`
-	Serial uint64       `json:"serial"`
-	Values []ValueEntry `json:"values"`
-}
-
-// ValueEntry is one Reference Value in a file.
-type ValueEntry struct {
-	Subject string     `json:"subject"`
-	Kind    fleet.Kind `json:"kind"`
-	Path    string     `json:"path"`
-	Digest  string     `json:"digest"`
-}
 
 // Import is a file of Reference Values on its way in.
 type Import struct {
@@ -116,20 +89,17 @@ func (s *Service) readImport(in Import) ([]fleet.Value, *manifest, error) {
 		values, err := ParseSums(in.Content, in.Subject, in.Kind, in.Name)
 		return values, nil, err
 	case FormatValues:
-		f, err := ParseValues(in.Content)
+		f, err := appraise.ParseValues(in.Content)
 		if err != nil {
 			return nil, nil, err
 		}
-		return f.list(), nil, nil
+		return f.Approved(FromFile), nil, nil // add says what state they have
 	case FormatManifest:
-		if err := refvalues.VerifySignature(in.Content, in.Signature, s.ManifestKeys); err != nil {
-			return nil, nil, err
-		}
-		f, err := ParseValues(in.Content)
+		f, err := appraise.VerifyValues(in.Content, in.Signature, s.ManifestKeys)
 		if err != nil {
 			return nil, nil, err
 		}
-		return f.list(), &manifest{f.Name, f.Serial}, nil
+		return f.Approved(FromManifest), &manifest{f.Name, f.Serial}, nil
 	case FormatLaunchers:
 		m, err := refvalues.VerifyManifest(in.Content, in.Signature, s.ManifestKeys)
 		if err != nil {
@@ -146,35 +116,6 @@ func (s *Service) readImport(in Import) ([]fleet.Value, *manifest, error) {
 		return values, &manifest{name, m.Serial}, nil
 	}
 	return nil, nil, fmt.Errorf("there is no format %.40q", in.Format)
-}
-
-// ParseValues reads a file of Reference Values, whoever wrote it.
-func ParseValues(b []byte) (*Values, error) {
-	f := &Values{}
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.DisallowUnknownFields()
-	if err := d.Decode(f); err != nil {
-		return nil, fmt.Errorf("the file: %w", err)
-	}
-	switch {
-	case d.More():
-		return nil, errors.New("the file: something follows it")
-	case f.Format != ValuesFormat:
-		return nil, fmt.Errorf("the file: its format is %.40q, not %q", f.Format, ValuesFormat)
-	case f.Name == "" || len(f.Name) > 100 || bytes.ContainsFunc([]byte(f.Name), func(r rune) bool { return !unicode.IsGraphic(r) }):
-		return nil, errors.New("the file has no name, or a strange one")
-	case len(f.Values) > MaxValues:
-		return nil, fmt.Errorf("the file has %d values, at most %d", len(f.Values), MaxValues)
-	}
-	return f, nil
-}
-
-func (f *Values) list() []fleet.Value {
-	var all []fleet.Value
-	for _, v := range f.Values {
-		all = append(all, fleet.Value{Subject: v.Subject, Kind: v.Kind, Path: v.Path, Digest: v.Digest, Detail: f.Name})
-	}
-	return all
 }
 
 // raiseSerial notes a manifest's serial, which has to be higher than the last.

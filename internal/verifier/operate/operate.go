@@ -23,8 +23,6 @@ type Service struct {
 	// node in that came with it.
 	FourEyes     bool
 	ManifestKeys []any // of the policy authority, see refvalues.ParseKeys
-	// CheckValue says what is wrong with a Reference Value.
-	CheckValue func(fleet.Value) error
 	// CheckPolicy says whether a document is a policy that can be appraised with.
 	CheckPolicy func(document []byte) error
 	Guard       webhook.Guard

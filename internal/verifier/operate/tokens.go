@@ -26,10 +26,11 @@ func (s *Service) CreateToken(ctx context.Context, a Actor, name string, lifetim
 			return fmt.Errorf("%w: %.80q is no name that a node can have", ErrInvalid, name)
 		}
 		var digest string
+		now := s.Now().UTC().Truncate(time.Microsecond)
 		if secret, digest, err = ca.NewToken(rand.Reader, s.Pin); err != nil {
 			return err
 		}
-		t = fleet.JoinToken{Digest: digest, Name: name, By: a.Name, Created: s.Now(), Expires: s.Now().Add(lifetime)}
+		t = fleet.JoinToken{Digest: digest, Name: name, By: a.Name, Created: now, Expires: now.Add(lifetime)}
 		if err := tx.AddToken(ctx, t); err != nil {
 			return err
 		}

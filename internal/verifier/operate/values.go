@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strconv"
 
+	"virt-trust/internal/appraise"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/store"
 	"virt-trust/internal/verifier/webhook"
@@ -51,7 +52,7 @@ func (s *Service) add(ctx context.Context, tx *store.Tx, a Actor, action, what, 
 	}
 	subjects, all := map[string]int{}, make([]fleet.Value, len(values))
 	for i, v := range values {
-		if err := s.CheckValue(v); err != nil {
+		if err := appraise.CheckValue(v); err != nil {
 			return added, fmt.Errorf("%w: value %d: %w", ErrInvalid, i+1, err)
 		}
 		if len(v.Subject) > 100 || len(v.Detail) > maxText {

@@ -18,7 +18,6 @@ import (
 
 	"github.com/sirupsen/logrus"
 
-	"virt-trust/internal/appraise"
 	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/operate"
@@ -80,7 +79,7 @@ func openHarness(t testing.TB, file string) *harness {
 	t.Cleanup(func() { _ = h.Store.Close() })
 	h.Build = &pagetest.Builder{Store: h.Store, Now: h.Now}
 	service := &operate.Service{
-		Store: h.Store, Pin: ca.Pin(sha256.Sum256([]byte("ca"))), FourEyes: true, CheckValue: appraise.CheckValue,
+		Store: h.Store, Pin: ca.Pin(sha256.Sum256([]byte("ca"))), FourEyes: true,
 		CheckPolicy: func([]byte) error { return nil }, Guard: webhook.Guard{}, Now: h.Now,
 		Deliver: func(context.Context, fleet.Hook, fleet.Delivery) error { return io.ErrUnexpectedEOF },
 	}

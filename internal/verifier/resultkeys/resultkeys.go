@@ -5,31 +5,17 @@ package resultkeys
 
 import (
 	"bytes"
-	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
-	"encoding/base64"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
-
-	"github.com/go-jose/go-jose/v4"
 )
-
-// Keys are those of a file, the one that signs first.
-type Keys []Key
-
-// Key is one of them. ID is its JWK thumbprint (RFC 7638), in base64url.
-type Key struct {
-	ID      string
-	Private *ecdsa.PrivateKey
-}
 
 // kept is how many keys a file has at most: the one that signs, and the one
 // before.
@@ -39,7 +25,7 @@ const (
 )
 
 // Read reads a file, which has to be its owner's alone.
-func Read(path string) (Keys, error) {
+func Read(path string) ([]*ecdsa.PrivateKey, error) {
 	fi, err := os.Stat(path)
 	switch {
 	case err != nil:
@@ -60,8 +46,7 @@ func Read(path string) (Keys, error) {
 	return keys, nil
 }
 
-func parse(b []byte) (Keys, error) {
-	var keys Keys
+func parse(b []byte) (keys []*ecdsa.PrivateKey, err error) {
 	for b = bytes.TrimSpace(b); len(b) > 0; b = bytes.TrimSpace(b) {
 		var block *pem.Block
 		if block, b = pem.Decode(b); block == nil || block.Type != "PRIVATE KEY" {
@@ -75,11 +60,7 @@ func parse(b []byte) (Keys, error) {
 		if !ok || private.Curve != elliptic.P256() {
 			return nil, errors.New("a key is not ECDSA P-256")
 		}
-		id, err := (&jose.JSONWebKey{Key: private.Public()}).Thumbprint(crypto.SHA256)
-		if err != nil {
-			return nil, err
-		}
-		keys = append(keys, Key{base64.RawURLEncoding.EncodeToString(id), private})
+		keys = append(keys, private)
 	}
 	if len(keys) == 0 {
 		return nil, errors.New("there is no key in it")
@@ -99,11 +80,11 @@ func Rotate(path string) error {
 		return err
 	}
 	var out bytes.Buffer
-	for i, k := range append(Keys{{Private: key}}, old...) {
+	for i, k := range append([]*ecdsa.PrivateKey{key}, old...) {
 		if i == kept {
 			break
 		}
-		der, err := x509.MarshalPKCS8PrivateKey(k.Private)
+		der, err := x509.MarshalPKCS8PrivateKey(k)
 		if err != nil {
 			return err
 		}
@@ -135,13 +116,4 @@ func replace(path string, b []byte) error {
 		return err
 	}
 	return errors.Join(d.Sync(), d.Close())
-}
-
-// Set gives the public halves as a JWK Set (RFC 7517).
-func (k Keys) Set() ([]byte, error) {
-	var set jose.JSONWebKeySet
-	for _, key := range k {
-		set.Keys = append(set.Keys, jose.JSONWebKey{Key: key.Private.Public(), KeyID: key.ID, Algorithm: string(jose.ES256), Use: "sig"})
-	}
-	return json.Marshal(set)
 }

@@ -10,24 +10,9 @@ import (
 
 	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/fleet"
+	"virt-trust/internal/verifier/nodeapi"
 	"virt-trust/internal/verifier/store"
 )
-
-// Challenge is the answer of POST /v1/nodes/{id}/challenges.
-type Challenge struct {
-	Nonce   []byte    `json:"nonce"`
-	Expires time.Time `json:"expires"`
-}
-
-// CertificateRequest is the body of POST /v1/nodes/{id}/certificates. Certifier
-// asks for a certificate of the certifier as well.
-type CertificateRequest struct {
-	Nonce     []byte `json:"nonce"`
-	SPKI      []byte `json:"spki"`
-	Attest    []byte `json:"attest"`
-	Signature []byte `json:"signature"`
-	Certifier bool   `json:"certifier,omitempty"`
-}
 
 const challengeTime = 5 * time.Minute
 
@@ -40,7 +25,7 @@ func (h *Handler) challenge(r *http.Request) (int, any, error) {
 	if err := h.random(nonce); err != nil {
 		return 0, nil, err
 	}
-	c := Challenge{nonce, h.now().Add(challengeTime)}
+	c := nodeapi.Challenge{Nonce: nonce, Expires: h.now().Add(challengeTime)}
 	err = h.Store.PutChallenge(r.Context(), fleet.Challenge{
 		ID: hex.EncodeToString(nonce), Purpose: certificatePurpose, Source: source(r), Data: []byte(n.ID), Expires: c.Expires,
 	})
@@ -63,7 +48,7 @@ func (h *Handler) node(ctx context.Context, id string) (fleet.Node, error) {
 }
 
 func (h *Handler) certificate(r *http.Request) (int, any, error) {
-	var q CertificateRequest
+	var q nodeapi.CertificateRequest
 	if err := readJSON(r, &q); err != nil {
 		return 0, nil, err
 	}
@@ -92,7 +77,7 @@ func (h *Handler) certificate(r *http.Request) (int, any, error) {
 // membership gives an active node its certificates, and a pending one word that it
 // waits.
 func (h *Handler) membership(ctx context.Context, n fleet.Node, spki []byte, certifier bool) (int, any, error) {
-	m := Membership{Node: n.ID, State: n.State, Problem: ca.Code(firstWord(n.Problem)), Interval: h.Interval.Seconds()}
+	m := nodeapi.Membership{Node: n.ID, State: n.State, Problem: ca.Code(firstWord(n.Problem)), Interval: h.Interval.Seconds()}
 	if n.State != fleet.Active {
 		return http.StatusAccepted, m, nil
 	}

@@ -19,57 +19,10 @@ import (
 	"virt-trust/internal/evidence/quote"
 	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/fleet"
+	"virt-trust/internal/verifier/nodeapi"
 	"virt-trust/internal/verifier/store"
 	"virt-trust/internal/verifier/webhook"
 )
-
-// EnrolmentRequest is the body of POST /v1/enrolments: who asks, with what keys
-// (TPMT_PUBLIC), and what lets it in.
-type EnrolmentRequest struct {
-	Token       string `json:"token,omitempty"`       // its secret, base64url: the pin stays with the node
-	Certificate []byte `json:"certificate,omitempty"` // DER: the node's last, where it had one
-	Name        string `json:"name"`
-
-	EK                 []byte `json:"ek"`
-	EKCertificate      []byte `json:"ek_certificate,omitempty"` // DER
-	AK                 []byte `json:"ak"`
-	Bind               []byte `json:"bind"`
-	BindAttest         []byte `json:"bind_attest"`
-	BindSignature      []byte `json:"bind_signature"`
-	Certifier          []byte `json:"certifier"`
-	CertifierAttest    []byte `json:"certifier_attest"`
-	CertifierSignature []byte `json:"certifier_signature"`
-	Address            string `json:"address,omitempty"` // of the agent's pull API
-}
-
-// EnrolmentChallenge is the answer: a credential that only the TPM with the EK
-// opens, and only if it has the AK (TPM2B_ID_OBJECT, TPM2B_ENCRYPTED_SECRET).
-type EnrolmentChallenge struct {
-	ID              string `json:"id"`
-	IDObject        []byte `json:"id_object"`
-	EncryptedSecret []byte `json:"encrypted_secret"`
-}
-
-// EnrolmentAnswer is the body of POST /v1/enrolments/{id}: the opened secret, which
-// is the nonce, too, on which the AK vouches for the TLS key (a
-// SubjectPublicKeyInfo).
-type EnrolmentAnswer struct {
-	Secret    []byte `json:"secret"`
-	SPKI      []byte `json:"spki"`
-	Attest    []byte `json:"attest"`
-	Signature []byte `json:"signature"`
-}
-
-// Membership is what a node gets: with state "pending" no certificates, until an
-// operator has approved it.
-type Membership struct {
-	Node             string          `json:"node"`
-	State            fleet.NodeState `json:"state"`
-	Problem          ca.Code         `json:"problem,omitempty"`
-	CertificateChain string          `json:"certificate_chain,omitempty"` // PEM: the node's, and the CA's
-	CertifierChain   string          `json:"certifier_chain,omitempty"`   // PEM
-	Interval         float64         `json:"interval,omitempty"`          // seconds between rounds
-}
 
 // Purposes of challenges in the store.
 const (
@@ -83,12 +36,12 @@ const enrolmentTime = 5 * time.Minute
 
 // pending is what is kept of an enrolment between its two requests.
 type pending struct {
-	Request EnrolmentRequest `json:"request"` // Token is its digest by now
-	Secret  []byte           `json:"secret"`  // SHA-256
+	Request nodeapi.EnrolmentRequest `json:"request"` // Token is its digest by now
+	Secret  []byte                   `json:"secret"`  // SHA-256
 }
 
 func (h *Handler) begin(r *http.Request) (int, any, error) {
-	var q EnrolmentRequest
+	var q nodeapi.EnrolmentRequest
 	if err := readJSON(r, &q); err != nil {
 		return 0, nil, err
 	}
@@ -102,7 +55,7 @@ func (h *Handler) begin(r *http.Request) (int, any, error) {
 		}
 		q.Token = ca.TokenDigest(secret)
 	}
-	keys, err := q.keys().Verify()
+	keys, err := keysOf(&q).Verify()
 	if err != nil {
 		return 0, nil, err
 	}
@@ -113,7 +66,7 @@ func (h *Handler) begin(r *http.Request) (int, any, error) {
 	if err := errors.Join(h.random(secret), h.random(id)); err != nil {
 		return 0, nil, err
 	}
-	c := EnrolmentChallenge{ID: hex.EncodeToString(id)}
+	c := nodeapi.EnrolmentChallenge{ID: hex.EncodeToString(id)}
 	if c.IDObject, c.EncryptedSecret, err = quote.MakeCredential(h.Random, keys.EK, keys.AK.Name, secret); err != nil {
 		return 0, nil, refuse(ca.EKUnparsable, "the EK: %v", err)
 	}
@@ -135,7 +88,7 @@ func (h *Handler) random(b []byte) error {
 	return err
 }
 
-func (q *EnrolmentRequest) keys() *ca.Keys {
+func keysOf(q *nodeapi.EnrolmentRequest) *ca.Keys {
 	return &ca.Keys{
 		EK: q.EK, AK: q.AK, Bind: q.Bind, Certifier: q.Certifier, BindAttest: q.BindAttest, BindSignature: q.BindSignature,
 		CertifierAttest: q.CertifierAttest, CertifierSignature: q.CertifierSignature,
@@ -166,7 +119,7 @@ func source(r *http.Request) string {
 }
 
 func (h *Handler) finish(r *http.Request) (int, any, error) {
-	var q EnrolmentAnswer
+	var q nodeapi.EnrolmentAnswer
 	if err := readJSON(r, &q); err != nil {
 		return 0, nil, err
 	}
@@ -186,7 +139,7 @@ func (h *Handler) finish(r *http.Request) (int, any, error) {
 	if subtle.ConstantTimeCompare(digest[:], p.Secret) != 1 {
 		return 0, nil, refuse(ca.Activation, "the secret is wrong: EK and AK of %q are not in one TPM", p.Request.Name)
 	}
-	keys, err := p.Request.keys().Verify()
+	keys, err := keysOf(&p.Request).Verify()
 	if err != nil {
 		return 0, nil, err
 	}
@@ -202,7 +155,7 @@ func (h *Handler) finish(r *http.Request) (int, any, error) {
 }
 
 // admit decides about a node whose keys were proved, and puts it into the store.
-func (h *Handler) admit(ctx context.Context, q *EnrolmentRequest, keys *ca.Proven) (fleet.Node, error) {
+func (h *Handler) admit(ctx context.Context, q *nodeapi.EnrolmentRequest, keys *ca.Proven) (fleet.Node, error) {
 	doubt, err := h.ekTrust(keys, q.EKCertificate)
 	if err != nil {
 		return fleet.Node{}, err
@@ -395,7 +348,7 @@ func (s *shown) again(key string, now time.Time) bool {
 // an event. Only of those who had something to show: the EK of a known node, a
 // manufacturer's certificate, a token that was once given out. Of anybody else the
 // journal knows.
-func (h *Handler) show(ctx context.Context, refused error, q *EnrolmentRequest, keys *ca.Proven) error {
+func (h *Handler) show(ctx context.Context, refused error, q *nodeapi.EnrolmentRequest, keys *ca.Proven) error {
 	r := ca.AsRefusal(refused)
 	if r == nil {
 		return refused
@@ -426,7 +379,7 @@ func (h *Handler) show(ctx context.Context, refused error, q *EnrolmentRequest, 
 	return refused
 }
 
-func (h *Handler) serious(ctx context.Context, tx *store.Tx, r *ca.Refusal, q *EnrolmentRequest, keys *ca.Proven) (bool, error) {
+func (h *Handler) serious(ctx context.Context, tx *store.Tx, r *ca.Refusal, q *nodeapi.EnrolmentRequest, keys *ca.Proven) (bool, error) {
 	if r.Code == ca.EKKnown || r.Code == ca.AKSwapped || r.Code == ca.KeysSwapped || r.Code == ca.NodeRevoked {
 		return true, nil
 	}

@@ -15,26 +15,10 @@ import (
 	"virt-trust/internal/evidence/report"
 	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/fleet"
+	"virt-trust/internal/verifier/nodeapi"
 	"virt-trust/internal/verifier/store"
 	"virt-trust/internal/verifier/webhook"
 )
-
-// Round is what a node needs for its next round. Of the logs of boot HaveBoot the
-// Verifier has the first bytes already, by kind.
-type Round struct {
-	Nonce    []byte            `json:"nonce"`
-	Expires  time.Time         `json:"expires"`  // of the nonce, by the Verifier's clock
-	Interval float64           `json:"interval"` // seconds until the evidence is wanted
-	HaveBoot string            `json:"have_boot,omitempty"`
-	Have     map[string]uint64 `json:"have,omitempty"`
-}
-
-// Outcome is the answer to Evidence.
-type Outcome struct {
-	Tier  appraise.Tier `json:"tier"`  // of the host
-	Codes []string      `json:"codes"` // of all reasons, sorted, each once
-	Next  *Round        `json:"next,omitempty"`
-}
 
 // CodeTwice is the reason of a VM that two nodes have running.
 const CodeTwice = "vm-runs-twice"
@@ -48,8 +32,8 @@ func (h *Handler) nonceTime() time.Duration { return h.Interval + max(h.Interval
 
 // next makes a nonce. Nodes that were started together drift apart: the interval is
 // up to a tenth shorter.
-func (h *Handler) next(c *appraise.Checkpoint) (*Round, error) {
-	r := &Round{Nonce: make([]byte, report.NonceSize), Expires: h.now().Add(h.nonceTime())}
+func (h *Handler) next(c *appraise.Checkpoint) (*nodeapi.Round, error) {
+	r := &nodeapi.Round{Nonce: make([]byte, report.NonceSize), Expires: h.now().Add(h.nonceTime())}
 	if err := h.random(r.Nonce); err != nil {
 		return nil, err
 	}
@@ -138,7 +122,7 @@ func (h *Handler) evidence(r *http.Request, id ca.Identity) (int, any, error) {
 
 // complete appraises the Evidence and stores what came of it, with all that
 // follows, in one transaction.
-func (h *Handler) complete(ctx context.Context, n *node, state store.RoundState, body []byte, readErr error) (*Outcome, error) {
+func (h *Handler) complete(ctx context.Context, n *node, state store.RoundState, body []byte, readErr error) (*nodeapi.Outcome, error) {
 	a := h.appraise(ctx, n, state, body, readErr)
 	next, err := h.next(a.checkpoint)
 	if err != nil {
@@ -186,7 +170,7 @@ func (h *Handler) complete(ctx context.Context, n *node, state store.RoundState,
 	}
 	n.last = summarize(&a.result, state.Version+1)
 	h.nodes.keep(n)
-	return &Outcome{Tier: a.result.Host.Tier, Codes: codes(&a.result), Next: next}, nil
+	return &nodeapi.Outcome{Tier: a.result.Host.Tier, Codes: codes(&a.result), Next: next}, nil
 }
 
 // appraised is what an appraisal gives.
@@ -202,9 +186,7 @@ type appraised struct {
 func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState, body []byte, readErr error) (a appraised) {
 	now := h.now()
 	none := func(code, what string) {
-		a = appraised{result: appraise.Result{Node: n.ID, Received: now, Expires: now.Add(h.nonceTime()), Host: appraise.Appraisal{
-			Tier: appraise.None, Reasons: []appraise.Reason{{Code: code, Tier: appraise.None, What: what}},
-		}}, encoded: state.Checkpoint}
+		a = appraised{result: nothing(n, state, code, what, now, now.Add(h.nonceTime())), encoded: state.Checkpoint}
 	}
 	defer func() {
 		if p := recover(); p != nil {
@@ -240,10 +222,7 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 		// learned again.
 		Learn: policy.Learn && damaged == nil && (previous != nil || !learnedBefore), Now: now,
 	}
-	a.result, a.checkpoint = appraise.Appraise(in)
-	if in.Learn {
-		a.learned = appraise.Learn(in)
-	}
+	a.result, a.checkpoint, a.learned = appraise.Round(in)
 	if a.checkpoint != nil {
 		if a.encoded, err = a.checkpoint.Encode(); err != nil || len(a.encoded) > store.MaxCheckpoint {
 			h.Log.WithField("node", n.ID).WithField("bytes", len(a.encoded)).WithError(err).Warn("the node's logs are appraised anew in each round: what is kept of them is too long")
@@ -255,6 +234,22 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 		h.Log.WithError(err).Error("comparing VMs of several nodes")
 	}
 	return a
+}
+
+// nothing is the result of a round that showed nothing: None for the host, and for
+// the VMs that it had.
+func nothing(n *node, state store.RoundState, code, what string, now, expires time.Time) appraise.Result {
+	previous, err := appraise.DecodeCheckpoint(state.Checkpoint)
+	if err != nil {
+		previous = nil
+	}
+	r, _ := appraise.Appraise(appraise.Input{Node: appraise.Node{ID: n.ID, AK: n.ak, AKName: n.AKName}, Nonce: state.Nonce, Previous: previous, Policy: appraise.DefaultPolicy(), Now: now})
+	r.Expires = expires
+	r.Host = appraise.Appraisal{Tier: appraise.None, Reasons: []appraise.Reason{{Code: code, Tier: appraise.None, What: what}}}
+	for i := range r.VMs {
+		r.VMs[i].Appraisal = appraise.Appraisal{Tier: appraise.None, Reasons: []appraise.Reason{{Code: appraise.CodeHost, Tier: appraise.None, What: "nothing is known of its host"}}}
+	}
+	return r
 }
 
 // untrustedVMs gives UUIDs and EK digests out of a report that nobody has vouched

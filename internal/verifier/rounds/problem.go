@@ -9,20 +9,9 @@ import (
 	"strconv"
 
 	"virt-trust/internal/verifier/ca"
+	"virt-trust/internal/verifier/nodeapi"
 	"virt-trust/internal/verifier/store"
 )
-
-// Problem is an error's body (RFC 9457).
-type Problem struct {
-	Type   string  `json:"type"`
-	Title  string  `json:"title"`
-	Status int     `json:"status"`
-	Detail string  `json:"detail,omitempty"`
-	Code   ca.Code `json:"code"` // stable
-}
-
-// ProblemType is the media type of a Problem.
-const ProblemType = "application/problem+json"
 
 // statuses are those of codes; others are 403.
 var statuses = map[ca.Code]int{
@@ -90,9 +79,11 @@ func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	if status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", "30")
 	}
-	w.Header().Set("Content-Type", ProblemType)
+	w.Header().Set("Content-Type", nodeapi.ProblemType)
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(Problem{"about:blank", http.StatusText(status), status, refusal.What, refusal.Code})
+	_ = json.NewEncoder(w).Encode(nodeapi.Problem{
+		Type: "about:blank", Title: http.StatusText(status), Status: status, Detail: refusal.What, Code: refusal.Code,
+	})
 }
 
 func refuse(code ca.Code, format string, args ...any) error {

@@ -10,8 +10,10 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -25,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virt-trust/internal/platform/secret"
+	"virt-trust/internal/vtpm/statefile"
 )
 
 // Reader says how swtpm is run.
@@ -40,31 +43,98 @@ const limit = 5 * time.Second
 // handle is where the RSA EK is kept (TCG EK Credential Profile 2.5, 2.2.1.4).
 const handle = tpm2.TPMHandle(0x81010001)
 
-// Digest gives the SHA-256 digest of the RSA-2048 endorsement key of the TCG's
-// template (EK Credential Profile, B.3.3) as SubjectPublicKeyInfo in DER: what
+// Digest gives the SHA-256 digest of PublicKey's result: what
 //
 //	openssl x509 -in ek.cert -noout -pubkey | openssl pkey -pubin -outform der | sha256sum
 //
-// says of the vTPM's EK certificate. state is the content of the state file of
-// this name, under stateKey, or plain where stateKey is nil.
+// says of the vTPM's EK certificate.
 func (r Reader) Digest(ctx context.Context, name string, state, stateKey []byte) (d [sha256.Size]byte, err error) {
+	der, err := r.PublicKey(ctx, name, state, stateKey)
+	if err != nil {
+		return d, err
+	}
+	return sha256.Sum256(der), nil
+}
+
+// PublicKey gives the RSA-2048 endorsement key of the TCG's template (EK
+// Credential Profile, B.3.3) as SubjectPublicKeyInfo in DER. state is the
+// content of the state file of this name, under stateKey, or plain where
+// stateKey is nil.
+func (r Reader) PublicKey(ctx context.Context, name string, state, stateKey []byte) (der []byte, err error) {
+	_, err = r.load(ctx, name, state, stateKey, func(t transport.TPM) error {
+		der, err = ask(t)
+		return err
+	})
+	return der, err
+}
+
+// Identity is what a vTPM says of itself.
+type Identity struct {
+	EK                    []byte // as PublicKey gives it
+	Manufacturer, Version string // "id:" and 8 hexadecimal digits
+	Family                string // "2.0"
+	Level, Revision       int    // of the specification; 164 is 1.64
+}
+
+// Identity reads what PublicKey does, and the vTPM's properties.
+func (r Reader) Identity(ctx context.Context, name string, state, stateKey []byte) (id Identity, err error) {
+	_, err = r.load(ctx, name, state, stateKey, func(t transport.TPM) error {
+		if id.EK, err = ask(t); err != nil {
+			return err
+		}
+		return id.properties(t)
+	})
+	return id, err
+}
+
+// properties reads TPM_PT_FAMILY_INDICATOR and what follows it (Part 2, table
+// 23, PT_FIXED).
+func (id *Identity) properties(t transport.TPM) error {
+	r, err := tpm2.GetCapability{Capability: tpm2.TPMCapTPMProperties, Property: uint32(tpm2.TPMPTFamilyIndicator), PropertyCount: 16}.Execute(t)
+	if err != nil {
+		return fmt.Errorf("reading the vTPM's properties: %w", err)
+	}
+	p, err := r.CapabilityData.Data.TPMProperties()
+	if err != nil {
+		return err
+	}
+	for _, p := range p.TPMProperty {
+		switch p.Property {
+		case tpm2.TPMPTFamilyIndicator: // four characters, NUL at the end
+			id.Family = strings.TrimRight(string(binary.BigEndian.AppendUint32(nil, p.Value)), "\x00")
+		case tpm2.TPMPTLevel:
+			id.Level = int(p.Value)
+		case tpm2.TPMPTRevision:
+			id.Revision = int(p.Value)
+		case tpm2.TPMPTManufacturer:
+			id.Manufacturer = fmt.Sprintf("id:%08X", p.Value)
+		case tpm2.TPMPTFirmwareVersion1:
+			id.Version = fmt.Sprintf("id:%08X", p.Value)
+		}
+	}
+	return nil
+}
+
+// load has swtpm load a copy of a state, lets use speak to it, and gives what
+// the state is when swtpm has ended.
+func (r Reader) load(ctx context.Context, name string, state, stateKey []byte, use func(transport.TPM) error) (after []byte, err error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	dir, err := r.copy(name, state)
 	if err != nil {
-		return d, err
+		return nil, err
 	}
 	defer os.RemoveAll(dir)
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return d, err
+		return nil, err
 	}
 	theirs := os.NewFile(uintptr(fds[1]), "tpm")
 	defer theirs.Close()
 	ours := os.NewFile(uintptr(fds[0]), "tpm")
 	conn, err := net.FileConn(ours)
 	if err = errors.Join(err, ours.Close()); err != nil {
-		return d, err
+		return nil, err
 	}
 	defer conn.Close()
 
@@ -75,7 +145,7 @@ func (r Reader) Digest(ctx context.Context, name string, state, stateKey []byte)
 	if stateKey != nil {
 		key, err := secret.HexMemfd("vtpm-state-key", stateKey)
 		if err != nil {
-			return d, err
+			return nil, err
 		}
 		defer key.Close()
 		c.ExtraFiles = append(c.ExtraFiles, key)
@@ -90,18 +160,43 @@ func (r Reader) Digest(ctx context.Context, name string, state, stateKey []byte)
 	// Pdeathsig follows the thread that starts the child, which Go may end: a child
 	// that goes with it is an error like any other here.
 	if err := c.Start(); err != nil {
-		return d, err
+		return nil, err
 	}
 	theirs.Close()
 	if t, ok := ctx.Deadline(); ok {
 		_ = conn.SetDeadline(t)
 	}
-	d, err = ask(transport.FromReadWriter(conn))
+	err = guarded(func() error { return use(transport.FromReadWriter(conn)) })
 	conn.Close()
 	if e := c.Wait(); err != nil {
-		return d, fmt.Errorf("asking swtpm: %w (%v, %.200q)", err, e, strings.TrimSpace(words.String()))
+		return nil, fmt.Errorf("asking swtpm: %w (%v, %.200q)", err, e, strings.TrimSpace(words.String()))
 	}
-	return d, nil
+	return readState(filepath.Join(dir, name))
+}
+
+// guarded turns a panic into an error: go-tpm takes responses apart by
+// reflection.
+func guarded(use func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("the response cannot be read: %v", p)
+		}
+	}()
+	return use()
+}
+
+// readState reads what swtpm's user has left.
+func readState(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, statefile.MaxSize+1))
+	if err == nil && len(b) > statefile.MaxSize {
+		err = errors.New("the state has become larger than any")
+	}
+	return b, err
 }
 
 // copy puts the state into a new folder of swtpm's user.
@@ -127,17 +222,12 @@ func (r Reader) copy(name string, state []byte) (string, error) {
 
 // ask takes the key that is kept, if it is a primary key of this vTPM's
 // endorsement hierarchy and of the template; else it has it derived anew.
-func ask(t transport.TPM) (d [sha256.Size]byte, err error) {
-	defer func() {
-		if p := recover(); p != nil { // go-tpm takes responses apart by reflection
-			err = fmt.Errorf("the response cannot be read: %v", p)
-		}
-	}()
+func ask(t transport.TPM) ([]byte, error) {
 	var public *tpm2.TPMTPublic
 	if r, err := (tpm2.ReadPublic{ObjectHandle: handle}).Execute(t); err == nil {
 		p, err := r.OutPublic.Contents()
 		if err != nil {
-			return d, err
+			return nil, err
 		}
 		if genuine(p, r.Name.Buffer, r.QualifiedName.Buffer) {
 			public = p
@@ -146,29 +236,25 @@ func ask(t transport.TPM) (d [sha256.Size]byte, err error) {
 	if public == nil {
 		r, err := tpm2.CreatePrimary{PrimaryHandle: tpm2.TPMRHEndorsement, InPublic: tpm2.New2B(tpm2.RSAEKTemplate)}.Execute(t)
 		if err != nil {
-			return d, fmt.Errorf("deriving the endorsement key: %w", err)
+			return nil, fmt.Errorf("deriving the endorsement key: %w", err)
 		}
 		if public, err = r.OutPublic.Contents(); err != nil {
-			return d, err
+			return nil, err
 		}
 	}
 	parms, err := public.Parameters.RSADetail()
 	if err != nil {
-		return d, err
+		return nil, err
 	}
 	unique, err := public.Unique.RSA()
 	if err != nil {
-		return d, err
+		return nil, err
 	}
 	key, err := tpm2.RSAPub(parms, unique)
 	if err != nil {
-		return d, err
+		return nil, err
 	}
-	der, err := x509.MarshalPKIXPublicKey(key)
-	if err != nil {
-		return d, err
-	}
-	return sha256.Sum256(der), nil
+	return x509.MarshalPKIXPublicKey(key)
 }
 
 // genuine reports whether a key has the EK's template, and is a primary key of

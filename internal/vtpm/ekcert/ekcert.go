@@ -195,9 +195,18 @@ func ParseKey(spki []byte) (crypto.PublicKey, error) {
 	return key, nil
 }
 
-// Issue makes a certificate in DER under the issuer, whose key signs.
-func Issue(r Request, issuer *x509.Certificate, signer crypto.Signer) ([]byte, error) {
+// Issue makes a certificate in DER. What it says of its issuer follows from the
+// certifier's key, whichever certificate that has at the time.
+func Issue(r Request, certifier crypto.Signer) ([]byte, error) {
 	if err := r.check(); err != nil {
+		return nil, err
+	}
+	key, ok := certifier.Public().(*ecdsa.PublicKey)
+	if !ok {
+		return nil, fmt.Errorf("a certifier with a key of type %T", certifier.Public())
+	}
+	issuer, err := IssuerTemplate(key)
+	if err != nil {
 		return nil, err
 	}
 	id, err := keyID(r.Key)
@@ -225,7 +234,7 @@ func Issue(r Request, issuer *x509.Certificate, signer crypto.Signer) ([]byte, e
 		}
 		t.ExtraExtensions = append(t.ExtraExtensions, spec)
 	}
-	der, err := x509.CreateCertificate(nil, t, issuer, r.Key, signer)
+	der, err := x509.CreateCertificate(nil, t, issuer, r.Key, certifier)
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -50,13 +51,17 @@ func IssuerTemplate(certifier *ecdsa.PublicKey) (*x509.Certificate, error) {
 }
 
 // SelfSigned makes the certificate that a certifier has until a CA gives it one.
-func SelfSigned(certifier *ecdsa.PublicKey, signer crypto.Signer, random [SerialSize]byte, now time.Time) ([]byte, error) {
-	t, err := IssuerTemplate(certifier)
+func SelfSigned(certifier crypto.Signer, random [SerialSize]byte, now time.Time) ([]byte, error) {
+	key, ok := certifier.Public().(*ecdsa.PublicKey)
+	if !ok {
+		return nil, fmt.Errorf("a certifier with a key of type %T", certifier.Public())
+	}
+	t, err := IssuerTemplate(key)
 	if err != nil {
 		return nil, err
 	}
 	t.SerialNumber, t.NotBefore, t.NotAfter = serial(random), now.UTC().Truncate(time.Minute), noEnd
-	return x509.CreateCertificate(nil, t, t, certifier, signer)
+	return x509.CreateCertificate(nil, t, t, key, certifier)
 }
 
 // ParseChain reads certificates in PEM, the certifier's first; nothing else may
@@ -90,12 +95,26 @@ func ParseChain(chain []byte) ([]*x509.Certificate, error) {
 }
 
 // EncodeChain undoes ParseChain.
-func EncodeChain(chain ...[]byte) []byte {
-	var b bytes.Buffer
-	for _, der := range chain {
-		_ = pem.Encode(&b, &pem.Block{Type: "CERTIFICATE", Bytes: der}) // a Buffer takes all
+func EncodeChain(chain []*x509.Certificate) []byte {
+	var b []byte
+	for _, c := range chain {
+		b = append(b, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})...)
 	}
-	return b.Bytes()
+	return b
+}
+
+// IssuedBy reports whether a certificate, in DER, is of this profile and was
+// signed by this certifier.
+func IssuedBy(der []byte, certifier *ecdsa.PublicKey) bool {
+	if _, err := UntrustedParse(der); err != nil {
+		return false
+	}
+	c, err := x509.ParseCertificate(der)
+	if err != nil || c.SignatureAlgorithm != x509.ECDSAWithSHA256 {
+		return false
+	}
+	digest := sha256.Sum256(c.RawTBSCertificate)
+	return ecdsa.VerifyASN1(certifier, digest[:], c.Signature)
 }
 
 // VerifyChain checks that a chain may stand above what the certifier issues: its

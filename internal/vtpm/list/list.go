@@ -34,6 +34,8 @@ const (
 	MaxHistory = 8
 	MaxBound   = 1 << 20 // bytes of all bound values
 	MaxOlder   = 64      // states before those
+	MaxCert    = 2048    // bytes of a certificate
+	MaxPublic  = 1024    // bytes of a TPMT_PUBLIC
 
 	shortDigest = 8 // bytes
 
@@ -139,6 +141,13 @@ type Record struct {
 	// EKDigest is the SHA-256 digest of the vTPM's RSA endorsement key, as
 	// SubjectPublicKeyInfo in DER; none before its first start, and of a TPM 1.2.
 	EKDigest Digest `cbor:"23,keyasint,omitzero"`
+	// EKCertificate is X.509 over that key in DER (package vtpm/ekcert), by the
+	// certifier of this host.
+	EKCertificate []byte `cbor:"41,keyasint,omitempty"`
+	// AKPublic is the TPMT_PUBLIC of the AK that the vTPM got at its manufacture,
+	// AKCertificate X.509 over it; empty where that was not turned on.
+	AKPublic      []byte `cbor:"42,keyasint,omitempty"`
+	AKCertificate []byte `cbor:"43,keyasint,omitempty"`
 	// Launchers is the generation of the Reference Values for launchers under which
 	// the record was opened last: a file of an older one was rolled back.
 	Launchers uint64 `cbor:"40,keyasint,omitempty"`
@@ -153,6 +162,7 @@ func (r *Record) Clone() *Record {
 	c.History = slices.Clone(r.History)
 	c.OlderTags = bytes.Clone(r.OlderTags)
 	c.Older = bytes.Clone(r.Older)
+	c.EKCertificate, c.AKPublic, c.AKCertificate = bytes.Clone(r.EKCertificate), bytes.Clone(r.AKPublic), bytes.Clone(r.AKCertificate)
 	return &c
 }
 
@@ -450,7 +460,8 @@ func Decode(b, listKey []byte) (*List, error) {
 	}
 	for _, r := range in.Records {
 		if r == nil || r.UUID == "" || len(r.History) > MaxHistory || len(r.OlderTags) > MaxTags*len(Tag{}) || len(r.OlderTags)%len(Tag{}) != 0 ||
-			len(r.Older) > MaxOlder*shortDigest || len(r.Older)%shortDigest != 0 {
+			len(r.Older) > MaxOlder*shortDigest || len(r.Older)%shortDigest != 0 ||
+			len(r.EKCertificate) > MaxCert || len(r.AKCertificate) > MaxCert || len(r.AKPublic) > MaxPublic {
 			return nil, fmt.Errorf("%w: a record that is none", ErrFormat)
 		}
 		if _, twice := l.Records[r.UUID]; twice {

@@ -320,35 +320,38 @@ func overwrite(f *os.File) error {
 
 // InUse reports whether a swtpm holds the folder's lock.
 func InUse(dir string) (bool, error) {
-	_, used, err := Holder(dir)
-	return used, err
+	pid, err := Holder(dir)
+	return pid != 0, err
 }
 
-// Holder gives the process that holds the folder's lock; used is false where
-// none does. The number is 0 for a process of another pid namespace.
-func Holder(dir string) (pid int, used bool, err error) {
+// Holder gives the process that holds the folder's lock, 0 for none, and -1 for
+// one of another pid namespace.
+func Holder(dir string) (pid int, err error) {
 	d, err := open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return 0, false, nil
+		return 0, nil
 	}
 	if err != nil {
-		return 0, false, err
+		return 0, err
 	}
 	defer d.Close()
 	fd, err := unix.Openat(int(d.Fd()), lockName, unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if errors.Is(err, fs.ErrNotExist) {
-		return 0, false, nil
+		return 0, nil
 	}
 	if err != nil {
-		return 0, false, err
+		return 0, err
 	}
 	defer unix.Close(fd)
 	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
 	if err := unix.FcntlFlock(uintptr(fd), unix.F_GETLK, &l); err != nil {
-		return 0, false, err
+		return 0, err
 	}
 	if l.Type == unix.F_UNLCK {
-		return 0, false, nil
+		return 0, nil
 	}
-	return max(int(l.Pid), 0), true, nil
+	if l.Pid <= 0 {
+		return -1, nil
+	}
+	return int(l.Pid), nil
 }

@@ -1,0 +1,162 @@
+package appraise
+
+import (
+	"bytes"
+	"encoding/hex"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"virt-trust/internal/evidence/report"
+	"virt-trust/internal/launcher/launchlog"
+	"virt-trust/internal/verifier/fleet"
+)
+
+// launchLog replays the launch log, or what is new of it, up to the quote, and
+// holds the files in it against Reference Values.
+func (r *round) launchLog() {
+	st := &r.next.Launch
+	pcr := r.report.Host.LaunchPCR
+	want, quoted := r.live[pcr]
+	l, ok := r.log(report.LaunchLog, st.Size)
+	switch {
+	case !ok:
+		*st = launchState{}
+		return
+	case !quoted:
+		*st = launchState{}
+		r.hostf(CodeLaunchMissing, None, "PCR %d of the launch log was not quoted in bank %s", pcr, r.policy.Bank)
+		return
+	case l == nil || l.Problem != "":
+		*st = launchState{}
+		if r.launchKnown = zeros(want); !r.launchKnown { // else nothing was measured
+			r.hostf(CodeLaunchMissing, None, "there is no launch log: %.200s", missing(l))
+		}
+		return
+	}
+	if l.From == 0 {
+		*st = launchState{}
+	}
+	if !r.replayLaunch(st, l, want) {
+		*st = launchState{}
+		return
+	}
+	r.launchKnown = !l.More || len(l.Data) == 0
+	r.launchBoot(st.Boot)
+	r.launchFiles(st.Files)
+}
+
+func (r *round) replayLaunch(st *launchState, l *report.Log, want []byte) bool {
+	log := &launchlog.Log{}
+	if st.Boot != nil {
+		log = launchlog.Resume(launchlog.Log{Boot: *st.Boot, Entries: st.Entries, Files: slices.Clip(st.Files), Values: st.Values})
+	}
+	// Before its first line a log says nothing: then the PCR holds zeros, or the
+	// line is not in it yet.
+	reached := func() bool {
+		return log.Entries == 0 && zeros(want) || log.Entries > 0 && bytes.Equal(log.Values[r.policy.Bank], want)
+	}
+	lines, _ := launchlog.Split(l.Data)
+	size, starts := st.Size, maps.Clone(st.Starts)
+	if starts == nil {
+		starts = map[string]vmStart{}
+	}
+	for _, line := range lines {
+		if reached() { // what follows was measured after the quote
+			break
+		}
+		before := log.Starts
+		if err := log.Add(line); err != nil {
+			r.hostf(CodeLaunchFormat, None, "%v", err)
+			return false
+		}
+		size += uint64(len(line)) + 1
+		if s := log.Last; log.Starts > before {
+			starts[s.VM] = vmStart{Generation: s.Generation, EK: s.EK, Time: log.Time, Launchers: s.Launchers}
+		}
+	}
+	if !reached() {
+		if l.More {
+			r.hostf(CodeLogIncomplete, None, "the launch log goes on")
+		} else {
+			n := r.report.Host.LaunchPCR
+			r.host = append(r.host, Reason{
+				Code: CodeLaunchReplay, Tier: Contraindicated, Log: report.LaunchLog, PCR: &n, Digest: hex.EncodeToString(want), Expected: hex.EncodeToString(log.Values[r.policy.Bank]),
+				What: fmt.Sprintf("the launch log does not lead to PCR %d: entries were dropped, reordered or changed, or something else was measured there", n),
+			})
+			return false
+		}
+	}
+	*st = launchState{Size: size, Entries: log.Entries, Files: log.Files, Values: log.Values, Starts: starts}
+	if log.Entries > 0 {
+		st.Boot = &log.Boot
+	}
+	return true
+}
+
+// launchBoot checks that the log is of this boot and of this life of the PCR.
+func (r *round) launchBoot(b *launchlog.Boot) {
+	switch {
+	case b == nil:
+	case b.ID != r.report.BootID || b.ResetCount != r.quote.Clock.Resets || b.PCR != r.report.Host.LaunchPCR:
+		r.hostf(CodeLaunchBoot, Contraindicated, "the launch log is of boot %.40q, TPM reset %d and PCR %d; the host is in boot %.40q, TPM reset %d, and has it in PCR %d",
+			b.ID, b.ResetCount, b.PCR, r.report.BootID, r.quote.Clock.Resets, r.report.Host.LaunchPCR)
+	case b.Gap != "":
+		r.hostf(CodeLaunchGap, Contraindicated, "a part of the launch log is lost, so that a VM may have been started that nobody knows of: %.200s", b.Gap)
+	}
+}
+
+// launchFiles says of launchers that they are no Reference Values. With Learn, one
+// that the host itself approved, at a path of which nothing is known, is taken for
+// right: a host has its first VM after its first round.
+func (r *round) launchFiles(files []launchlog.File) {
+	for i := range files {
+		f := &files[i]
+		if r.launcherKnown(f) {
+			continue
+		}
+		n := f.N - 1
+		r.host = append(r.host, r.launcherReason(f, minTier(r.policy.UnknownLauncher, Warning), &n))
+	}
+}
+
+// minTier is the better of two tiers.
+func minTier(a, b Tier) Tier {
+	if rank(a) < rank(b) {
+		return a
+	}
+	return b
+}
+
+func (r *round) launcherReason(f *launchlog.File, t Tier, n *int) Reason {
+	if !r.values.has(func(s *subjectValues) bool { return len(s.files[ofLauncher]) > 0 }) {
+		t = None // nothing is known of any
+	}
+	return Reason{
+		Code: CodeLauncherUnknown, Tier: t, Log: report.LaunchLog, Entry: n, Path: f.Path, Digest: "sha256:" + f.SHA256,
+		Expected: strings.Join(last(r.values.at(ofLauncher, []byte(f.Path)), 3), ", "),
+		What:     fmt.Sprintf("%.40s %.200s is no Reference Value", f.Role, f.Path),
+	}
+}
+
+func (r *round) launcherKnown(f *launchlog.File) bool {
+	d, err := launchlog.ParseDigest(f.SHA256)
+	if err != nil {
+		return false
+	}
+	key := append([]byte{algorithms["sha256"].id}, d[:]...)
+	if r.values.file(ofLauncher, key, []byte(f.Path)) {
+		return true
+	}
+	if r.in.Learn && f.By != "" && len(r.values.at(ofLauncher, []byte(f.Path))) == 0 {
+		digest := "sha256:" + f.SHA256
+		if !slices.ContainsFunc(r.learned, func(v fleet.Value) bool {
+			return v.Kind == fleet.Launcher && v.Path == f.Path && v.Digest == digest
+		}) {
+			r.learn(r.in.Node.ID, fleet.Launcher, f.Path, digest)
+		}
+		return true
+	}
+	return false
+}

@@ -1,0 +1,157 @@
+package inject
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os/signal"
+	"runtime"
+	"syscall"
+	"time"
+
+	"github.com/google/go-tpm/tpm2"
+
+	"virt-trust/internal/evidence/report"
+	"virt-trust/internal/introspect"
+)
+
+// Request is what virt-trust-inject is asked for.
+type Request struct {
+	introspect.Target
+	AK         uint32
+	Qualifying []byte // nil: no quote, only the PCRs
+}
+
+// Answer is what it says.
+type Answer struct {
+	Quote   *report.Quote   `json:",omitempty"`
+	Reading *report.Reading `json:",omitempty"`
+	Held    time.Duration   // for which QEMU stood still
+	Code    string          `json:",omitempty"` // of codes
+	Error   string          `json:",omitempty"`
+}
+
+var (
+	// ErrChannel: which socket leads to the vTPM cannot be told.
+	ErrChannel = errors.New("the channel to the vTPM cannot be told from others")
+	// ErrNoAK: there is no key at the handle.
+	ErrNoAK = errors.New("the vTPM has no such key")
+	// ErrLost: something went wrong while a command of ours was with the vTPM. The
+	// guest may get wrong answers from it until it starts again.
+	ErrLost = errors.New("the vTPM's channel is out of step")
+)
+
+// codes are how errors get from the child to the parent.
+var codes = map[string]error{
+	"gone": introspect.ErrGone, "other": introspect.ErrOther, "busy": introspect.ErrBusy, "stopped": introspect.ErrStopped,
+	"forbidden": introspect.ErrForbidden, "channel": ErrChannel, "no-ak": ErrNoAK, "lost": ErrLost,
+}
+
+// The bounds of an exchange.
+const (
+	stopLimit   = 50 * time.Millisecond  // for QEMU's threads to stop
+	idleLimit   = 20 * time.Millisecond  // for swtpm to finish what it has, QEMU being held
+	answerLimit = 10 * time.Second       // for one command: an answer that is left behind would be QEMU's
+	roundLimit  = 2 * time.Second        // for a moment without a command of the guest
+	pauseLimit  = 400 * time.Microsecond // between two looks
+)
+
+// Child is the body of virt-trust-inject: one request on in, one answer on
+// out. It is a process of its own so that no end of virt-trustd comes between a
+// command and its answer.
+func Child(in io.Reader, out io.Writer) error {
+	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
+	var q Request
+	if err := json.NewDecoder(io.LimitReader(in, maxMessage)).Decode(&q); err != nil {
+		return fmt.Errorf("reading the request: %w", err)
+	}
+	a := Answer{}
+	if err := a.ask(q); err != nil {
+		a.Quote, a.Reading, a.Error = nil, nil, err.Error()
+		for code, is := range codes {
+			if errors.Is(err, is) && (a.Code == "" || code == "lost") {
+				a.Code = code
+			}
+		}
+	}
+	return json.NewEncoder(out).Encode(a)
+}
+
+const maxMessage = 1 << 20
+
+func (a *Answer) ask(q Request) error {
+	runtime.LockOSThread() // of which QEMU's threads are the tracees; for good
+	pid, err := q.Holder()
+	if err != nil {
+		return err
+	}
+	c, err := find(pid)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	// Had swtpm ended meanwhile, and another process got its number, that would not
+	// have the lock.
+	if again, err := q.Holder(); err != nil || again != pid {
+		return errors.Join(introspect.ErrGone, err)
+	}
+	if q.QEMU != 0 && q.QEMU != c.qemu {
+		return fmt.Errorf("%w: its QEMU is process %d, not %d", introspect.ErrOther, c.qemu, q.QEMU)
+	}
+	for deadline := time.Now().Add(roundLimit); time.Now().Before(deadline); sleep(pauseLimit) {
+		if ok, err := c.idle(); err != nil {
+			return err
+		} else if !ok {
+			continue
+		}
+		asked, err := a.pause(c, q)
+		if asked || err != nil {
+			return err
+		}
+	}
+	return introspect.ErrBusy
+}
+
+// pause holds QEMU and asks, unless a command is under way.
+func (a *Answer) pause(c *channel, q Request) (asked bool, err error) {
+	begin := time.Now()
+	h, err := hold(c.qemu, stopLimit)
+	if err != nil {
+		return false, err
+	}
+	defer func() {
+		h.release()
+		a.Held = max(a.Held, time.Since(begin))
+	}()
+	if err := c.connected(); err != nil {
+		return false, err
+	}
+	for ok := false; !ok; sleep(20 * time.Microsecond) {
+		if ok, err = c.idle(); err != nil {
+			return false, err
+		}
+		if ok {
+			break
+		}
+		if time.Since(begin) > stopLimit+idleLimit {
+			return false, nil
+		}
+	}
+	tpm := patient{tpmOf(c)}
+	at := time.Now()
+	all, err := banks(tpm)
+	if err != nil {
+		return true, err
+	}
+	a.Reading = &report.Reading{Reader: ByCommand, Time: at.UnixMicro(), Banks: all}
+	if q.Qualifying == nil {
+		return true, nil
+	}
+	sel, err := quoted(all)
+	if err != nil {
+		return true, err
+	}
+	a.Quote, err = quote(tpm, tpm2.TPMHandle(q.AK), q.Qualifying, sel)
+	return true, err
+}

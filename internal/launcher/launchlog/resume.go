@@ -1,0 +1,15 @@
+package launchlog
+
+import "maps"
+
+// Resume is a log that was replayed before as far as l, whose exported fields
+// were kept: more lines can be added to it. Of the starts it need not know more
+// than their number.
+func Resume(l Log) *Log {
+	l.Values, l.Previous = maps.Clone(l.Values), nil
+	l.known = map[fileKey]int{}
+	for _, f := range l.Files {
+		l.known[fileKey{f.Path, f.SHA256}] = f.N
+	}
+	return &l
+}
