@@ -23,6 +23,8 @@ import (
 
 var all16 = []uint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 
+var all16Selection = quote.Selection{Bank: "sha256", PCRs: all16}
+
 // setLog changes a log of Evidence.
 func setLog(kind string, f func(*report.Log)) func(*report.Evidence, *forge.Host) {
 	return func(e *report.Evidence, _ *forge.Host) {

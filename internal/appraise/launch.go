@@ -95,16 +95,24 @@ func (r *round) replayLaunch(st *launchState, l *report.Log, want []byte) bool {
 	return true
 }
 
-// launchBoot checks that the log is of this boot and of this life of the PCR.
+// launchBoot checks that the log is of this boot and of this life of the PCR. What
+// the quote says of resets is hidden by a number that stays the same (quote.Clock):
+// the first log tells it, and the later ones have to agree.
 func (r *round) launchBoot(b *launchlog.Boot) {
+	if b == nil {
+		return
+	}
+	hides := r.quote.Clock.Resets - b.ResetCount
+	other := r.next.Hides != nil && *r.next.Hides != hides
 	switch {
-	case b == nil:
-	case b.ID != r.report.BootID || b.ResetCount != r.quote.Clock.Resets || b.PCR != r.report.Host.LaunchPCR:
-		r.hostf(CodeLaunchBoot, Contraindicated, "the launch log is of boot %.40q, TPM reset %d and PCR %d; the host is in boot %.40q, TPM reset %d, and has it in PCR %d",
-			b.ID, b.ResetCount, b.PCR, r.report.BootID, r.quote.Clock.Resets, r.report.Host.LaunchPCR)
+	case b.ID != r.report.BootID || b.PCR != r.report.Host.LaunchPCR || other:
+		r.hostf(CodeLaunchBoot, Contraindicated, "the launch log is of boot %.40q and TPM reset %d, for PCR %d; the host is in boot %.40q, or after another reset, and names PCR %d",
+			b.ID, b.ResetCount, b.PCR, r.report.BootID, r.report.Host.LaunchPCR)
+		return
 	case b.Gap != "":
 		r.hostf(CodeLaunchGap, Contraindicated, "a part of the launch log is lost, so that a VM may have been started that nobody knows of: %.200s", b.Gap)
 	}
+	r.next.Hides = &hides
 }
 
 // launchFiles says of launchers that they are no Reference Values. With Learn, one

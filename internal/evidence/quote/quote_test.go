@@ -33,7 +33,7 @@ func newTPM() *forge.TPM {
 
 func TestVerify(t *testing.T) {
 	tpm := newTPM()
-	tpm.Restarts = 3
+	tpm.Restarts, tpm.Hides = 3, 0
 	s := tpm.Quote(qualifying[:], banks...)
 	q, err := quote.Verify(s.Attest, s.Signature, &tpm.Key.PublicKey, qualifying)
 	if err != nil {
