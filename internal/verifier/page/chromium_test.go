@@ -175,6 +175,13 @@ func TestLooks(t *testing.T) {
 			if !eval[bool](t, ctx, `getComputedStyle(document.body).fontFamily.includes("system-ui") && document.title !== ""`) {
 				t.Errorf("%s, %s: no style, or no title", name, look.name)
 			}
+			if look.name == "light" && (name == "fleet" || name == "vm-bad") {
+				// As README shows it: what is seen without scrolling.
+				r := call(t, ctx, page.CaptureScreenshot, page.CaptureScreenshotParams{})
+				if err := os.WriteFile(filepath.Join(dir, "readme-"+name+".png"), r.Data, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
 			if picture {
 				shoot(t, ctx, filepath.Join(dir, name+"-"+look.name+".png"), look.width, look.height)
 			}
