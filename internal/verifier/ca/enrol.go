@@ -109,7 +109,7 @@ func at(n *fleet.Node, r *Refusal) *Refusal {
 // Former gives the Identity in a certificate that came with a claim, if this CA
 // gave it to these very keys, however long ago; else nil.
 func (a *Authority) Former(der []byte, k *Proven) *Identity {
-	if len(der) == 0 || len(der) > maxCert {
+	if len(der) == 0 || len(der) > 2*MaxTBS {
 		return nil
 	}
 	cert, err := x509.ParseCertificate(der)

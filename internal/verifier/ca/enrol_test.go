@@ -439,7 +439,7 @@ func TestFormer(t *testing.T) {
 	}{
 		"nothing": {nil, p}, "garbage": {[]byte("x"), p}, "other keys": {long.Raw, stranger}, "a certifier's": {certifier.Raw, p},
 		"another CA's": {must[*x509.Certificate](t)(other.Node(id, key, now)).Raw, p},
-		"long":         {make([]byte, maxCert+1), p},
+		"long":         {make([]byte, 2*MaxTBS+1), p},
 	} {
 		if got := a.Former(c.der, c.p); got != nil {
 			t.Errorf("%s: %+v", name, got)
