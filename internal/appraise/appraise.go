@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"virt-trust/internal/evidence/quote"
@@ -345,14 +346,23 @@ func worst(reasons []Reason) Tier {
 // maxReasons of one subject are given.
 const maxReasons = 256
 
-// settle sorts findings, and leaves out those without consequence.
+// settle sorts findings, and leaves out those without consequence, and what no
+// database takes.
 func settle(reasons []Reason) []Reason {
 	reasons = slices.DeleteFunc(reasons, func(r Reason) bool { return r.Tier == Affirming })
+	for i := range reasons {
+		r := &reasons[i]
+		r.What, r.Path = storable(r.What), storable(r.Path)
+	}
 	slices.SortStableFunc(reasons, func(a, b Reason) int { return cmp.Compare(rank(b.Tier), rank(a.Tier)) })
 	if n := len(reasons); n > maxReasons {
 		reasons = append(reasons[:maxReasons:maxReasons], Reason{Code: CodeTooMany, Tier: reasons[maxReasons].Tier, What: fmt.Sprintf("%d more findings", n-maxReasons)})
 	}
 	return reasons
+}
+
+func storable(s string) string {
+	return strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "\uFFFD")
 }
 
 // result is what came of it. Where the Evidence could not be verified, VMs that

@@ -586,7 +586,12 @@ func TestLaunchLogs(t *testing.T) {
 		"reordered":          {forge.Options{Have: whole, Evidence: setLog(report.LaunchLog, func(l *report.Log) { x := lines(l.Data); l.Data = join(x[0], x[1], x[3], x[2]) })}, nil, Contraindicated, []string{CodeLaunchReplay}},
 		"the last is kept back": {forge.Options{Have: whole, Evidence: setLog(report.LaunchLog, func(l *report.Log) { x := lines(l.Data); l.Data = join(x[:3]...) })}, nil,
 			Contraindicated, []string{CodeLaunchReplay}},
-		"garbage":           {forge.Options{Have: whole, Evidence: setLog(report.LaunchLog, func(l *report.Log) { l.Data = []byte("garbage\n") })}, nil, None, []string{CodeLaunchFormat}},
+		"garbage": {forge.Options{Have: whole, Evidence: setLog(report.LaunchLog, func(l *report.Log) { l.Data = []byte("garbage\n") })}, nil, None, []string{CodeLaunchFormat}},
+		"a start of no VM": {forge.Options{}, func(b *bench) {
+			e := b.host.StartEntry(b.hostVM("one"))
+			e.Start.VM = "<script>"
+			b.host.Log(e)
+		}, None, []string{CodeLaunchFormat}},
 		"kept back":         {forge.Options{Evidence: setLog(report.LaunchLog, func(l *report.Log) { *l = report.Log{Kind: l.Kind, Problem: "no"} })}, nil, None, []string{CodeLaunchMissing}},
 		"something else":    {forge.Options{}, func(b *bench) { b.host.TPM.Extend("sha256", 15, make([]byte, 32)) }, Contraindicated, []string{CodeLaunchReplay}},
 		"another PCR":       {forge.Options{Report: func(r *report.Report) { r.Host.LaunchPCR = 13 }}, nil, Contraindicated, []string{CodeLaunchReplay}},

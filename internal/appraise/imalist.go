@@ -173,7 +173,7 @@ func (v *imaVisit) found(f imaFinding) {
 	if len(f.Path) > maxPath {
 		f.Path = f.Path[:maxPath]
 	}
-	f.Path = strings.ReplaceAll(strings.ToValidUTF8(f.Path, "\uFFFD"), "\x00", "\uFFFD")
+	f.Path = storable(f.Path)
 	if len(v.st.Found) >= maxIMAFound {
 		v.st.More++
 		return

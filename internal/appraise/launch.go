@@ -73,6 +73,10 @@ func (r *round) replayLaunch(st *launchState, l *report.Log, want []byte) bool {
 		}
 		size += uint64(len(line)) + 1
 		if s := log.Last; log.Starts > before {
+			if !isUUID(s.VM) {
+				r.hostf(CodeLaunchFormat, None, "a start of %.60q, which is no VM's UUID", s.VM)
+				return false
+			}
 			starts[s.VM] = vmStart{Generation: s.Generation, EK: s.EK, Time: log.Time, Launchers: s.Launchers}
 		}
 	}
