@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 
 	"virt-trust/internal/evidence/report"
 	"virt-trust/internal/launcher/launchlog"
@@ -149,7 +148,7 @@ func (r *round) launcherReason(f *launchlog.File, t Tier, n *int) Reason {
 	}
 	return Reason{
 		Code: CodeLauncherUnknown, Tier: t, Log: report.LaunchLog, Entry: n, Path: f.Path, Digest: "sha256:" + f.SHA256,
-		Expected: strings.Join(last(r.values.at(ofLauncher, []byte(f.Path)), 3), ", "),
+		Expected: expected("", r.values.at(ofLauncher, []byte(f.Path))),
 		What:     fmt.Sprintf("%.40s %.200s is no Reference Value", f.Role, f.Path),
 	}
 }
