@@ -30,7 +30,7 @@ const (
 func (r *round) firmwareLive() map[uint][]byte {
 	m := map[uint][]byte{}
 	for _, p := range logPCRs {
-		if v, ok := r.live[p]; ok && p != r.report.Host.LaunchPCR {
+		if v, ok := r.live[p]; ok && p != r.policy.LaunchPCR {
 			m[p] = v
 		}
 	}
@@ -353,7 +353,7 @@ func (r *round) hostPCRs() {
 	withoutLog := r.next.Events.Packed == nil
 	for _, p := range r.policy.Events {
 		_, ok := r.live[p]
-		if !ok || p == r.report.Host.LaunchPCR {
+		if !ok || p == r.policy.LaunchPCR {
 			continue
 		}
 		path := pcrPath(r.policy.Bank, p)
@@ -379,7 +379,7 @@ func (r *round) hostPCRsKnown() bool {
 		return true
 	}
 	for _, p := range r.policy.Events {
-		if p != r.report.Host.LaunchPCR && len(r.values.pcr(ofHost, pcrPath(r.policy.Bank, p))) == 0 {
+		if p != r.policy.LaunchPCR && len(r.values.pcr(ofHost, pcrPath(r.policy.Bank, p))) == 0 {
 			return false
 		}
 	}
