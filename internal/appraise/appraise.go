@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"virt-trust/internal/evidence/quote"
@@ -36,6 +37,7 @@ type round struct {
 	unknown     map[int]bool  // launchers that are no Reference Values, by number
 	learned     []fleet.Value // of the host
 	vmLearned   []fleet.Value
+	once        map[[4]string]bool // what is in these two
 	vms         []VM
 }
 
@@ -345,14 +347,23 @@ func worst(reasons []Reason) Tier {
 // maxReasons of one subject are given.
 const maxReasons = 256
 
-// settle sorts findings, and leaves out those without consequence.
+// settle sorts findings, and leaves out those without consequence, and what no
+// database takes.
 func settle(reasons []Reason) []Reason {
 	reasons = slices.DeleteFunc(reasons, func(r Reason) bool { return r.Tier == Affirming })
+	for i := range reasons {
+		r := &reasons[i]
+		r.What, r.Path = storable(r.What), storable(r.Path)
+	}
 	slices.SortStableFunc(reasons, func(a, b Reason) int { return cmp.Compare(rank(b.Tier), rank(a.Tier)) })
 	if n := len(reasons); n > maxReasons {
 		reasons = append(reasons[:maxReasons:maxReasons], Reason{Code: CodeTooMany, Tier: reasons[maxReasons].Tier, What: fmt.Sprintf("%d more findings", n-maxReasons)})
 	}
 	return reasons
+}
+
+func storable(s string) string {
+	return strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "\uFFFD")
 }
 
 // result is what came of it. Where the Evidence could not be verified, VMs that
@@ -417,6 +428,14 @@ func (r *round) learn(subject string, kind fleet.Kind, path, digest string) bool
 	if CheckValue(v) != nil {
 		return false
 	}
+	key := [4]string{subject, string(kind), path, digest}
+	if r.once[key] { // a thing that was measured twice
+		return true
+	}
+	if r.once == nil {
+		r.once = map[[4]string]bool{}
+	}
+	r.once[key] = true
 	if kind == fleet.VMPCR {
 		r.vmLearned = append(r.vmLearned, v)
 	} else {

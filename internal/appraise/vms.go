@@ -23,6 +23,12 @@ func uuidText(u [16]byte) string {
 	return h[:8] + "-" + h[8:12] + "-" + h[12:16] + "-" + h[16:20] + "-" + h[20:]
 }
 
+// isUUID reports whether s is spelt as uuidText spells it.
+func isUUID(s string) bool {
+	b, err := hex.DecodeString(strings.ReplaceAll(s, "-", ""))
+	return err == nil && len(b) == 16 && uuidText([16]byte(b)) == s
+}
+
 // reportedVMs appraises each VM of the report, and those that the report hides.
 func (r *round) reportedVMs() {
 	states := map[string]vmState{}
@@ -118,7 +124,7 @@ func (r *round) launchers(s vmStart) []Launcher {
 	for _, n := range s.Launchers {
 		if n >= 1 && n <= len(r.next.Launch.Files) {
 			f := r.next.Launch.Files[n-1]
-			all = append(all, Launcher{Role: f.Role, Path: f.Path, SHA256: f.SHA256, By: f.By})
+			all = append(all, Launcher{Role: storable(f.Role), Path: storable(f.Path), SHA256: f.SHA256, By: storable(f.By)})
 		}
 	}
 	return all
@@ -184,7 +190,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 			}
 			n := p
 			vm.Reasons = append(vm.Reasons, Reason{
-				Code: code, Tier: t, PCR: &n, Path: path, Digest: bank + ":" + hexValue, Expected: strings.Join(last(want, 3), ", "),
+				Code: code, Tier: t, PCR: &n, Path: path, Digest: bank + ":" + hexValue, Expected: expected(bank+":", want),
 				What: fmt.Sprintf("PCR %d is not what its Reference Values say%s", p, map[bool]string{true: "; it was started a moment ago", false: ""}[starting]),
 			})
 		}
