@@ -33,6 +33,7 @@ type round struct {
 	learnHost bool
 	// launchKnown: the launch log was replayed, or there is nothing that it could say.
 	launchKnown bool
+	unknown     map[int]bool  // launchers that are no Reference Values, by number
 	learned     []fleet.Value // of the host
 	vmLearned   []fleet.Value
 	vms         []VM
@@ -250,18 +251,20 @@ func (r *round) clock() {
 	c := r.quote.Clock
 	if p := r.prev; p != nil {
 		sameBoot := p.BootID == r.report.BootID
+		// Of the counters the differences count: see quote.Clock.
+		resets, restarts := int32(c.Resets-p.Resets), int32(c.Restarts-p.Restarts)
 		switch {
-		case c.Resets < p.Resets:
-			r.hostf(CodeClockBack, Contraindicated, "the TPM counts %d resets, and counted %d before", c.Resets, p.Resets)
-		case c.Resets == p.Resets && (c.Restarts < p.Restarts || c.Milliseconds < p.Clock):
-			r.hostf(CodeClockBack, Contraindicated, "the TPM's clock is at %d ms with %d restarts, and was at %d ms with %d: old Evidence, or an old TPM", c.Milliseconds, c.Restarts, p.Clock, p.Restarts)
+		case resets < 0:
+			r.hostf(CodeClockBack, Contraindicated, "the TPM counts %d resets less than before: old Evidence, or an old TPM", -int64(resets))
+		case resets == 0 && (restarts < 0 || c.Milliseconds < p.Clock):
+			r.hostf(CodeClockBack, Contraindicated, "the TPM's clock is at %d ms, with %d more restarts, and was at %d ms: old Evidence, or an old TPM", c.Milliseconds, restarts, p.Clock)
 		case c.Milliseconds < p.Clock && c.Safe:
 			r.hostf(CodeClockBack, Contraindicated, "the TPM's clock went back from %d ms to %d ms, and it says that it did not", p.Clock, c.Milliseconds)
 		}
 		switch {
-		case c.Resets > p.Resets && sameBoot:
+		case resets > 0 && sameBoot:
 			r.hostf(CodeResets, Contraindicated, "the TPM was reset while the kernel ran on: its PCRs have lost what was measured")
-		case c.Resets == p.Resets && !sameBoot:
+		case resets == 0 && !sameBoot:
 			r.hostf(CodeResets, Contraindicated, "another kernel runs, and the TPM was not reset: it was not measured as a boot is")
 		}
 	}
@@ -408,15 +411,16 @@ func (r *round) conclude(res *Result) {
 	}
 }
 
-// learn takes something for right that is new.
-func (r *round) learn(subject string, kind fleet.Kind, path, digest string) {
+// learn takes something for right that is new, unless it cannot be stored.
+func (r *round) learn(subject string, kind fleet.Kind, path, digest string) bool {
 	v := fleet.Value{Subject: subject, Kind: kind, Path: path, Digest: digest, Source: "learned", State: fleet.Approved, Time: r.in.Now}
 	if CheckValue(v) != nil {
-		return
+		return false
 	}
 	if kind == fleet.VMPCR {
 		r.vmLearned = append(r.vmLearned, v)
-		return
+	} else {
+		r.learned = append(r.learned, v)
 	}
-	r.learned = append(r.learned, v)
+	return true
 }
