@@ -76,6 +76,8 @@ func Decide(c Claim, k Known, r Rules) (Decision, error) {
 		return Decision{}, at(k.Revoked, refuse(NodeRevoked, "node %q was revoked; a join token that names it lets it in again", k.Revoked.Name))
 	case k.Revoked != nil:
 		d.TokenNames = true
+	case c.Token && c.Former != nil:
+		d.ID = c.Former.Node // what is approved for it, counts again
 	case c.Token:
 	case c.Former != nil:
 		// The store is older than the certificate, and may have forgotten more: that
