@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"virt-trust/internal/evidence/quote"
@@ -33,6 +34,7 @@ type round struct {
 	learnHost bool
 	// launchKnown: the launch log was replayed, or there is nothing that it could say.
 	launchKnown bool
+	unknown     map[int]bool  // launchers that are no Reference Values, by number
 	learned     []fleet.Value // of the host
 	vmLearned   []fleet.Value
 	vms         []VM
@@ -250,18 +252,20 @@ func (r *round) clock() {
 	c := r.quote.Clock
 	if p := r.prev; p != nil {
 		sameBoot := p.BootID == r.report.BootID
+		// Of the counters the differences count: see quote.Clock.
+		resets, restarts := int32(c.Resets-p.Resets), int32(c.Restarts-p.Restarts)
 		switch {
-		case c.Resets < p.Resets:
-			r.hostf(CodeClockBack, Contraindicated, "the TPM counts %d resets, and counted %d before", c.Resets, p.Resets)
-		case c.Resets == p.Resets && (c.Restarts < p.Restarts || c.Milliseconds < p.Clock):
-			r.hostf(CodeClockBack, Contraindicated, "the TPM's clock is at %d ms with %d restarts, and was at %d ms with %d: old Evidence, or an old TPM", c.Milliseconds, c.Restarts, p.Clock, p.Restarts)
+		case resets < 0:
+			r.hostf(CodeClockBack, Contraindicated, "the TPM counts %d resets less than before: old Evidence, or an old TPM", -int64(resets))
+		case resets == 0 && (restarts < 0 || c.Milliseconds < p.Clock):
+			r.hostf(CodeClockBack, Contraindicated, "the TPM's clock is at %d ms, with %d more restarts, and was at %d ms: old Evidence, or an old TPM", c.Milliseconds, restarts, p.Clock)
 		case c.Milliseconds < p.Clock && c.Safe:
 			r.hostf(CodeClockBack, Contraindicated, "the TPM's clock went back from %d ms to %d ms, and it says that it did not", p.Clock, c.Milliseconds)
 		}
 		switch {
-		case c.Resets > p.Resets && sameBoot:
+		case resets > 0 && sameBoot:
 			r.hostf(CodeResets, Contraindicated, "the TPM was reset while the kernel ran on: its PCRs have lost what was measured")
-		case c.Resets == p.Resets && !sameBoot:
+		case resets == 0 && !sameBoot:
 			r.hostf(CodeResets, Contraindicated, "another kernel runs, and the TPM was not reset: it was not measured as a boot is")
 		}
 	}
@@ -342,14 +346,23 @@ func worst(reasons []Reason) Tier {
 // maxReasons of one subject are given.
 const maxReasons = 256
 
-// settle sorts findings, and leaves out those without consequence.
+// settle sorts findings, and leaves out those without consequence, and what no
+// database takes.
 func settle(reasons []Reason) []Reason {
 	reasons = slices.DeleteFunc(reasons, func(r Reason) bool { return r.Tier == Affirming })
+	for i := range reasons {
+		r := &reasons[i]
+		r.What, r.Path = storable(r.What), storable(r.Path)
+	}
 	slices.SortStableFunc(reasons, func(a, b Reason) int { return cmp.Compare(rank(b.Tier), rank(a.Tier)) })
 	if n := len(reasons); n > maxReasons {
 		reasons = append(reasons[:maxReasons:maxReasons], Reason{Code: CodeTooMany, Tier: reasons[maxReasons].Tier, What: fmt.Sprintf("%d more findings", n-maxReasons)})
 	}
 	return reasons
+}
+
+func storable(s string) string {
+	return strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "\uFFFD")
 }
 
 // result is what came of it. Where the Evidence could not be verified, VMs that
@@ -408,15 +421,16 @@ func (r *round) conclude(res *Result) {
 	}
 }
 
-// learn takes something for right that is new.
-func (r *round) learn(subject string, kind fleet.Kind, path, digest string) {
+// learn takes something for right that is new, unless it cannot be stored.
+func (r *round) learn(subject string, kind fleet.Kind, path, digest string) bool {
 	v := fleet.Value{Subject: subject, Kind: kind, Path: path, Digest: digest, Source: "learned", State: fleet.Approved, Time: r.in.Now}
 	if CheckValue(v) != nil {
-		return
+		return false
 	}
 	if kind == fleet.VMPCR {
 		r.vmLearned = append(r.vmLearned, v)
-		return
+	} else {
+		r.learned = append(r.learned, v)
 	}
-	r.learned = append(r.learned, v)
+	return true
 }

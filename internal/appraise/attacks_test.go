@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	gotestdata "github.com/google/go-eventlog/testdata"
 
@@ -22,6 +23,8 @@ import (
 )
 
 var all16 = []uint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+
+var all16Selection = quote.Selection{Bank: "sha256", PCRs: all16}
 
 // setLog changes a log of Evidence.
 func setLog(kind string, f func(*report.Log)) func(*report.Evidence, *forge.Host) {
@@ -516,6 +519,25 @@ func TestIMA(t *testing.T) {
 	}
 }
 
+// A path that no database takes is not learned, and shown without what is wrong
+// with it.
+func TestStrangePaths(t *testing.T) {
+	b := newBench(t)
+	for i, path := range []string{"/tmp/a\x00b", "/tmp/\xff\xfe", "/tmp/\x1b[2J"} {
+		b.host.Measure(path, []byte{byte(i)})
+	}
+	b.round(forge.Options{})
+	b.want(Warning, CodeIMAUnknown)
+	if len(b.result.Host.Reasons) != 2 || !b.state.Learned {
+		t.Errorf("%s", dump(b.result.Host.Reasons))
+	}
+	for _, r := range b.result.Host.Reasons {
+		if !utf8.ValidString(r.Path) || strings.ContainsRune(r.Path, 0) {
+			t.Errorf("%q", r.Path)
+		}
+	}
+}
+
 func TestPolicyChanged(t *testing.T) {
 	b := newBench(t)
 	b.policy.IMA.Excludes = []string{"/tmp/*"}
@@ -564,7 +586,12 @@ func TestLaunchLogs(t *testing.T) {
 		"reordered":          {forge.Options{Have: whole, Evidence: setLog(report.LaunchLog, func(l *report.Log) { x := lines(l.Data); l.Data = join(x[0], x[1], x[3], x[2]) })}, nil, Contraindicated, []string{CodeLaunchReplay}},
 		"the last is kept back": {forge.Options{Have: whole, Evidence: setLog(report.LaunchLog, func(l *report.Log) { x := lines(l.Data); l.Data = join(x[:3]...) })}, nil,
 			Contraindicated, []string{CodeLaunchReplay}},
-		"garbage":           {forge.Options{Have: whole, Evidence: setLog(report.LaunchLog, func(l *report.Log) { l.Data = []byte("garbage\n") })}, nil, None, []string{CodeLaunchFormat}},
+		"garbage": {forge.Options{Have: whole, Evidence: setLog(report.LaunchLog, func(l *report.Log) { l.Data = []byte("garbage\n") })}, nil, None, []string{CodeLaunchFormat}},
+		"a start of no VM": {forge.Options{}, func(b *bench) {
+			e := b.host.StartEntry(b.hostVM("one"))
+			e.Start.VM = "<script>"
+			b.host.Log(e)
+		}, None, []string{CodeLaunchFormat}},
 		"kept back":         {forge.Options{Evidence: setLog(report.LaunchLog, func(l *report.Log) { *l = report.Log{Kind: l.Kind, Problem: "no"} })}, nil, None, []string{CodeLaunchMissing}},
 		"something else":    {forge.Options{}, func(b *bench) { b.host.TPM.Extend("sha256", 15, make([]byte, 32)) }, Contraindicated, []string{CodeLaunchReplay}},
 		"another PCR":       {forge.Options{Report: func(r *report.Report) { r.Host.LaunchPCR = 13 }}, nil, Contraindicated, []string{CodeLaunchReplay}},

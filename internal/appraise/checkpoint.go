@@ -37,6 +37,9 @@ type Checkpoint struct {
 	VMs     map[string]vmState `cbor:"13,keyasint"` // by UUID, of all that were ever reported and are not deleted
 	Host    Tier               `cbor:"14,keyasint"`
 	PCRs    map[string]string  `cbor:"15,keyasint"`
+	// Hides is what the TPM adds to the number of its resets in what the AK signs,
+	// as a launch log told that has the true number.
+	Hides *uint32 `cbor:"16,keyasint"`
 }
 
 // eventState is of the firmware's and boot loader's event log, which does not

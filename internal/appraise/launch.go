@@ -73,6 +73,10 @@ func (r *round) replayLaunch(st *launchState, l *report.Log, want []byte) bool {
 		}
 		size += uint64(len(line)) + 1
 		if s := log.Last; log.Starts > before {
+			if !isUUID(s.VM) {
+				r.hostf(CodeLaunchFormat, None, "a start of %.60q, which is no VM's UUID", s.VM)
+				return false
+			}
 			starts[s.VM] = vmStart{Generation: s.Generation, EK: s.EK, Time: log.Time, Launchers: s.Launchers}
 		}
 	}
@@ -95,27 +99,37 @@ func (r *round) replayLaunch(st *launchState, l *report.Log, want []byte) bool {
 	return true
 }
 
-// launchBoot checks that the log is of this boot and of this life of the PCR.
+// launchBoot checks that the log is of this boot and of this life of the PCR. What
+// the quote says of resets is hidden by a number that stays the same (quote.Clock):
+// the first log tells it, and the later ones have to agree.
 func (r *round) launchBoot(b *launchlog.Boot) {
+	if b == nil {
+		return
+	}
+	hides := r.quote.Clock.Resets - b.ResetCount
+	other := r.next.Hides != nil && *r.next.Hides != hides
 	switch {
-	case b == nil:
-	case b.ID != r.report.BootID || b.ResetCount != r.quote.Clock.Resets || b.PCR != r.report.Host.LaunchPCR:
-		r.hostf(CodeLaunchBoot, Contraindicated, "the launch log is of boot %.40q, TPM reset %d and PCR %d; the host is in boot %.40q, TPM reset %d, and has it in PCR %d",
-			b.ID, b.ResetCount, b.PCR, r.report.BootID, r.quote.Clock.Resets, r.report.Host.LaunchPCR)
+	case b.ID != r.report.BootID || b.PCR != r.report.Host.LaunchPCR || other:
+		r.hostf(CodeLaunchBoot, Contraindicated, "the launch log is of boot %.40q and TPM reset %d, for PCR %d; the host is in boot %.40q, or after another reset, and names PCR %d",
+			b.ID, b.ResetCount, b.PCR, r.report.BootID, r.report.Host.LaunchPCR)
+		return
 	case b.Gap != "":
 		r.hostf(CodeLaunchGap, Contraindicated, "a part of the launch log is lost, so that a VM may have been started that nobody knows of: %.200s", b.Gap)
 	}
+	r.next.Hides = &hides
 }
 
 // launchFiles says of launchers that they are no Reference Values. With Learn, one
 // that the host itself approved, at a path of which nothing is known, is taken for
 // right: a host has its first VM after its first round.
 func (r *round) launchFiles(files []launchlog.File) {
+	r.unknown = map[int]bool{}
 	for i := range files {
 		f := &files[i]
 		if r.launcherKnown(f) {
 			continue
 		}
+		r.unknown[f.N] = true
 		n := f.N - 1
 		r.host = append(r.host, r.launcherReason(f, minTier(r.policy.UnknownLauncher, Warning), &n))
 	}
@@ -150,13 +164,7 @@ func (r *round) launcherKnown(f *launchlog.File) bool {
 		return true
 	}
 	if r.in.Learn && f.By != "" && len(r.values.at(ofLauncher, []byte(f.Path))) == 0 {
-		digest := "sha256:" + f.SHA256
-		if !slices.ContainsFunc(r.learned, func(v fleet.Value) bool {
-			return v.Kind == fleet.Launcher && v.Path == f.Path && v.Digest == digest
-		}) {
-			r.learn(r.in.Node.ID, fleet.Launcher, f.Path, digest)
-		}
-		return true
+		return r.learn(r.in.Node.ID, fleet.Launcher, f.Path, "sha256:"+f.SHA256)
 	}
 	return false
 }

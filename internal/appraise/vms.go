@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -20,6 +21,12 @@ import (
 func uuidText(u [16]byte) string {
 	h := hex.EncodeToString(u[:])
 	return h[:8] + "-" + h[8:12] + "-" + h[12:16] + "-" + h[16:20] + "-" + h[20:]
+}
+
+// isUUID reports whether s is spelt as uuidText spells it.
+func isUUID(s string) bool {
+	b, err := hex.DecodeString(strings.ReplaceAll(s, "-", ""))
+	return err == nil && len(b) == 16 && uuidText([16]byte(b)) == s
 }
 
 // reportedVMs appraises each VM of the report, and those that the report hides.
@@ -112,11 +119,12 @@ func (r *round) vmStart(v *report.VM, start vmStart, started bool, say sayer) {
 	}
 }
 
-func (r *round) launchers(s vmStart) (all []Launcher) {
+func (r *round) launchers(s vmStart) []Launcher {
+	all := make([]Launcher, 0, len(s.Launchers))
 	for _, n := range s.Launchers {
 		if n >= 1 && n <= len(r.next.Launch.Files) {
 			f := r.next.Launch.Files[n-1]
-			all = append(all, Launcher{Role: f.Role, Path: f.Path, SHA256: f.SHA256, By: f.By})
+			all = append(all, Launcher{Role: storable(f.Role), Path: storable(f.Path), SHA256: f.SHA256, By: storable(f.By)})
 		}
 	}
 	return all
@@ -124,12 +132,9 @@ func (r *round) launchers(s vmStart) (all []Launcher) {
 
 func (r *round) vmLaunchers(s vmStart) (all []Reason) {
 	for _, n := range s.Launchers {
-		if n < 1 || n > len(r.next.Launch.Files) {
-			continue
-		}
-		if f := &r.next.Launch.Files[n-1]; !r.launcherKnown(f) {
+		if r.unknown[n] {
 			i := n - 1
-			all = append(all, r.launcherReason(f, r.policy.UnknownLauncher, &i))
+			all = append(all, r.launcherReason(&r.next.Launch.Files[i], r.policy.UnknownLauncher, &i))
 		}
 	}
 	return all
@@ -216,14 +221,13 @@ func (r *round) vmQuote(v *report.VM, live map[uint][]byte, say sayer) {
 		}
 		return
 	}
-	object, err := quote.ParsePublic(v.Quote.AK)
-	if err != nil {
-		say(CodeVMQuote, None, "the AK in its vTPM: %v", err)
-		return
-	}
-	ak, err := object.AK()
-	if err != nil {
+	ak, err := quote.ParseAK(v.Quote.AK)
+	switch {
+	case errors.Is(err, quote.ErrKind):
 		say(CodeVMQuote, Contraindicated, "the AK in its vTPM: %v", err)
+		return
+	case err != nil:
+		say(CodeVMQuote, None, "the AK in its vTPM: %v", err)
 		return
 	}
 	q, err := quote.Verify(v.Quote.Quote.Attest, v.Quote.Quote.Signature, ak, report.VTPMQualifyingData(r.evidence.Nonce, v.UUID))

@@ -31,6 +31,7 @@ type TPM struct {
 	PCRs             map[string]map[uint][]byte // by bank
 	Clock            uint64                     // milliseconds
 	Resets, Restarts uint32
+	Hides            uint32 // is added to both, as with keys of the owner hierarchy (quote.Clock)
 	Unsafe           bool
 }
 
@@ -40,7 +41,7 @@ func NewTPM(banks ...string) *TPM {
 	if err != nil {
 		panic(err)
 	}
-	t := &TPM{Key: key, Clock: 60_000, Resets: 7, PCRs: map[string]map[uint][]byte{}}
+	t := &TPM{Key: key, Clock: 60_000, Resets: 7, Hides: 0xfffffff0, PCRs: map[string]map[uint][]byte{}}
 	for _, b := range banks {
 		t.PCRs[b] = map[uint][]byte{}
 	}
@@ -139,7 +140,7 @@ func (t *TPM) Sign(qualifying []byte, kind tpm2.TPMST, attested tpm2.TPMUAttest)
 	return t.SignBytes(tpm2.Marshal(tpm2.TPMSAttest{
 		Magic: tpm2.TPMGeneratedValue, Type: kind, QualifiedSigner: tpm2.TPM2BName{Buffer: t.AKName()},
 		ExtraData: tpm2.TPM2BData{Buffer: qualifying},
-		ClockInfo: tpm2.TPMSClockInfo{Clock: t.Clock, ResetCount: t.Resets, RestartCount: t.Restarts, Safe: safe},
+		ClockInfo: tpm2.TPMSClockInfo{Clock: t.Clock, ResetCount: t.Resets + t.Hides, RestartCount: t.Restarts + t.Hides, Safe: safe},
 		Attested:  attested,
 	}))
 }

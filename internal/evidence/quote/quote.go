@@ -51,7 +51,11 @@ const (
 
 var bankNames = map[uint16]string{algSHA1: "sha1", algSHA256: "sha256", algSHA384: "sha384", algSHA512: "sha512"}
 
-// Clock is what the TPM says of its time (10.11.1, TPMS_CLOCK_INFO).
+// Clock is what the TPM says of its time (10.11.1, TPMS_CLOCK_INFO). Where a key
+// of the owner hierarchy signed it, a number that only the TPM knows, and that is the
+// same for all that the key signs, was added to each of the two counters and to the
+// firmware's version (Part 1, 36.7): only differences between two statements of one
+// key mean something, and they wrap.
 type Clock struct {
 	Milliseconds uint64 // since the clock was last set; it runs only while there is power
 	Resets       uint32 // TPM resets: boots

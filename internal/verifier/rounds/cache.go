@@ -139,30 +139,25 @@ func (c *nodes) drop(id string) *node {
 	return n
 }
 
-// values gives the Reference Values for a node and its VMs, those for all first,
-// and whether there ever were any of the node itself.
-func (c *nodes) values(ctx context.Context, s *store.Store, n *node, vms []string) ([]*appraise.Values, bool, error) {
+// values gives the Reference Values for a node and its VMs, those for all first.
+func (c *nodes) values(ctx context.Context, s *store.Store, n *node, vms []string) ([]*appraise.Values, error) {
 	common, err := c.common(ctx, s)
 	if err != nil {
-		return nil, false, err
-	}
-	own, err := s.ValuesVersion(ctx, n.ID)
-	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	subjects := append([]string{n.ID}, vms...)
 	version, err := s.ValuesVersion(ctx, subjects...)
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	if n.own == nil || n.version != version || !slices.Equal(n.subjects, subjects) {
 		all, err := s.ValuesFor(ctx, subjects...)
 		if err != nil {
-			return nil, false, err
+			return nil, err
 		}
 		n.own, n.version, n.subjects, n.size = appraise.NewValues(all), version, subjects, len(all)
 	}
-	return []*appraise.Values{common, n.own}, own != 0, nil
+	return []*appraise.Values{common, n.own}, nil
 }
 
 func (c *nodes) common(ctx context.Context, s *store.Store) (*appraise.Values, error) {

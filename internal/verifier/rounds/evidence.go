@@ -209,7 +209,15 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 	}
 	previous, damaged := appraise.DecodeCheckpoint(state.Checkpoint)
 	vms, eks := untrustedVMs(body)
-	values, learnedBefore, err := h.nodes.values(ctx, h.Store, n, vms)
+	values, err := h.nodes.values(ctx, h.Store, n, vms)
+	learn := policy.Learn && damaged == nil
+	if err == nil && learn && previous == nil {
+		// A checkpoint that was lost is no first round: what was learned once is not
+		// learned again.
+		var version int64
+		version, err = h.Store.ValuesVersion(ctx, n.ID)
+		learn = version == 0
+	}
 	if err != nil {
 		none(appraise.CodeInternal, "the Reference Values could not be read")
 		h.Log.WithError(err).Error("reading Reference Values")
@@ -218,9 +226,7 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 	in := appraise.Input{
 		Node:  appraise.Node{ID: n.ID, AK: n.ak, AKName: n.AKName},
 		Nonce: state.Nonce, Expires: state.Expires, Evidence: body, Previous: previous, Values: values, Policy: policy.Appraisal,
-		// A checkpoint that was lost is no first round: what was learned once is not
-		// learned again.
-		Learn: policy.Learn && damaged == nil && (previous != nil || !learnedBefore), Now: now,
+		Learn: learn, Now: now,
 	}
 	a.result, a.checkpoint, a.learned = appraise.Round(in)
 	if a.checkpoint != nil {

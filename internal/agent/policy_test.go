@@ -1,0 +1,117 @@
+package agent
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+
+	"virt-trust/internal/bus"
+)
+
+const busConf = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <type>system</type>
+  <auth>EXTERNAL</auth>
+  <listen>%s</listen>
+  <policy context="default">
+    <allow user="*"/>
+    <deny own="*"/>
+    <deny send_type="method_call"/>
+    <allow send_type="signal"/>
+    <allow send_requested_reply="true" send_type="method_return"/>
+    <allow send_requested_reply="true" send_type="error"/>
+    <allow receive_type="method_call"/>
+    <allow receive_type="method_return"/>
+    <allow receive_type="error"/>
+    <allow receive_type="signal"/>
+    <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus"/>
+  </policy>
+  <include>%s</include>
+  <servicedir>%s</servicedir>
+</busconfig>`
+
+// The packaged bus policy, with users and a group that every Debian has: daemon is
+// virt-trust-agent, games is the group virt-trust.
+func TestBusPolicy(t *testing.T) {
+	need(t, "dbus-daemon", "busctl")
+	if os.Getuid() != 0 {
+		t.Skip("as root: several users have to ask")
+	}
+	policy := must[[]byte](t)(os.ReadFile("../../dbus/org.virttrust1.Agent.conf"))
+	text := strings.NewReplacer(`user="virt-trust-agent"`, `user="daemon"`, `group="virt-trust"`, `group="games"`).Replace(string(policy))
+	dir := tempDir(t)
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	address := "unix:path=" + filepath.Join(dir, "bus")
+	for name, b := range map[string]string{"agent.conf": text, "bus.conf": fmt.Sprintf(busConf, address, filepath.Join(dir, "agent.conf"), dir),
+		"org.virttrust1.Agent.service": "[D-BUS Service]\nName=org.virttrust1.Agent\nExec=/bin/false\nUser=daemon\n",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(b), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d := exec.Command("dbus-daemon", "--nofork", "--nopidfile", "--nosyslog", "--config-file="+filepath.Join(dir, "bus.conf"))
+	d.SysProcAttr, d.WaitDelay = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, time.Second
+	if err := d.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.Process.Kill(); d.Wait() })
+	var conn *dbus.Conn
+	for range 500 {
+		var err error
+		if conn, err = dbus.Connect(address); err == nil {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if conn == nil {
+		t.Fatal("dbus-daemon does not come up")
+	}
+	defer conn.Close()
+	if r, err := conn.RequestName(bus.AgentName, dbus.NameFlagDoNotQueue); err == nil {
+		t.Errorf("root owns the agent's name: %v", r)
+	}
+	as := func(uid, gid uint32, args ...string) string {
+		c := exec.Command("busctl", append([]string{"--address=" + address, "--timeout=2"}, args...)...)
+		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: gid}}
+		out, err := c.CombinedOutput()
+		return fmt.Sprintf("%s %v", bytes.TrimSpace(out), err)
+	}
+	games := must[*user.Group](t)(user.LookupGroup("games"))
+	gid := must[uint64](t)(strconv.ParseUint(games.Gid, 10, 32))
+	call := func(iface, member string, args ...string) []string {
+		return append([]string{"call", bus.AgentName, string(bus.AgentPath), iface, member}, args...)
+	}
+	enroll := call(bus.AgentInterface, "Enroll", "sa{sv}", "https://x", "0")
+	get := call("org.freedesktop.DBus.Properties", "GetAll", "s", bus.AgentInterface)
+	// Who is let through hears that the agent does not start here; the others that
+	// they may not.
+	for _, c := range []struct {
+		who      string
+		uid, gid uint32
+		args     []string
+		may      bool
+	}{
+		{"nobody", 65534, 65534, get, false}, {"nobody", 65534, 65534, enroll, false},
+		{"a member", 65534, uint32(gid), get, true}, {"a member", 65534, uint32(gid), enroll, false},
+		{"root", 0, 0, get, true}, {"root", 0, 0, enroll, true},
+	} {
+		out := as(c.uid, c.gid, c.args...)
+		denied := strings.Contains(out, "ccess denied") || strings.Contains(out, "Rejected send message")
+		if denied == c.may {
+			t.Errorf("%s, %s: %s", c.who, c.args[4], out)
+		}
+	}
+}
