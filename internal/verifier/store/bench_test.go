@@ -106,9 +106,12 @@ func benchRounds(b *testing.B, complete func(node string, i int) Completion) {
 			d := sha256.Sum256(fmt.Append(nil, node, round))
 			return d[:]
 		}
-		round := make([]atomic.Int64, len(ids))
+		round, turn := make([]int, len(ids)), make([]sync.Mutex, len(ids)) // a node does one round after the other
 		one := func(n int) error {
-			i := int(round[n].Add(1)) - 1
+			turn[n].Lock()
+			defer turn[n].Unlock()
+			i := round[n]
+			round[n]++
 			c := complete(ids[n], i)
 			c.Nonce, c.Next, c.NextExpires = nonce(n, i), nonce(n, i+1), time.Now().Add(time.Hour)
 			_, err := s.CompleteRound(ctx, c)
