@@ -33,6 +33,7 @@ type round struct {
 	learnHost bool
 	// launchKnown: the launch log was replayed, or there is nothing that it could say.
 	launchKnown bool
+	unknown     map[int]bool  // launchers that are no Reference Values, by number
 	learned     []fleet.Value // of the host
 	vmLearned   []fleet.Value
 	vms         []VM
@@ -410,15 +411,16 @@ func (r *round) conclude(res *Result) {
 	}
 }
 
-// learn takes something for right that is new.
-func (r *round) learn(subject string, kind fleet.Kind, path, digest string) {
+// learn takes something for right that is new, unless it cannot be stored.
+func (r *round) learn(subject string, kind fleet.Kind, path, digest string) bool {
 	v := fleet.Value{Subject: subject, Kind: kind, Path: path, Digest: digest, Source: "learned", State: fleet.Approved, Time: r.in.Now}
 	if CheckValue(v) != nil {
-		return
+		return false
 	}
 	if kind == fleet.VMPCR {
 		r.vmLearned = append(r.vmLearned, v)
-		return
+	} else {
+		r.learned = append(r.learned, v)
 	}
-	r.learned = append(r.learned, v)
+	return true
 }

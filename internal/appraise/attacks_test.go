@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	gotestdata "github.com/google/go-eventlog/testdata"
 
@@ -515,6 +516,25 @@ func TestIMA(t *testing.T) {
 	}
 	if !slices.ContainsFunc(b.result.Host.Reasons, func(r Reason) bool { return r.Code == CodeTooMany || r.Code == CodeIMATooMany }) {
 		t.Error("it is not told that there are more")
+	}
+}
+
+// A path that no database takes is not learned, and shown without what is wrong
+// with it.
+func TestStrangePaths(t *testing.T) {
+	b := newBench(t)
+	for i, path := range []string{"/tmp/a\x00b", "/tmp/\xff\xfe", "/tmp/\x1b[2J"} {
+		b.host.Measure(path, []byte{byte(i)})
+	}
+	b.round(forge.Options{})
+	b.want(Warning, CodeIMAUnknown)
+	if len(b.result.Host.Reasons) != 2 || !b.state.Learned {
+		t.Errorf("%s", dump(b.result.Host.Reasons))
+	}
+	for _, r := range b.result.Host.Reasons {
+		if !utf8.ValidString(r.Path) || strings.ContainsRune(r.Path, 0) {
+			t.Errorf("%q", r.Path)
+		}
 	}
 }
 

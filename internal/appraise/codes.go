@@ -16,7 +16,6 @@ const (
 	CodeBank        = "quote-wrong-bank"   // over another bank than the policy's
 	CodePCRsMissing = "quote-lacks-pcrs"   // PCRs of the policy are not quoted
 	CodePCRValues   = "pcr-values-forged"  // the values are not those that were quoted
-	CodeNodeState   = "node-not-active"    // for the caller: pending, revoked
 	CodeTooMany     = "more-findings"      // than are shown
 
 	// Of time.

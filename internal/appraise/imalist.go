@@ -152,8 +152,7 @@ func (v *imaVisit) entry(n uint64, e *ima.Entry) {
 		return
 	}
 	if !ok && r.learnHost {
-		ok = true
-		r.learn(r.in.Node.ID, fleet.HostIMA, string(e.Path), e.Algorithm+":"+hex.EncodeToString(e.Digest))
+		ok = r.learn(r.in.Node.ID, fleet.HostIMA, string(e.Path), e.Algorithm+":"+hex.EncodeToString(e.Digest))
 	}
 	if !ok {
 		v.found(imaFinding{Entry: int(n), Path: string(e.Path), Digest: bytes.Clone(key)})
@@ -174,7 +173,7 @@ func (v *imaVisit) found(f imaFinding) {
 	if len(f.Path) > maxPath {
 		f.Path = f.Path[:maxPath]
 	}
-	f.Path = strings.ToValidUTF8(f.Path, "\uFFFD")
+	f.Path = strings.ReplaceAll(strings.ToValidUTF8(f.Path, "\uFFFD"), "\x00", "\uFFFD")
 	if len(v.st.Found) >= maxIMAFound {
 		v.st.More++
 		return

@@ -119,11 +119,13 @@ func (r *round) launchBoot(b *launchlog.Boot) {
 // that the host itself approved, at a path of which nothing is known, is taken for
 // right: a host has its first VM after its first round.
 func (r *round) launchFiles(files []launchlog.File) {
+	r.unknown = map[int]bool{}
 	for i := range files {
 		f := &files[i]
 		if r.launcherKnown(f) {
 			continue
 		}
+		r.unknown[f.N] = true
 		n := f.N - 1
 		r.host = append(r.host, r.launcherReason(f, minTier(r.policy.UnknownLauncher, Warning), &n))
 	}
@@ -158,13 +160,7 @@ func (r *round) launcherKnown(f *launchlog.File) bool {
 		return true
 	}
 	if r.in.Learn && f.By != "" && len(r.values.at(ofLauncher, []byte(f.Path))) == 0 {
-		digest := "sha256:" + f.SHA256
-		if !slices.ContainsFunc(r.learned, func(v fleet.Value) bool {
-			return v.Kind == fleet.Launcher && v.Path == f.Path && v.Digest == digest
-		}) {
-			r.learn(r.in.Node.ID, fleet.Launcher, f.Path, digest)
-		}
-		return true
+		return r.learn(r.in.Node.ID, fleet.Launcher, f.Path, "sha256:"+f.SHA256)
 	}
 	return false
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"virt-trust/internal/verifier/fleet"
 )
@@ -59,6 +60,9 @@ func parseDigest(s string) (key []byte, hexDigits string, err error) {
 func CheckValue(v fleet.Value) error {
 	if _, _, err := parseDigest(v.Digest); err != nil {
 		return err
+	}
+	if !utf8.ValidString(v.Path) || strings.ContainsRune(v.Path, 0) {
+		return fmt.Errorf("%.80q is no path that can be stored", v.Path)
 	}
 	switch v.Kind {
 	case fleet.HostEvent:

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -112,7 +113,8 @@ func (r *round) vmStart(v *report.VM, start vmStart, started bool, say sayer) {
 	}
 }
 
-func (r *round) launchers(s vmStart) (all []Launcher) {
+func (r *round) launchers(s vmStart) []Launcher {
+	all := make([]Launcher, 0, len(s.Launchers))
 	for _, n := range s.Launchers {
 		if n >= 1 && n <= len(r.next.Launch.Files) {
 			f := r.next.Launch.Files[n-1]
@@ -124,12 +126,9 @@ func (r *round) launchers(s vmStart) (all []Launcher) {
 
 func (r *round) vmLaunchers(s vmStart) (all []Reason) {
 	for _, n := range s.Launchers {
-		if n < 1 || n > len(r.next.Launch.Files) {
-			continue
-		}
-		if f := &r.next.Launch.Files[n-1]; !r.launcherKnown(f) {
+		if r.unknown[n] {
 			i := n - 1
-			all = append(all, r.launcherReason(f, r.policy.UnknownLauncher, &i))
+			all = append(all, r.launcherReason(&r.next.Launch.Files[i], r.policy.UnknownLauncher, &i))
 		}
 	}
 	return all
@@ -216,14 +215,13 @@ func (r *round) vmQuote(v *report.VM, live map[uint][]byte, say sayer) {
 		}
 		return
 	}
-	object, err := quote.ParsePublic(v.Quote.AK)
-	if err != nil {
-		say(CodeVMQuote, None, "the AK in its vTPM: %v", err)
-		return
-	}
-	ak, err := object.AK()
-	if err != nil {
+	ak, err := quote.ParseAK(v.Quote.AK)
+	switch {
+	case errors.Is(err, quote.ErrKind):
 		say(CodeVMQuote, Contraindicated, "the AK in its vTPM: %v", err)
+		return
+	case err != nil:
+		say(CodeVMQuote, None, "the AK in its vTPM: %v", err)
 		return
 	}
 	q, err := quote.Verify(v.Quote.Quote.Attest, v.Quote.Quote.Signature, ak, report.VTPMQualifyingData(r.evidence.Nonce, v.UUID))

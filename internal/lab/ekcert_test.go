@@ -60,6 +60,8 @@ func TestEKCertificate(t *testing.T) {
 		}
 		if said := h.Must("virt-trust", "ek", "certified"); !strings.Contains(said, "manufactured") || !strings.Contains(said, "yes, by this host's certifier") {
 			t.Errorf("virt-trust ek: %s", said)
+		} else {
+			t.Logf("virt-trust ek:\n%s", said)
 		}
 		if inside := g.Ask("ak"); inside != "ak "+property(t, g, "AKPublic") {
 			t.Errorf("in the guest %s\non the host %s", inside, property(t, g, "AKPublic"))

@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/google/go-tpm/tpm2"
@@ -242,6 +243,12 @@ func TestKinds(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
+		if c.ok && strings.HasPrefix(name, "AK") != (quote.FastAK(c.area) != nil) {
+			t.Errorf("%s: read at once: %v", name, quote.FastAK(c.area))
+		}
+		if _, err := quote.ParseAK(c.area); (err == nil) != (ak(o) == nil) {
+			t.Errorf("%s: ParseAK: %v", name, err)
+		}
 		if err := c.is(o); (err == nil) != c.ok || err != nil && !errors.Is(err, quote.ErrKind) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -340,7 +347,10 @@ func FuzzParsePublic(f *testing.F) {
 		if err != nil {
 			return
 		}
-		o.AK()
+		slow, slowErr := o.AK()
+		if key, err := quote.ParseAK(b); (err == nil) != (slowErr == nil) || err == nil && !key.Equal(slow) {
+			t.Errorf("read at once: %v, by go-tpm: %v", err, slowErr)
+		}
 		o.Certifier()
 		o.Bind()
 		if _, err := o.SPKI(); err != nil {

@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/fxamacker/cbor/v2"
 )
@@ -322,6 +323,9 @@ func checkText(texts ...string) error {
 	for _, t := range texts {
 		if len(t) > MaxName {
 			return fmt.Errorf("text of %d bytes", len(t))
+		}
+		if strings.ContainsRune(t, 0) { // no name has one, and no database takes it
+			return errors.New("text with a NUL in it")
 		}
 	}
 	return nil

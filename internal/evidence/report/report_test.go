@@ -192,6 +192,7 @@ func TestBounds(t *testing.T) {
 		"a long list state":      func(r *Report) { r.Host.ListState = long },
 		"a long launch standing": func(r *Report) { r.Host.LaunchLog = long },
 		"a long kernel":          func(r *Report) { r.Host.Kernel = long },
+		"a NUL in a name":        func(r *Report) { r.VMs[0].Name = "a\x00b" },
 		"a long VM name":         func(r *Report) { r.VMs[0].Name = long },
 		"a long state":           func(r *Report) { r.VMs[0].State = long },
 		"a long verdict":         func(r *Report) { r.VMs[0].Verdict = long },

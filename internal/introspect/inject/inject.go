@@ -6,7 +6,7 @@
 // end (pidfd_getfd(2)), holds all of QEMU's threads (ptrace(2)), sees that both
 // queues are empty and swtpm waits for work, sends its commands, reads the
 // answers, and lets go. If a command of the guest is under way, it lets go at once
-// and tries again, for two seconds.
+// and tries again, for three seconds.
 //
 // What can go wrong:
 //   - virt-trustd ends, is killed or restarted: virt-trust-inject is a process of

@@ -319,7 +319,8 @@ func TestKilled(t *testing.T) {
 	}
 	readings := strings.Count(string(b), `"Reader":"vtpm-command"`)
 	t.Logf("%d exchanges were carried through", readings)
-	if n < 10 || readings < n/4 {
+	// One that finds its predecessor still at work is refused, as by a debugger.
+	if n < 10 || readings < 5 {
 		t.Errorf("%d were killed, %d exchanges carried through: %.400s", n, readings, b)
 	}
 }
@@ -408,8 +409,39 @@ func TestSignalsAreKept(t *testing.T) {
 		if i%2 == 1 {
 			c.Process.Signal(unix.SIGUSR1)
 		}
-		h.release()
+		if err := h.release(); err != nil {
+			t.Fatal(err)
+		}
 		says("got it")
+	}
+}
+
+// A thread that does not stop in time is let go all the same, and can be held
+// again.
+func TestSlowThread(t *testing.T) {
+	v := startVM(t)
+	v.tell(t, "load")
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	slow := 0
+	for range 300 {
+		h, err := hold(v.QEMU, 0) // no time at all
+		if err == nil {
+			err = h.release()
+		} else if errors.Is(err, errSlow) {
+			slow, err = slow+1, nil
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if slow == 0 {
+		t.Error("no thread was too slow")
+	}
+	v.says(t, "extended")
+	v.says(t, "done")
+	if s := stateOf(t, v.QEMU); s == "t" || s == "T" {
+		t.Errorf("its state is %s", s)
 	}
 }
 

@@ -1,0 +1,4 @@
+package quote
+
+// FastAK is what ParseAK reads without go-tpm.
+var FastAK = parseAK
