@@ -370,7 +370,7 @@ func (p *Page) approvalsPage(r *http.Request) (view, error) {
 // changedHosts gives hosts whose newest rounds show, of themselves or of a VM,
 // what a Reference Value could be made of; of very many, some.
 func (p *Page) changedHosts(ctx context.Context) ([]row, error) {
-	const most = 50
+	const most = 25
 	var out []row
 	seen := map[string]bool{}
 	add := func(n fleet.Status) {
@@ -392,7 +392,7 @@ func (p *Page) changedHosts(ctx context.Context) ([]row, error) {
 			return nil, err
 		}
 		for _, v := range vms {
-			if seen[v.Node] {
+			if seen[v.Node] || len(out) == most {
 				continue
 			}
 			n, err := p.Store.Status(ctx, v.Node)

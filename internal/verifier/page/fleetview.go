@@ -110,6 +110,7 @@ type fleetView struct {
 	Pending, Revoked   int
 	Problems           int
 	Empty              bool // there is no node at all
+	AllGood            bool // no active host and no VM of one is anything but affirmed
 }
 
 func filterOf(r *http.Request) filter {
@@ -168,6 +169,7 @@ func (p *Page) fleetPage(r *http.Request) (view, error) {
 	for _, t := range d.VMTally {
 		d.VMs += t.N
 	}
+	d.AllGood = sum.ByTier[appraise.Affirming] == d.Hosts && sum.VMs[appraise.Affirming] == d.VMs && d.Hosts > 0
 	d.Empty = sum.Nodes[fleet.Pending]+sum.Nodes[fleet.Active]+sum.Nodes[fleet.Revoked] == 0
 	if !d.Filter.Any() && !d.Later {
 		if d.First, err = p.attention(ctx, sum); err != nil {
@@ -182,7 +184,7 @@ func (p *Page) fleetPage(r *http.Request) (view, error) {
 		return view{}, err
 	}
 	d.Next = nextPage("/", d.Filter.values(), next)
-	return view{name: "fleet", title: "Fleet", data: d}, nil
+	return view{name: "fleet", title: "Fleet", data: d, sum: &sum}, nil
 }
 
 func nextPage(path string, v url.Values, next string) string {
@@ -355,10 +357,13 @@ func (p *Page) vmsPage(r *http.Request) (view, error) {
 
 // waiting counts what waits for someone: nodes, and Reference Values of which a
 // second person is wanted; at most 100 of these are counted.
-func (p *Page) waiting(ctx context.Context) (int, error) {
-	sum, err := p.Store.Summary(ctx)
-	if err != nil {
-		return 0, err
+func (p *Page) waiting(ctx context.Context, sum *fleet.Summary) (int, error) {
+	if sum == nil {
+		v, err := p.Store.Summary(ctx)
+		if err != nil {
+			return 0, err
+		}
+		sum = &v
 	}
 	vs, _, err := p.Store.Values(ctx, store.ValueFilter{State: fleet.Proposed}, store.Page{Limit: 100})
 	if err != nil {

@@ -53,6 +53,7 @@ func (p *Page) serveLive(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("X-Accel-Buffering", "no")
 	rc := http.NewResponseController(w)
+	_ = rc.SetReadDeadline(time.Time{}) // nothing more is to be read
 	send := func(format string, args ...any) bool {
 		// A server without deadlines is a test's recorder, which blocks on nothing.
 		_ = rc.SetWriteDeadline(time.Now().Add(liveTimeout))

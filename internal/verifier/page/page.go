@@ -201,7 +201,8 @@ type view struct {
 	name  string // of the template
 	title string
 	data  any
-	code  int // of HTTP; 0 is 200
+	code  int            // of HTTP; 0 is 200
+	sum   *fleet.Summary // where it was read for the page already
 }
 
 // frame is what every template gets.
@@ -262,7 +263,7 @@ func (p *Page) write(w http.ResponseWriter, r *http.Request, v view) {
 		CSS: p.assets["style.css"].url, JS: p.assets["live.js"].url, Icon: p.assets["icon.svg"].url, D: v.data,
 	}
 	if a.Role >= operate.Reader && v.code < 500 {
-		if n, err := p.waiting(r.Context()); err == nil {
+		if n, err := p.waiting(r.Context(), v.sum); err == nil {
 			f.Waiting = n
 		}
 	}
