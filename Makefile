@@ -6,6 +6,7 @@
 # make check    the fast part of it, as anyone
 # make demo     a guarded VM on a private test host, and an attack on it
 # make bench    guarded against plain libvirt, as ratios
+# make bench-verifier  the Verifier's appraisal against its bare hashes, its database, a fleet of NODES (10000)
 # make faults   kills, power cuts, broken disks and TPMs at every step: figures
 # make soak     EVENTS (2000) random events in the lives of six VMs, for SOAK (24h) at most
 # make fuzz     every fuzzer for FUZZTIME (10m)
@@ -29,6 +30,7 @@ sysconfdir = /etc
 FUZZTIME ?= 10m
 SOAK ?= 24h
 EVENTS ?= 2000
+NODES ?= 10000
 
 GO ?= go
 GOFLAGS_BUILD = -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
@@ -46,7 +48,7 @@ MAN_CLI = packaging/man/virt-trust.1 packaging/man/virt-trust-reasons.7
 MAN_VERIFIER = $(wildcard packaging/man/virt-trust-verifier*.[1-8] packaging/man/virt-trust-signer.8)
 MAN_HOST = $(filter-out $(MAN_CLI) $(MAN_VERIFIER),$(wildcard packaging/man/*.[1-8]))
 
-.PHONY: build install install-cli install-host install-verifier deb lint-deb test check faults demo bench soak fuzz clean help
+.PHONY: build install install-cli install-host install-verifier deb lint-deb test check faults demo bench bench-verifier soak fuzz clean help
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -148,6 +150,13 @@ bench: deb
 	$(GO) test -count=1 -run '^$$' -bench . ./internal/hook ./internal/vtpm/... ./internal/daemon
 	$(GO) build -o bin/lab ./internal/lab/cmd/lab
 	bin/lab bench
+
+bench-verifier: build
+	internal/lab/install-packages.sh
+	$(GO) test -count=1 -run '^$$' -bench 'Appraise' ./internal/appraise
+	$(GO) test -count=1 -run '^$$' -bench 'Round' ./internal/verifier/store
+	$(GO) build -o bin/fleet ./internal/lab/cmd/fleet
+	bin/fleet -nodes $(NODES)
 
 soak: deb
 	internal/lab/install-packages.sh
