@@ -158,6 +158,42 @@ func TestRound(t *testing.T) {
 	t.Error("the policy that was set does not count")
 }
 
+// Where nothing is learned by itself, somebody approves the first round, and what
+// it showed counts.
+func TestStrict(t *testing.T) {
+	s := newSetting(t, storetest.SQLite(t))
+	s.cfg.Policy.ReferenceValues = "strict"
+	v := s.start()
+	h := s.enrol(openStore(t, s.cfg.Database), 1)
+	if tier, err := h.round(v.url("")); err != nil || tier != "none" {
+		t.Fatalf("%s %v", tier, err)
+	}
+	c := s.client()
+	_, _, body := ask(c, "GET", v.url("/v1/nodes/"+h.id+"/rounds"), readerToken, "")
+	var list struct{ Items []struct{ ID int64 } }
+	if err := json.Unmarshal([]byte(body), &list); err != nil || len(list.Items) != 1 {
+		t.Fatal(body)
+	}
+	code, _, body := ask(c, "POST", v.url(fmt.Sprintf("/v1/rounds/%d/approve", list.Items[0].ID)), adminToken, "{}")
+	if code != 200 || strings.Contains(body, "no-values") {
+		t.Fatalf("%d %s", code, body)
+	}
+	tier := ""
+	for range 3 {
+		var err error
+		if tier, err = h.round(v.url("")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if tier != "affirming" {
+		_, _, body := ask(c, "GET", v.url("/v1/nodes/"+h.id), readerToken, "")
+		t.Errorf("%s: %s", tier, body)
+	}
+	if _, _, body := ask(c, "GET", v.url("/v1/vms"), readerToken, ""); !strings.Contains(body, `"tier":"affirming"`) {
+		t.Error(body)
+	}
+}
+
 // Tokens and keys change without a restart.
 func TestReload(t *testing.T) {
 	s := newSetting(t, storetest.SQLite(t))

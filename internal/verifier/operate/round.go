@@ -2,6 +2,7 @@ package operate
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -9,6 +10,7 @@ import (
 
 	"virt-trust/internal/appraise"
 	"virt-trust/internal/evidence/report"
+	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/store"
 )
@@ -32,46 +34,111 @@ type Approved struct {
 // what was kept of that very round, not what the node shows meanwhile.
 // ErrNotFound, ErrInvalid where nothing can be made of any.
 func (s *Service) ApproveRound(ctx context.Context, a Actor, round int64, refs ...Ref) (done Approved, err error) {
+	if err := a.need(Operator); err != nil {
+		return done, err
+	}
+	// What is kept of a round never changes: it is looked at outside the transaction.
+	values, left, err := s.shown(ctx, round, refs)
+	if err != nil {
+		return done, err
+	}
 	err = s.do(ctx, a, Operator, func(tx *store.Tx) error {
-		r, err := tx.Round(ctx, round)
-		if err != nil {
-			return err
-		}
-		res, err := resultOf(r)
-		if err != nil {
-			return err
-		}
-		var values []fleet.Value
-		done = Approved{Left: []appraise.Reason{}}
-		found := 0
-		take := func(subject, name string, reasons []appraise.Reason) {
-			for i, reason := range reasons {
-				if len(refs) > 0 && !slices.Contains(refs, Ref{subject, i}) {
-					continue
-				}
-				found++
-				if v, ok := ValueOf(r.Node, subject, reason); ok {
-					v.Detail = fmt.Sprintf("round %d", r.ID)
-					values = append(values, v)
-				} else {
-					done.Left = append(done.Left, reason)
-				}
-			}
-		}
-		take("host", "", res.Host.Reasons)
-		for _, v := range res.VMs {
-			take(v.UUID, v.Name, v.Reasons)
-		}
-		switch {
-		case found < len(refs):
-			return fmt.Errorf("%w: the round has no such reason", ErrInvalid)
-		case len(values) == 0:
-			return fmt.Errorf("%w: the round shows nothing that a Reference Value could be made of", ErrInvalid)
-		}
-		done.Added, err = s.add(ctx, tx, a, "round.approve", strconv.FormatInt(r.ID, 10), FromOperator, values)
+		done = Approved{Left: left}
+		done.Added, err = s.add(ctx, tx, a, "round.approve", strconv.FormatInt(round, 10), FromOperator, values)
 		return err
 	})
 	return done, err
+}
+
+// shown gives the Reference Values that the reasons of a round lacked, and the
+// reasons of which none can be made.
+func (s *Service) shown(ctx context.Context, round int64, refs []Ref) (values []fleet.Value, left []appraise.Reason, err error) {
+	r, err := s.Store.Round(ctx, round)
+	if err != nil {
+		return nil, nil, told(err)
+	}
+	res, err := resultOf(r)
+	if err != nil {
+		return nil, nil, err
+	}
+	left = []appraise.Reason{}
+	found, bare := 0, map[string]appraise.Reason{} // subjects without any values
+	take := func(subject string, reasons []appraise.Reason) {
+		for i, reason := range reasons {
+			if len(refs) > 0 && !slices.Contains(refs, Ref{subject, i}) {
+				continue
+			}
+			found++
+			v, ok := ValueOf(r.Node, subject, reason)
+			switch {
+			case ok:
+				values = append(values, v)
+			case reason.Code == appraise.CodeHostNoValues || reason.Code == appraise.CodeVMNoValues:
+				bare[subject] = reason
+			default:
+				left = append(left, reason)
+			}
+		}
+	}
+	take("host", res.Host.Reasons)
+	for _, v := range res.VMs {
+		take(v.UUID, v.Reasons)
+	}
+	if found < len(refs) {
+		return nil, nil, fmt.Errorf("%w: the round has no such reason", ErrInvalid)
+	}
+	if len(bare) > 0 {
+		all, err := s.relearn(ctx, r)
+		if err != nil {
+			return nil, nil, err
+		}
+		for subject, reason := range bare {
+			of := slices.DeleteFunc(slices.Clone(all), func(v fleet.Value) bool {
+				return v.Subject != subject && (subject != "host" || v.Subject != r.Node)
+			})
+			if len(of) == 0 {
+				left = append(left, reason)
+			}
+			values = append(values, of...)
+		}
+	}
+	if len(values) == 0 {
+		return nil, nil, fmt.Errorf("%w: the round shows nothing that a Reference Value could be made of; where logs are sent in parts, the first round of a boot has them whole", ErrInvalid)
+	}
+	for i := range values {
+		values[i].Detail = fmt.Sprintf("round %d", r.ID)
+	}
+	return values, left, nil
+}
+
+// relearn appraises the evidence that was kept of a round again, as if it were a
+// first one that is learned from, and gives what is learned. It was fresh when it
+// came: that is not asked again.
+func (s *Service) relearn(ctx context.Context, r fleet.Round) ([]fleet.Value, error) {
+	e, err := report.UntrustedParse(r.Evidence)
+	if err != nil {
+		return nil, nil // it was not kept, or is none
+	}
+	n, err := s.Store.Node(ctx, r.Node)
+	if err != nil {
+		return nil, told(err)
+	}
+	ak, err := ca.AKOf(n.AK)
+	if err != nil {
+		return nil, err
+	}
+	policy := appraise.DefaultPolicy()
+	switch set, err := s.Store.Setting(ctx, PolicySetting); {
+	case err == nil:
+		if policy, err = appraise.ParsePolicy(set.Data); err != nil {
+			return nil, err
+		}
+	case !errors.Is(err, store.ErrNotFound):
+		return nil, err
+	}
+	return appraise.Learn(appraise.Input{
+		Node: appraise.Node{ID: n.ID, AK: ak, AKName: n.AKName}, Nonce: e.Nonce, Evidence: r.Evidence, Policy: policy, Learn: true, Now: r.Received,
+	}), nil
 }
 
 // ValueOf makes the Reference Value that a finding lacked: false where there is

@@ -110,6 +110,7 @@ type fleetView struct {
 	Pending, Revoked   int
 	Problems           int
 	Empty              bool // there is no node at all
+	AllGood            bool // no active host and no VM of one is anything but affirmed
 }
 
 func filterOf(r *http.Request) filter {
@@ -168,6 +169,7 @@ func (p *Page) fleetPage(r *http.Request) (view, error) {
 	for _, t := range d.VMTally {
 		d.VMs += t.N
 	}
+	d.AllGood = sum.ByTier[appraise.Affirming] == d.Hosts && sum.VMs[appraise.Affirming] == d.VMs && d.Hosts > 0
 	d.Empty = sum.Nodes[fleet.Pending]+sum.Nodes[fleet.Active]+sum.Nodes[fleet.Revoked] == 0
 	if !d.Filter.Any() && !d.Later {
 		if d.First, err = p.attention(ctx, sum); err != nil {

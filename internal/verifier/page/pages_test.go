@@ -179,6 +179,29 @@ func TestNotFound(t *testing.T) {
 	}
 }
 
+// TestNothingWrongIsNotAllGood: a VM that could not be appraised is never covered
+// by "every VM is affirmed".
+func TestNothingWrongIsNotAllGood(t *testing.T) {
+	h := newHarness(t)
+	if err := h.Build.Put(t.Context(), h.Build.Node(pagetest.Good, "kvm-01", fleet.Active)); err != nil {
+		t.Fatal(err)
+	}
+	v := pagetest.VM(pagetest.GoodVM, "vm")
+	if _, err := h.Build.Round(t.Context(), pagetest.Result(pagetest.Good, "kvm-01", v), h.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(h.get("/"), "Every host and VM is affirmed") {
+		t.Error("all is good, and the page does not say so")
+	}
+	v.Tier, v.Running, v.Reasons = appraise.None, false, []appraise.Reason{{Code: appraise.CodeVMNotRunning}}
+	if _, err := h.Build.Round(t.Context(), pagetest.Result(pagetest.Good, "kvm-01", v), h.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if body := h.get("/"); strings.Contains(body, "is affirmed") || !strings.Contains(body, "could be appraised") {
+		t.Error("a VM without a result is taken for affirmed")
+	}
+}
+
 func TestFilterAndPages(t *testing.T) {
 	h := newHarness(t)
 	ctx := context.Background()

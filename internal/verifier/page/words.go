@@ -88,10 +88,9 @@ var advice = map[string]string{
 	"quote-lacks-pcrs":   "PCRs that the policy wants were not quoted. Bring virt-trustd to the version of this Verifier.",
 	"pcr-values-forged":  "The PCR values sent are not those that the TPM signed. Treat the host as taken over.",
 	// Of time.
-	"clock-went-back":    "The TPM's clock or counters are behind those of the round before: old evidence, a reset TPM, or another one. Compare with the host's own journal.",
-	"reset-count":        "The TPM saw another number of boots than the host tells. Compare with 'last -x reboot' on the host.",
-	"host-clock-wrong":   "Set the host's clock (timedatectl); certificates and evidence depend on it.",
-	"tpm-clock-not-safe": "The host lost its power. It mends itself; look if it comes again.",
+	"clock-went-back":  "The TPM's clock or counters are behind those of the round before: old evidence, a reset TPM, or another one. Compare with the host's own journal.",
+	"reset-count":      "The TPM saw another number of boots than the host tells. Compare with 'last -x reboot' on the host.",
+	"host-clock-wrong": "Set the host's clock (timedatectl); certificates and evidence depend on it.",
 	// Of the boot.
 	"event-log-missing":         "The firmware's event log was not readable: see that securityfs is mounted, and the firmware has measured boot turned on.",
 	"event-log-format":          "The event log cannot be read. Update the firmware; keep the round if it comes again.",
@@ -114,6 +113,7 @@ var advice = map[string]string{
 	"ima-violation":       "A file was written while it was measured: nobody can say what ran. Look which program writes it.",
 	"ima-boot-aggregate":  "The list belongs to another boot than the quote. Reboot the host; if it stays so, treat it as taken over.",
 	"ima-withdrawn":       "A file ran whose approval was taken back. Update it, and reboot the host.",
+	"more-findings":       "There are more findings than are kept: mend the first ones, the rest will show.",
 	"ima-too-many":        "There are more findings than are kept: mend the first ones, the rest will show.",
 	// Of launchers.
 	"launch-log-missing":         "virt-trustd sent no launch log: see that it runs (virt-trust status).",
