@@ -65,6 +65,7 @@ type Agent struct {
 	changed func(Status) // told of each change
 	wake    chan struct{}
 	pace    pace
+	address string // of the pull API, for the Verifier to show; "" without one
 
 	working sync.Mutex // held while the Verifier is spoken to: by the loop, or for an Enroll
 

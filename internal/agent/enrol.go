@@ -126,7 +126,7 @@ func (a *Agent) enrol(ctx context.Context, url string, pin ca.Pin, secret []byte
 	q := nodeapi.EnrolmentRequest{
 		Name: strings.TrimSuffix(name, "."), EK: i.EK, EKCertificate: i.EKCertificate, AK: i.AK, Bind: i.Bind,
 		BindAttest: i.BindAttest, BindSignature: i.BindSignature,
-		Certifier: i.Certifier, CertifierAttest: i.CertifierAttest, CertifierSignature: i.CertifierSignature,
+		Certifier: i.Certifier, CertifierAttest: i.CertifierAttest, CertifierSignature: i.CertifierSignature, Address: a.address,
 	}
 	if secret != nil {
 		q.Token = ca.SpellSecret(secret)

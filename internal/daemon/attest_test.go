@@ -386,6 +386,41 @@ func TestEvidenceOfDeletedVMs(t *testing.T) {
 	}
 }
 
+// A VM that is being deleted is in the list or among the deleted, at each
+// moment.
+func TestEvidenceMissesNoVM(t *testing.T) {
+	s := openSite(t)
+	store := s.g.peek()
+	id := must[[16]byte](t)(binaryUUID(uuidA))
+	in := list.Record{UUID: uuidA, Name: "a", Instance: s.dir(uuidA), State: list.Stored, KeyOwner: list.Ours}
+	for range 60 {
+		if err := store.Commit(liststore.Change{Put: &in}); err != nil {
+			t.Fatal(err)
+		}
+		s.g.gone.mu.Lock()
+		s.g.gone.all = nil
+		s.g.gone.mu.Unlock()
+		done := make(chan error)
+		go func() { done <- s.g.delete(background, store, &in, "undefined") }()
+		for deleting := true; deleting; {
+			select {
+			case err := <-done:
+				deleting = false
+				if err != nil {
+					t.Fatal(err)
+				}
+			default:
+			}
+			r := must[*report.Report](t)(s.s.report(background, make([]byte, 32)))
+			listed := slices.ContainsFunc(r.VMs, func(v report.VM) bool { return v.UUID == id })
+			told := slices.ContainsFunc(r.Deleted, func(d report.Deleted) bool { return d.UUID == id })
+			if !listed && !told {
+				t.Fatal("a VM is nowhere")
+			}
+		}
+	}
+}
+
 // What is missing is said, and the rest is there.
 func TestEvidenceWithProblems(t *testing.T) {
 	s := openSite(t)

@@ -99,13 +99,14 @@ func (s *Service) report(ctx context.Context, nonce []byte) (*report.Report, err
 	r.Host.Name, r.Host.Kernel = text(name), text(unix.ByteSliceToString(u.Release[:]))
 	r.Host.ListState, _, r.Host.ListGeneration, _ = g.listState()
 	r.Host.LaunchLog, _ = g.launchLogState()
-	r.Deleted = g.gone.deleted() // before the records: see gone
 	store := g.peek()
 	if store == nil {
+		r.Deleted = g.gone.deleted()
 		return r, nil
 	}
 	r.Host.ListGeneration, r.Host.ListCounter = store.Generation(), store.Counter()
 	records := store.All()
+	r.Deleted = g.gone.deleted() // after the records, as it is written before them: see gone
 	if len(records) > report.MaxVMs {
 		return nil, fmt.Errorf("%d VMs, at most %d are reported", len(records), report.MaxVMs)
 	}

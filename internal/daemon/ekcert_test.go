@@ -59,10 +59,11 @@ func manufactureInChild() int {
 // through the real wrapper.
 type factory struct {
 	*office
-	conf string // swtpm_setup.conf of the admin
+	conf string        // swtpm_setup.conf of the admin
+	cpu  time.Duration // of all swtpm_setups so far, and of what they ran
 }
 
-func openFactory(t *testing.T, change ...func(*config.Config)) *factory {
+func openFactory(t testing.TB, change ...func(*config.Config)) *factory {
 	t.Helper()
 	o := openOffice(t)
 	for _, c := range change {
@@ -98,6 +99,7 @@ func (o *factory) setup(f *domain.Facts) (string, error) {
 	}
 	c.SysProcAttr, c.WaitDelay = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, 10*time.Second
 	out, err := c.CombinedOutput()
+	o.cpu += c.ProcessState.UserTime() + c.ProcessState.SystemTime()
 	return string(out), err
 }
 
@@ -234,6 +236,35 @@ func TestManufacture(t *testing.T) {
 	var der []byte
 	if err := o.call(bus.VMPath(uuidA), "org.freedesktop.DBus.Properties.Get", bus.VMInterface, "EKCertificate").Store(&der); err != nil || !bytes.Equal(der, r.EKCertificate) {
 		t.Errorf("on D-Bus: %x, %v", der, err)
+	}
+}
+
+// A vTPM whose AK cannot be made starts without, and says so.
+func TestNoAK(t *testing.T) {
+	t.Parallel()
+	o := openFactory(t, func(c *config.Config) { c.Attestation.VTPMAK = true })
+	f := o.vm(uuidA, false)
+	if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := o.setup(f); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	before := o.read(uuidA)
+	dir := o.g.launch.ek.Dir
+	o.g.launch.ek.Dir = filepath.Join(dir, "none")
+	r, err := o.g.Redeem("swtpm", o.dir(uuidA), &caller{pid: os.Getpid(), cgroup: ownCgroup(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	o.g.launch.ek.Dir = dir
+	if err := o.g.Launched(f); err != nil {
+		t.Fatal(err)
+	}
+	rec := o.g.peek().Get(uuidA)
+	if len(rec.AKPublic) != 0 || len(rec.AKCertificate) != 0 || len(rec.EKCertificate) == 0 || !bytes.Equal(before, o.read(uuidA)) || !strings.Contains(o.logged(), "the new vTPM has no AK") {
+		t.Errorf("AK %x\n%s", rec.AKPublic, o.logged())
 	}
 }
 
@@ -570,4 +601,44 @@ func TestAdoptedAndCopied(t *testing.T) {
 	}
 	_, err = o.g.IssueEK(context.Background(), off(o.facts(uuidA)), func() *domain.Facts { f := o.facts(uuidA); f.UUID = "cccccccc-0000-4000-8000-000000000003"; return f }())
 	refuses(t, err, reason.VTPMUnknown)
+}
+
+// BenchmarkManufacture is a whole swtpm_setup through the wrapper, with
+// certificates by virt-trust-ekcert, by swtpm_localca, and by virt-trust-ekcert
+// with the AK besides (which is made when swtpm's grant is redeemed). The host's
+// TPM is a fake here: add what three signatures take.
+func BenchmarkManufacture(b *testing.B) {
+	localca := need(b, "swtpm_localca")
+	for _, by := range []string{"virt-trust-ekcert", "swtpm_localca", "virt-trust-ekcert and AK"} {
+		b.Run(by, func(b *testing.B) {
+			o := openFactory(b, func(c *config.Config) {
+				c.Attestation.EKCertificates, c.Attestation.VTPMAK = by != "swtpm_localca", strings.HasSuffix(by, "AK")
+			})
+			ca := b.TempDir()
+			os.WriteFile(o.conf, []byte("create_certs_tool = "+localca+"\ncreate_certs_tool_config = "+ca+"/conf\ncreate_certs_tool_options = /etc/swtpm-localca.options\n"), 0o644)
+			os.WriteFile(filepath.Join(ca, "conf"), []byte("statedir = "+ca+"\nsigningkey = "+ca+"/signkey.pem\nissuercert = "+ca+"/issuercert.pem\ncertserial = "+ca+"/certserial\n"), 0o644)
+			o.manufactured(uuidB) // makes the CA
+			b.ResetTimer()
+			o.cpu = 0
+			for range b.N {
+				b.StopTimer()
+				f := o.vm(uuidA, false)
+				if err := o.g.Prepare(background, f, ownCgroup(b)); err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+				if out, err := o.setup(f); err != nil {
+					b.Fatalf("%v: %s", err, out)
+				}
+				o.redeemed(f)
+				b.StopTimer()
+				o.stop(f)
+				os.RemoveAll(filepath.Dir(o.dir(uuidA)))
+				if err := o.g.delete(background, o.g.peek(), o.g.peek().Get(uuidA), "the end"); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric(o.cpu.Seconds()*1000/float64(b.N), "cpu-ms/op") // of swtpm_setup alone; no load adds to it
+		})
+	}
 }

@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 )
@@ -532,5 +533,43 @@ func TestFaultsInAttestation(t *testing.T) {
 			first.Close()
 			everyFault(t, p, dir, all)
 		})
+	}
+}
+
+// A round of evidence asks the TPM for no more than this: one signature, and
+// two readings of eight PCRs. A resource manager does without GetCapability.
+func TestCommandsOfAQuote(t *testing.T) {
+	t.Parallel()
+	e, dir, _ := startMade(t)
+	h := open(t, e.sock, dir)
+	pcrs := []uint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+	quotes := func() {
+		t.Helper()
+		if _, err := h.Quote(t.Context(), [32]byte{1}, "sha256", pcrs); err != nil {
+			t.Fatal(err)
+		}
+	}
+	quotes()
+	for _, c := range []struct {
+		connection   string
+		capabilities int
+	}{{"new", 2}, {"kept", 0}} {
+		if c.connection == "new" {
+			h.hang(t)
+		}
+		before, got := h.Timings(), map[string]int{}
+		quotes()
+		for name, v := range h.Timings() {
+			if n := v.Count - before[name].Count; n > 0 {
+				got[name] = n
+			}
+		}
+		want := map[string]int{"Load": 1, "Quote": 1, "PCR_Read": 2, "FlushContext": 1}
+		if c.capabilities > 0 {
+			want["GetCapability"] = c.capabilities
+		}
+		if d := cmp.Diff(want, got); d != "" {
+			t.Errorf("on a %s connection: %s", c.connection, d)
+		}
 	}
 }

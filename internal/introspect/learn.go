@@ -2,12 +2,14 @@ package introspect
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -27,11 +29,12 @@ import (
 const learnLimit = 20 * time.Second
 
 // learn runs the installed swtpm four times on one throw-away state. First all
-// banks are made active, which is so from the next start on. In each start
-// after that, random digests are extended in all PCRs that can be, the values
-// are asked for, and another allocation is set for the next start, so that only
-// one place holds the one of now; then its memory is taken as a sample. The
-// last two starts have every other bank active.
+// banks are made active, which is so from the next run on. In each run after
+// that, random digests are extended in all PCRs that can be, the values are
+// asked for, and another allocation is set for the next run, so that only one
+// place holds the one of now; then its memory is taken as a sample. So it is
+// before TPM2_Startup, and once more after a reset. The last two runs have every
+// other bank active.
 func (m *Memory) learn(ctx context.Context) (build [sha256.Size]byte, l *layout.Layout, err error) {
 	ctx, cancel := context.WithTimeout(ctx, learnLimit)
 	defer cancel()
@@ -57,11 +60,14 @@ func (m *Memory) learn(ctx context.Context) (build [sha256.Size]byte, l *layout.
 		}
 		return s
 	}
-	err = m.run(ctx, dir, func(tpm transport.TPM, _ *process) (err error) {
-		if banks, err = allocation(tpm); err != nil {
+	err = m.run(ctx, dir, func(s *session) (err error) {
+		if err := s.startup(); err != nil {
 			return err
 		}
-		return allocate(tpm, next(func(int) bool { return true }))
+		if banks, err = allocation(s.tpm); err != nil {
+			return err
+		}
+		return allocate(s.tpm, next(func(int) bool { return true }))
 	})
 	if err != nil {
 		return build, nil, err
@@ -73,15 +79,15 @@ func (m *Memory) learn(ctx context.Context) (build [sha256.Size]byte, l *layout.
 	}
 	var samples []layout.Sample
 	for i, then := range after {
-		err := m.run(ctx, dir, func(tpm transport.TPM, p *process) error {
-			s, err := sample(tpm, p, then)
+		err := m.run(ctx, dir, func(s *session) error {
+			three, err := s.samples(then)
 			if err != nil {
 				return err
 			}
-			if i > 0 && p.build != build {
+			if i > 0 && s.build != build {
 				return errors.New("libtpms was changed meanwhile")
 			}
-			build, samples = p.build, append(samples, *s)
+			build, samples = s.build, append(samples, three...)
 			return nil
 		})
 		if err != nil {
@@ -95,25 +101,49 @@ func (m *Memory) learn(ctx context.Context) (build [sha256.Size]byte, l *layout.
 	return build, l, err
 }
 
-// run starts swtpm on the state in dir, with a socket that nobody else has, and
-// ends it when do is through.
-func (m *Memory) run(ctx context.Context, dir string, do func(transport.TPM, *process) error) error {
+// session is a run of swtpm.
+type session struct {
+	*process
+	tpm  transport.TPM
+	ctrl net.Conn // swtpm's control channel
+}
+
+// pair makes a connected pair of sockets.
+func pair() (ours net.Conn, theirs *os.File, err error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	theirs = os.NewFile(uintptr(fds[1]), "swtpm's")
+	f := os.NewFile(uintptr(fds[0]), "ours")
+	ours, err = net.FileConn(f)
+	if err = errors.Join(err, f.Close()); err != nil {
+		theirs.Close()
+		return nil, nil, err
+	}
+	return ours, theirs, nil
+}
+
+// run runs swtpm on the state in dir, with sockets that nobody else has, until
+// do is through.
+func (m *Memory) run(ctx context.Context, dir string, do func(*session) error) error {
+	data, theirData, err := pair()
 	if err != nil {
 		return err
 	}
-	theirs := os.NewFile(uintptr(fds[1]), "tpm")
-	defer theirs.Close()
-	ours := os.NewFile(uintptr(fds[0]), "tpm")
-	conn, err := net.FileConn(ours)
-	if err = errors.Join(err, ours.Close()); err != nil {
+	defer data.Close()
+	defer theirData.Close()
+	ctrl, theirCtrl, err := pair()
+	if err != nil {
 		return err
 	}
-	defer conn.Close()
+	defer ctrl.Close()
+	defer theirCtrl.Close()
 	const first = 3 // of ExtraFiles
-	c := exec.CommandContext(ctx, m.cfg.Swtpm, "socket", "--tpm2", "--tpmstate", "dir="+dir, "--fd", fmt.Sprint(first), "--flags", "not-need-init,startup-clear", "--terminate")
+	c := exec.CommandContext(ctx, m.cfg.Swtpm, "socket", "--tpm2", "--tpmstate", "dir="+dir, "--fd", fmt.Sprint(first),
+		"--ctrl", fmt.Sprintf("type=unixio,clientfd=%d", first+1), "--flags", "not-need-init", "--terminate")
 	c.Env, c.Dir, c.WaitDelay = []string{"PATH=/usr/bin:/bin"}, dir, time.Second
-	c.ExtraFiles = []*os.File{theirs}
+	c.ExtraFiles = []*os.File{theirData, theirCtrl}
 	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if os.Geteuid() == 0 && m.cfg.UID != 0 {
 		c.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(m.cfg.UID), Gid: uint32(m.cfg.GID)}
@@ -125,32 +155,82 @@ func (m *Memory) run(ctx context.Context, dir string, do func(transport.TPM, *pr
 	if err := c.Start(); err != nil {
 		return err
 	}
-	theirs.Close()
+	theirData.Close()
+	theirCtrl.Close()
 	if t, ok := ctx.Deadline(); ok {
-		_ = conn.SetDeadline(t)
+		_ = errors.Join(data.SetDeadline(t), ctrl.SetDeadline(t))
 	}
-	err = converse(c.Process.Pid, transport.FromReadWriter(conn), do)
-	conn.Close()
+	err = converse(c.Process.Pid, &session{tpm: transport.FromReadWriter(data), ctrl: ctrl}, do)
+	data.Close()
+	ctrl.Close()
 	if e := c.Wait(); err != nil {
 		return fmt.Errorf("%w (%v, %.200q)", err, e, strings.TrimSpace(words.String()))
 	}
 	return nil
 }
 
-// converse waits for swtpm's first answer, finds libtpms in it, and has do go on.
-func converse(pid int, tpm transport.TPM, do func(transport.TPM, *process) error) error {
-	if _, err := allocation(tpm); err != nil {
+// converse waits for swtpm's first answer, which is that it was not started,
+// finds libtpms in it, and has do go on.
+func converse(pid int, s *session, do func(*session) error) (err error) {
+	if _, err := allocation(s.tpm); !errors.Is(err, tpm2.TPMRCInitialize) {
+		return fmt.Errorf("before TPM2_Startup: %w", cmp.Or(err, errors.New("it answers")))
+	}
+	if s.process, err = open(pid); err != nil {
 		return err
 	}
-	p, err := open(pid)
+	defer s.close()
+	if err := s.locate(); err != nil {
+		return err
+	}
+	return do(s)
+}
+
+func (s *session) startup() error {
+	if _, err := (tpm2.Startup{StartupType: tpm2.TPMSUClear}).Execute(s.tpm); err != nil {
+		return fmt.Errorf("TPM2_Startup: %w", err)
+	}
+	return nil
+}
+
+// reset is what a reset of the VM is to its vTPM: CMD_INIT (swtpm_ioctls(3)).
+func (s *session) reset() error {
+	const cmdInit = 2
+	if _, err := s.ctrl.Write([]byte{0, 0, 0, cmdInit, 0, 0, 0, 0}); err != nil {
+		return err
+	}
+	b := make([]byte, 4)
+	if _, err := io.ReadFull(s.ctrl, b); err != nil {
+		return err
+	}
+	if rc := binary.BigEndian.Uint32(b); rc != 0 {
+		return fmt.Errorf("CMD_INIT: %#x", rc)
+	}
+	return nil
+}
+
+// samples gives memory before the start, with known PCRs, and after a reset.
+func (s *session) samples(next layout.Selection) ([]layout.Sample, error) {
+	before, err := s.snapshot()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer p.close()
-	if err := p.locate(); err != nil {
-		return err
+	if err := s.startup(); err != nil {
+		return nil, err
 	}
-	return do(tpm, p)
+	known, err := s.sample(next)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.reset(); err != nil {
+		return nil, err
+	}
+	after, err := s.snapshot()
+	return []layout.Sample{before, known, after}, err
+}
+
+func (s *session) snapshot() (layout.Sample, error) {
+	b, err := s.data()
+	return layout.Sample{Offset: s.lib.Data.Start - s.lib.Base, Memory: b}, err
 }
 
 // allocation asks for the banks that are active (TPM2_GetCapability,
@@ -209,36 +289,35 @@ func allocate(tpm transport.TPM, s layout.Selection) error {
 }
 
 // sample gives memory in which the PCRs are known.
-func sample(tpm transport.TPM, p *process, next layout.Selection) (*layout.Sample, error) {
-	active, err := allocation(tpm)
+func (s *session) sample(next layout.Selection) (layout.Sample, error) {
+	none := layout.Sample{}
+	active, err := allocation(s.tpm)
 	if err != nil {
-		return nil, err
+		return none, err
 	}
-	s := &layout.Sample{Active: active, Values: map[uint16][layout.PCRs][]byte{}}
+	values := map[uint16][layout.PCRs][]byte{}
 	for pcr := range layout.PCRs {
 		if pcr >= 17 && pcr <= 22 { // of the dynamic root of trust: for localities that this has not
 			continue
 		}
-		if err := extendAll(tpm, pcr, active); err != nil {
-			return nil, err
+		if err := extendAll(s.tpm, pcr, active); err != nil {
+			return none, err
 		}
 	}
 	for _, b := range active {
 		if b.Select == 0 || !layout.Known(b.Hash) {
 			continue
 		}
-		v, err := readBank(tpm, b.Hash)
-		if err != nil {
-			return nil, err
+		if values[b.Hash], err = readBank(s.tpm, b.Hash); err != nil {
+			return none, err
 		}
-		s.Values[b.Hash] = v
 	}
-	if err := allocate(tpm, next); err != nil {
-		return nil, err
+	if err := allocate(s.tpm, next); err != nil {
+		return none, err
 	}
-	s.Offset = p.lib.Data.Start - p.lib.Base
-	s.Memory, err = p.data()
-	return s, err
+	all, err := s.snapshot()
+	all.Started, all.Active, all.Values = true, active, values
+	return all, err
 }
 
 // extendAll extends a random digest in each active bank of a PCR.

@@ -165,23 +165,22 @@ func (m *Memory) check(t Target, p *process) error {
 
 // pcrs reads the PCRs.
 func (p *process) pcrs(ctx context.Context, l *layout.Layout) (*report.Reading, error) {
-	pcrs, allocation := l.Spans()
-	for _, s := range []*layout.Span{&pcrs, &allocation} {
-		s.Start, s.End = s.Start+p.lib.Base, s.End+p.lib.Base
-		if !p.lib.Data.Holds(*s) {
+	spans := l.Spans()
+	for i := range spans {
+		s := &spans[i]
+		if s.Start, s.End = s.Start+p.lib.Base, s.End+p.lib.Base; !p.lib.Data.Holds(*s) {
 			return nil, fmt.Errorf("%w: its variables are elsewhere", ErrUnknownBuild)
 		}
 	}
 	var at time.Time
-	b, err := p.settled(ctx, func() ([]byte, error) {
-		b := make([]byte, pcrs.Len()+allocation.Len())
+	parts, err := p.settled(ctx, func() ([][]byte, error) {
 		at = time.Now()
-		return b, errors.Join(p.read(b[:pcrs.Len()], pcrs.Start), p.read(b[pcrs.Len():], allocation.Start))
+		return p.parts(spans)
 	})
 	if err != nil {
 		return nil, err
 	}
-	banks, err := l.Read(b[:pcrs.Len()], b[pcrs.Len():])
+	banks, err := l.Read(parts)
 	switch {
 	case errors.Is(err, layout.ErrNotStarted):
 		return nil, ErrNotStarted

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -142,6 +143,19 @@ func (p *process) read(b []byte, at uint64) error {
 	return procError(fmt.Errorf("reading %d bytes of process %d: %w", len(b), p.pid, err))
 }
 
+// parts reads several.
+func (p *process) parts(spans []layout.Span) ([][]byte, error) {
+	var parts [][]byte
+	for _, s := range spans {
+		b := make([]byte, s.Len())
+		if err := p.read(b, s.Start); err != nil {
+			return nil, err
+		}
+		parts = append(parts, b)
+	}
+	return parts, nil
+}
+
 // data gives libtpms' variables.
 func (p *process) data() ([]byte, error) {
 	b := make([]byte, p.lib.Data.Len())
@@ -212,13 +226,13 @@ const (
 	settledTicks = 3
 )
 
-// settled has read fill a buffer at a moment when no command was changing
+// settled has read called at a moment when no command was changing
 // PCRs: one at which the process slept from before to after; or, for a process
 // that keeps running, one since which it ran for a while and changed nothing.
-func (p *process) settled(ctx context.Context, read func() ([]byte, error)) ([]byte, error) {
+func (p *process) settled(ctx context.Context, read func() ([][]byte, error)) ([][]byte, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, patience, ErrBusy)
 	defer cancel()
-	var last []byte
+	var last [][]byte
 	var since uint64
 	var stopped bool
 	for pause := 50 * time.Microsecond; ; pause = min(2*pause, 2*time.Millisecond) {
@@ -247,7 +261,7 @@ func (p *process) settled(ctx context.Context, read func() ([]byte, error)) ([]b
 		if err != nil {
 			return nil, err
 		}
-		if last == nil || !bytes.Equal(b, last) {
+		if last == nil || !slices.EqualFunc(b, last, bytes.Equal) {
 			last, since = b, ran
 		} else if ran-since >= settledTicks {
 			return b, nil

@@ -128,12 +128,12 @@ func (h *Host) becomes(t *testing.T, name, what string, so func(seen) bool) time
 // certificate of a manufacturer.
 func enrolled(t *testing.T, v, h *Host, name string, pending bool) {
 	t.Helper()
-	var made struct{ Token string }
+	var made struct{ Secret string }
 	r := v.fleet("fleet", "token", "create", "--name", name, "--json")
-	if err := json.Unmarshal([]byte(r.Stdout), &made); err != nil || made.Token == "" {
+	if err := json.Unmarshal([]byte(r.Stdout), &made); err != nil || made.Secret == "" {
 		t.Fatalf("token create: exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
 	}
-	joined := h.RunInput(made.Token+"\n", "virt-trust", "enroll", "https://verifier:8443", "--name", name, "--token-file", "-")
+	joined := h.RunInput(made.Secret+"\n", "virt-trust", "enroll", "https://verifier:8443", "--name", name, "--token-file", "-")
 	t.Logf("virt-trust enroll: exit %d: %s%s", joined.Code, joined.Stdout, joined.Stderr)
 	if s := v.node(name); pending != (s.State == "pending") {
 		t.Errorf("%s is %s", name, s.State)

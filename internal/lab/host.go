@@ -146,7 +146,7 @@ func (m *machine) boot() error {
 	args := []string{"-c", bootScript, "lab", m.dir, strconv.Itoa(len(cgroups))}
 	args = append(args, cgroups...)
 	args = append(args, "systemd-nspawn", "--quiet", "--directory="+filepath.Join(m.dir, "root"), "--boot",
-		"--machine="+m.opts.Name, "--register=no", "--keep-unit", "--capability=all", "--private-network",
+		"--machine="+m.opts.Name, "--register=no", "--keep-unit", "--capability=all", "--system-call-filter=pidfd_getfd", "--private-network",
 		"--resolv-conf=off", "--timezone=off", "--link-journal=no", "--console=read-only")
 	if m.opts.Share != "" {
 		args = append(args, "--bind="+m.opts.Share+":/share")

@@ -24,6 +24,29 @@ func TestWithCertsTool(t *testing.T) {
 	}
 }
 
+// There is one tool, ours, and every other line is as it was.
+func FuzzWithCertsTool(f *testing.F) {
+	f.Add([]byte("create_certs_tool = /a\ncreate_certs_tool_config=/b\nactive_pcr_banks = sha1\n"))
+	f.Add([]byte("=\n\n create_certs_tool"))
+	f.Fuzz(func(t *testing.T, conf []byte) {
+		got := strings.Split(string(WithCertsTool(conf, "/t")), "\n")
+		tools := 0
+		for _, line := range got {
+			if key, _, _ := strings.Cut(line, "="); strings.TrimSpace(key) == "create_certs_tool" {
+				tools++
+			}
+		}
+		if tools != 1 || got[len(got)-2] != "create_certs_tool = /t" {
+			t.Errorf("%q", got)
+		}
+		for line := range strings.SplitSeq(string(conf), "\n") {
+			if !strings.Contains(line, "create_certs_tool") && !slices.Contains(got, line) {
+				t.Errorf("%q is lost", line)
+			}
+		}
+	})
+}
+
 func TestConfig(t *testing.T) {
 	for line, want := range map[string]string{ // with another configuration and keys
 		"swtpm_setup --tpm2 --tpm-state /s --vmid a":        "swtpm_setup --tpm2 --tpm-state /s --vmid a --config /c KEYS",

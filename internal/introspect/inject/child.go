@@ -51,10 +51,11 @@ var codes = map[string]error{
 // The bounds of an exchange.
 const (
 	stopLimit   = 50 * time.Millisecond  // for QEMU's threads to stop
-	idleLimit   = 20 * time.Millisecond  // for swtpm to finish what it has, QEMU being held
+	idleLimit   = 5 * time.Millisecond   // for swtpm to finish what it has, QEMU being held
 	answerLimit = 10 * time.Second       // for one command: an answer that is left behind would be QEMU's
-	roundLimit  = 2 * time.Second        // for a moment without a command of the guest
-	pauseLimit  = 400 * time.Microsecond // between two looks
+	slowLimit   = time.Second            // for a thread that was not let go to stop after all
+	roundLimit  = 3 * time.Second        // for a moment without a command of the guest
+	pause       = 400 * time.Microsecond // between two looks
 )
 
 // Child is the body of virt-trust-inject: one request on in, one answer on
@@ -99,13 +100,13 @@ func (a *Answer) ask(q Request) error {
 	if q.QEMU != 0 && q.QEMU != c.qemu {
 		return fmt.Errorf("%w: its QEMU is process %d, not %d", introspect.ErrOther, c.qemu, q.QEMU)
 	}
-	for deadline := time.Now().Add(roundLimit); time.Now().Before(deadline); sleep(pauseLimit) {
+	for deadline := time.Now().Add(roundLimit); time.Now().Before(deadline); sleep(pause) {
 		if ok, err := c.idle(); err != nil {
 			return err
 		} else if !ok {
 			continue
 		}
-		asked, err := a.pause(c, q)
+		asked, err := a.hold(c, q)
 		if asked || err != nil {
 			return err
 		}
@@ -113,20 +114,26 @@ func (a *Answer) ask(q Request) error {
 	return introspect.ErrBusy
 }
 
-// pause holds QEMU and asks, unless a command is under way.
-func (a *Answer) pause(c *channel, q Request) (asked bool, err error) {
+// hold holds QEMU and asks, unless a command is under way.
+func (a *Answer) hold(c *channel, q Request) (asked bool, err error) {
 	begin := time.Now()
 	h, err := hold(c.qemu, stopLimit)
+	if errors.Is(err, errSlow) {
+		return false, nil
+	}
 	if err != nil {
 		return false, err
 	}
 	defer func() {
-		h.release()
+		if e := h.release(); e != nil {
+			err = errors.Join(err, e)
+		}
 		a.Held = max(a.Held, time.Since(begin))
 	}()
 	if err := c.connected(); err != nil {
 		return false, err
 	}
+	still := time.Now()
 	for ok := false; !ok; sleep(20 * time.Microsecond) {
 		if ok, err = c.idle(); err != nil {
 			return false, err
@@ -134,7 +141,7 @@ func (a *Answer) pause(c *channel, q Request) (asked bool, err error) {
 		if ok {
 			break
 		}
-		if time.Since(begin) > stopLimit+idleLimit {
+		if time.Since(still) > idleLimit {
 			return false, nil
 		}
 	}

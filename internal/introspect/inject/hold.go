@@ -25,13 +25,19 @@ const eventStop = 128
 // comes meanwhile takes effect after us. And it needs no right to send signals.
 type held map[int]unix.Signal
 
+// errSlow: a thread did not stop in time. It may have waited for a disk, or for a
+// processor.
+var errSlow = errors.New("does not stop")
+
 // hold stops all threads of a process within limit. It must be called, as must
 // release, on one thread of the operating system, the tracer.
 func hold(pid int, limit time.Duration) (h held, err error) {
 	h = held{}
 	defer func() {
 		if err != nil {
-			h.release()
+			if e := h.release(); e != nil {
+				err = e
+			}
 		}
 	}()
 	deadline := time.Now().Add(limit)
@@ -95,6 +101,7 @@ func (h held) wait(pid, tid int, deadline time.Time) error {
 			event, sig := int(ws>>16), ws.StopSignal()
 			switch {
 			case event == eventStop && sig != unix.SIGTRAP:
+				h[tid] = stopped // and stays so when it is let go
 				return fmt.Errorf("process %d: %w", pid, introspect.ErrStopped)
 			case event == eventStop:
 				h[tid] = stopped
@@ -104,7 +111,7 @@ func (h held) wait(pid, tid int, deadline time.Time) error {
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%w: a thread of process %d does not stop", introspect.ErrBusy, pid)
+			return fmt.Errorf("%w: thread %d of process %d", errSlow, tid, pid)
 		}
 		sleep(20 * time.Microsecond)
 	}
@@ -113,17 +120,41 @@ func (h held) wait(pid, tid int, deadline time.Time) error {
 // stopped marks a thread that has stopped; below it is the signal to give.
 const stopped unix.Signal = -1
 
-// release lets all threads go on. One that could not be stopped is let go by
-// the kernel when this process ends.
-func (h held) release() {
-	for tid, s := range h {
-		sig := unix.Signal(0)
-		if s < stopped {
-			sig = stopped - s
-		}
-		unix.RawSyscall6(unix.SYS_PTRACE, unix.PTRACE_DETACH, uintptr(tid), 0, uintptr(sig), 0, 0)
+// release lets all threads go on. Only one that has stopped can be let go: one
+// that was too slow to is waited for, while the others run already. One that does
+// not stop even then is let go by the kernel, when this process ends, and
+// release says so.
+func (h held) release() error {
+	for tid := range h {
+		h.detach(tid)
 	}
-	clear(h)
+	deadline := time.Now().Add(slowLimit)
+	for tid := range h {
+		for h[tid] == 0 {
+			if err := h.wait(0, tid, deadline); err != nil && !errors.Is(err, introspect.ErrStopped) {
+				return fmt.Errorf("%w: %w", introspect.ErrBusy, err)
+			}
+			if _, ok := h[tid]; !ok {
+				break
+			}
+		}
+		h.detach(tid)
+	}
+	return nil
+}
+
+// detach lets a thread go on if it has stopped.
+func (h held) detach(tid int) {
+	s, ok := h[tid]
+	if !ok || s == 0 {
+		return
+	}
+	sig := unix.Signal(0)
+	if s < stopped {
+		sig = stopped - s
+	}
+	unix.RawSyscall6(unix.SYS_PTRACE, unix.PTRACE_DETACH, uintptr(tid), 0, uintptr(sig), 0, 0)
+	delete(h, tid)
 }
 
 // sleep is without Go's timers, which take longer.

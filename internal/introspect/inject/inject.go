@@ -1,3 +1,31 @@
+// Package inject asks a running VM's vTPM something between two commands of the
+// guest, and has it quote. It works on any VM with a swtpm, and changes nothing
+// of it.
+//
+// QEMU talks to swtpm over a pair of sockets. virt-trust-inject borrows QEMU's
+// end (pidfd_getfd(2)), holds all of QEMU's threads (ptrace(2)), sees that both
+// queues are empty and swtpm waits for work, sends its commands, reads the
+// answers, and lets go. If a command of the guest is under way, it lets go at once
+// and tries again, for three seconds.
+//
+// What can go wrong:
+//   - virt-trustd ends, is killed or restarted: virt-trust-inject is a process of
+//     its own and carries the exchange through.
+//   - virt-trust-inject is killed: the kernel lets QEMU go on (see held). Killed
+//     between a command and its answer, some 0.1 ms, it leaves that answer to QEMU,
+//     and the guest gets wrong answers until it resets its vTPM. Nothing but an
+//     administrator kills it.
+//   - QEMU was stopped by somebody else, or is being debugged: ErrStopped,
+//     ErrForbidden, and it stays as it was. A VM that is suspended by libvirt is
+//     not: its QEMU runs.
+//   - swtpm does not answer within ten seconds: ErrLost; QEMU is let go.
+//   - The guest has all three slots for transient objects: one is saved, flushed
+//     and loaded again, and must come back under its handle.
+//   - The guest has an exclusive audit session (TPM 2.0 Part 1, 17.3): it is not
+//     exclusive any more, as after any command that is not audited.
+//   - QEMU has another pair of sockets of its own making, as with vhost-user
+//     devices (virtiofs): which is the vTPM's cannot be told from outside
+//     (sock_diag(7) would need the host's network): ErrChannel.
 package inject
 
 import (
@@ -8,6 +36,7 @@ import (
 	"fmt"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -23,10 +52,13 @@ const ByCommand = "vtpm-command"
 // Program is where virt-trust-inject is installed.
 const Program = "/usr/libexec/virt-trust/virt-trust-inject"
 
-// Quoter has vTPMs quote. Its zero value runs Program.
+// Quoter has vTPMs quote. Its zero value runs Program. It may be used by several
+// at once; no two VMs are held at a time.
 type Quoter struct {
 	Program string
 	Env     []string // of the program; none is needed
+
+	turn sync.Mutex
 }
 
 // Quote has the vTPM quote all PCRs of its SHA-256 bank, or of its first active
@@ -58,11 +90,13 @@ func (q *Quoter) Read(ctx context.Context, t introspect.Target) (*report.Reading
 // Ask runs the program for one request. It is never killed: where ctx ends
 // first, it is left to end its exchange by itself, which is bounded.
 func (q *Quoter) Ask(ctx context.Context, r Request) (*Answer, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
 	in, err := json.Marshal(r)
 	if err != nil {
+		return nil, err
+	}
+	q.turn.Lock()
+	if err := ctx.Err(); err != nil {
+		q.turn.Unlock()
 		return nil, err
 	}
 	program := q.Program
@@ -75,10 +109,14 @@ func (q *Quoter) Ask(ctx context.Context, r Request) (*Answer, error) {
 	c.Env, c.Dir, c.WaitDelay = append([]string{"PATH=/usr/bin:/bin"}, q.Env...), "/", time.Second
 	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := c.Start(); err != nil {
+		q.turn.Unlock()
 		return nil, err
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- c.Wait() }()
+	go func() {
+		defer q.turn.Unlock()
+		ended <- c.Wait()
+	}()
 	select {
 	case <-ctx.Done():
 		return nil, ctx.Err()

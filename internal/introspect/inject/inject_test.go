@@ -189,6 +189,29 @@ func TestUnderLoad(t *testing.T) {
 	}
 }
 
+// Several may ask at once, and a caller that does not wait is in nobody's way.
+func TestAtOnce(t *testing.T) {
+	v := startVM(t)
+	q := quoter()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Microsecond)
+	defer cancel()
+	if _, err := q.Read(ctx, v.Target); !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	results := make(chan error)
+	for range 4 {
+		go func() {
+			_, err := q.Read(t.Context(), v.Target)
+			results <- err
+		}()
+	}
+	for range 4 {
+		if err := <-results; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func stateOf(t *testing.T, pid int) string {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
@@ -296,7 +319,8 @@ func TestKilled(t *testing.T) {
 	}
 	readings := strings.Count(string(b), `"Reader":"vtpm-command"`)
 	t.Logf("%d exchanges were carried through", readings)
-	if n < 10 || readings < n/4 {
+	// One that finds its predecessor still at work is refused, as by a debugger.
+	if n < 10 || readings < 5 {
 		t.Errorf("%d were killed, %d exchanges carried through: %.400s", n, readings, b)
 	}
 }
@@ -385,8 +409,39 @@ func TestSignalsAreKept(t *testing.T) {
 		if i%2 == 1 {
 			c.Process.Signal(unix.SIGUSR1)
 		}
-		h.release()
+		if err := h.release(); err != nil {
+			t.Fatal(err)
+		}
 		says("got it")
+	}
+}
+
+// A thread that does not stop in time is let go all the same, and can be held
+// again.
+func TestSlowThread(t *testing.T) {
+	v := startVM(t)
+	v.tell(t, "load")
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	slow := 0
+	for range 300 {
+		h, err := hold(v.QEMU, 0) // no time at all
+		if err == nil {
+			err = h.release()
+		} else if errors.Is(err, errSlow) {
+			slow, err = slow+1, nil
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if slow == 0 {
+		t.Error("no thread was too slow")
+	}
+	v.says(t, "extended")
+	v.says(t, "done")
+	if s := stateOf(t, v.QEMU); s == "t" || s == "T" {
+		t.Errorf("its state is %s", s)
 	}
 }
 

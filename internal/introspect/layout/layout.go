@@ -15,7 +15,9 @@
 // next reset, what was last sent. None of it is taken for granted here. Where
 // the PCRs are is learned from memory in which their values are known, and
 // random; all that is assumed is that the PCRs of a bank lie in an array, and
-// those of all banks in the same.
+// those of all banks in the same. In the same way the flags are learned that are
+// 1 from TPM2_Startup to the next reset (g_initialized is one), before which
+// what lies in the PCRs is of the VM's last boot.
 package layout
 
 import (
@@ -32,15 +34,11 @@ import (
 // PCRs is how many there are (PC Client Platform TPM Profile, 4.6.1).
 const PCRs = 24
 
-// drtm is the first PCR of the dynamic root of trust.
-const drtm = 17
-
 var (
 	// ErrShape: memory does not look as libtpms' does.
 	ErrShape = errors.New("not as libtpms")
-	// ErrNotStarted: there is no active bank, or its PCRs were never set, as before
-	// the first TPM2_Startup.
-	ErrNotStarted = errors.New("no active bank of PCRs")
+	// ErrNotStarted: there was no TPM2_Startup since the last reset.
+	ErrNotStarted = errors.New("not started")
 )
 
 // Selection is an allocation of PCRs (TPML_PCR_SELECTION), in its order.
@@ -58,6 +56,7 @@ type Layout struct {
 	Allocation uint64   `json:"allocation"`
 	Hashes     []uint16 `json:"hashes"` // TPM_ALG_ID, all that the allocation names
 	Banks      []Bank   `json:"banks"`
+	Started    []uint64 `json:"started"` // flags
 }
 
 // Bank is where a bank's PCR 0 is.
@@ -86,12 +85,15 @@ const (
 	maxHashes = 16
 	maxStride = 1024
 	maxOffset = maxLibrary
+	maxFlags  = 8
+	flagLen   = 4 // a BOOL of libtpms is an int
 )
 
 // Check reports a layout that cannot be.
 func (l *Layout) Check() error {
 	ok := l.Stride > 0 && l.Stride <= maxStride && l.Allocation < maxOffset && len(l.Hashes) > 0 && len(l.Hashes) <= maxHashes &&
-		len(l.Banks) > 0 && len(l.Banks) <= len(known)
+		len(l.Banks) > 0 && len(l.Banks) <= len(known) && len(l.Started) > 0 && len(l.Started) <= maxFlags &&
+		slices.Max(l.Started) < maxOffset
 	if ok {
 		seen := map[uint16]bool{}
 		first := slices.MinFunc(l.Banks, byFirst).First
@@ -122,19 +124,38 @@ func byFirst(a, b Bank) int {
 }
 
 // Spans are what has to be read, relative to the library's base.
-func (l *Layout) Spans() (pcrs, allocation Span) {
-	start := slices.MinFunc(l.Banks, byFirst).First
-	return Span{start, start + PCRs*l.Stride}, Span{l.Allocation, l.Allocation + allocationLen(len(l.Hashes))}
+func (l *Layout) Spans() []Span {
+	first := l.first()
+	all := []Span{{first, first + PCRs*l.Stride}, {l.Allocation, l.Allocation + allocationLen(len(l.Hashes))}}
+	for _, f := range l.Started {
+		all = append(all, Span{f, f + flagLen})
+	}
+	return all
 }
+
+func (l *Layout) first() uint64 { return slices.MinFunc(l.Banks, byFirst).First }
 
 func allocationLen(n int) uint64 { return 4 + 6*uint64(n) }
 
-// Read takes the PCRs of the active banks out of what Spans says. A bank that
+// Read takes the PCRs of the active banks out of what is in Spans. A bank that
 // evidence has no name for is left out.
-func (l *Layout) Read(pcrs, allocation []byte) ([]report.Bank, error) {
-	sp, sa := l.Spans()
-	if uint64(len(pcrs)) != sp.Len() || uint64(len(allocation)) != sa.Len() {
-		return nil, fmt.Errorf("%w: %d and %d bytes", ErrShape, len(pcrs), len(allocation))
+func (l *Layout) Read(parts [][]byte) ([]report.Bank, error) {
+	if !slices.EqualFunc(parts, l.Spans(), func(p []byte, s Span) bool { return uint64(len(p)) == s.Len() }) {
+		return nil, fmt.Errorf("%w: %d parts", ErrShape, len(parts))
+	}
+	pcrs, allocation, flags := parts[0], parts[1], parts[2:]
+	// Those that only happen to be set by every start may be clear for another
+	// reason; all are clear before it.
+	started := false
+	for _, f := range flags {
+		v := binary.NativeEndian.Uint32(f)
+		if v > 1 {
+			return nil, fmt.Errorf("%w: a flag of %#x", ErrShape, v)
+		}
+		started = started || v == 1
+	}
+	if !started {
+		return nil, ErrNotStarted
 	}
 	sel, err := parseSelection(allocation, l.Hashes)
 	if err != nil {
@@ -150,31 +171,22 @@ func (l *Layout) Read(pcrs, allocation []byte) ([]report.Bank, error) {
 		values := map[uint][]byte{}
 		for pcr := range uint64(PCRs) {
 			if s.Select>>pcr&1 != 0 {
-				at := l.Banks[i].First - sp.Start + pcr*l.Stride
+				at := l.Banks[i].First - l.first() + pcr*l.Stride
 				values[uint(pcr)] = bytes.Clone(pcrs[at : at+h.size])
 			}
-		}
-		// TPM2_Startup sets the PCRs of the dynamic root of trust to ones, and from
-		// then on there is its measurement in PCR 17 (PC Client Platform TPM Profile,
-		// 4.6.2).
-		if d, ok := values[drtm]; ok && !slices.ContainsFunc(d, func(b byte) bool { return b != 0 }) {
-			return nil, ErrNotStarted
 		}
 		banks = append(banks, report.Bank{Algorithm: h.name, Values: values})
 	}
 	if len(banks) == 0 {
-		return nil, ErrNotStarted
+		return nil, fmt.Errorf("%w: no bank of PCRs is active", ErrShape)
 	}
 	return banks, nil
 }
 
 // parseSelection reads a TPML_PCR_SELECTION as it lies in memory. It names all
-// hashes of the build, in their order, or none.
+// hashes of the build, in their order.
 func parseSelection(b []byte, hashes []uint16) (Selection, error) {
 	count := binary.NativeEndian.Uint32(b)
-	if count == 0 {
-		return nil, ErrNotStarted
-	}
 	if int64(count) != int64(len(hashes)) {
 		return nil, fmt.Errorf("%w: %d banks", ErrShape, count)
 	}
@@ -198,11 +210,13 @@ func (s Selection) inMemory() []byte {
 	return b
 }
 
-// Sample is memory of which is known what the PCRs are.
+// Sample is memory of which is known what the PCRs are, or that there was no
+// TPM2_Startup since the reset.
 type Sample struct {
-	Offset uint64 // of Memory, from the library's base
-	Memory []byte
-	Active Selection
+	Offset  uint64 // of Memory, from the library's base
+	Memory  []byte
+	Started bool // without it, nothing below is known
+	Active  Selection
 	// Values are those of all PCRs of each active bank that is known. Those of
 	// PCR 0 and 1 must be random.
 	Values map[uint16][PCRs][]byte
@@ -213,19 +227,21 @@ type array struct{ first, stride uint64 }
 
 // Learn finds what fits all samples. A place that fits must be the only one.
 func Learn(samples []Sample) (*Layout, error) {
-	if len(samples) < 2 {
-		return nil, fmt.Errorf("%w: %d samples", ErrShape, len(samples))
-	}
 	l := &Layout{}
 	arrays := map[uint16]map[array]int{}
 	times := map[uint16]int{}
 	places := map[uint64]int{}
-	for n, s := range samples {
+	started := 0
+	for _, s := range samples {
+		if !s.Started {
+			continue
+		}
+		started++
 		var hashes []uint16
 		for _, e := range s.Active {
 			hashes = append(hashes, e.Hash)
 		}
-		if n == 0 {
+		if started == 1 {
 			l.Hashes = hashes
 		}
 		if !slices.Equal(l.Hashes, hashes) {
@@ -244,11 +260,13 @@ func Learn(samples []Sample) (*Layout, error) {
 			}
 		}
 	}
-	place, err := only(places, len(samples))
-	if err != nil {
+	if started < 2 {
+		return nil, fmt.Errorf("%w: %d samples", ErrShape, started)
+	}
+	var err error
+	if l.Allocation, err = only(places, started); err != nil {
 		return nil, fmt.Errorf("the active banks: %w", err)
 	}
-	l.Allocation = place
 	for _, h := range l.Hashes {
 		if known[h].size == 0 {
 			continue
@@ -266,7 +284,41 @@ func Learn(samples []Sample) (*Layout, error) {
 		l.Stride = a.stride
 		l.Banks = append(l.Banks, Bank{Hash: h, First: a.first})
 	}
+	if l.Started, err = flags(samples); err != nil {
+		return nil, err
+	}
 	return l, l.Check()
+}
+
+// flags finds those that are 1 in samples of a started TPM, and 0 in others.
+func flags(samples []Sample) ([]uint64, error) {
+	var fit []uint64
+	var begun, clear bool
+	for _, s := range samples {
+		want := uint32(0)
+		if s.Started {
+			want = 1
+		}
+		clear = clear || !s.Started
+		is := func(at uint64) bool {
+			at -= s.Offset
+			return at <= uint64(len(s.Memory)) && uint64(len(s.Memory))-at >= flagLen && binary.NativeEndian.Uint32(s.Memory[at:]) == want
+		}
+		if begun {
+			fit = slices.DeleteFunc(fit, func(at uint64) bool { return !is(at) })
+			continue
+		}
+		begun = true
+		for at := (s.Offset + flagLen - 1) &^ (flagLen - 1); at-s.Offset+flagLen <= uint64(len(s.Memory)); at += flagLen {
+			if is(at) {
+				fit = append(fit, at)
+			}
+		}
+	}
+	if !clear || len(fit) == 0 || len(fit) > maxFlags {
+		return nil, fmt.Errorf("%w: %d places fit a flag of its start", ErrShape, len(fit))
+	}
+	return fit, nil
 }
 
 // only gives the one key that was seen n times.

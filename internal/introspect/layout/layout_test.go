@@ -2,6 +2,7 @@ package layout
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"math/rand/v2"
 	"slices"
@@ -14,21 +15,23 @@ const (
 	every  = 1<<PCRs - 1
 	offset = 0x1000 // of a sample's memory
 	where  = 5000   // of the PCRs in it
-	chosen = 9004   // of the allocation
+	chosen = 12004  // of the allocation
+	flag   = 12100  // of its start
 )
 
 // debian is the layout of libtpms 0.9.2 in Debian 12, moved.
 func debian() *Layout {
 	return &Layout{
 		Stride: 164, Allocation: offset + chosen, Hashes: []uint16{4, 0xb, 0xc, 0xd},
-		Banks: []Bank{{4, offset + where}, {0xb, offset + where + 20}, {0xc, offset + where + 52}, {0xd, offset + where + 100}},
+		Banks:   []Bank{{4, offset + where}, {0xb, offset + where + 20}, {0xc, offset + where + 52}, {0xd, offset + where + 100}},
+		Started: []uint64{offset + flag},
 	}
 }
 
 // fake makes a sample in which the banks of the bits in active have random PCRs.
 func fake(l *Layout, active uint, seed uint64) Sample {
 	r := rand.NewChaCha8([32]byte{byte(seed), 1})
-	s := Sample{Offset: offset, Memory: make([]byte, 1<<15), Values: map[uint16][PCRs][]byte{}}
+	s := Sample{Offset: offset, Started: true, Memory: make([]byte, 1<<15), Values: map[uint16][PCRs][]byte{}}
 	r.Read(s.Memory[1<<14:])
 	for i, h := range l.Hashes {
 		b := BankSelection{Hash: h}
@@ -54,17 +57,35 @@ func fake(l *Layout, active uint, seed uint64) Sample {
 		s.Values[b.Hash] = v
 	}
 	copy(s.Memory[l.Allocation-offset:], s.Active.inMemory())
+	for _, f := range l.Started {
+		binary.NativeEndian.PutUint32(s.Memory[f-offset:], 1)
+	}
 	return s
 }
 
+// samples are three of a TPM that was started, and one before.
 func samples(l *Layout) []Sample {
-	return []Sample{fake(l, 0b1111, 1), fake(l, 0b0101, 2), fake(l, 0b1010, 3)}
+	s := []Sample{fake(l, 0b1111, 1), fake(l, 0b0101, 2), fake(l, 0b1010, 3), fake(l, 0b1111, 4)}
+	s[3].Started, s[3].Active, s[3].Values = false, nil, nil
+	for _, f := range l.Started {
+		clear(s[3].Memory[f-offset:][:4])
+	}
+	return s
+}
+
+// parts are what there is to read in a sample.
+func parts(l *Layout, s Sample) (p [][]byte) {
+	for _, span := range l.Spans() {
+		p = append(p, s.Memory[span.Start-offset:span.End-offset])
+	}
+	return p
 }
 
 func TestLearn(t *testing.T) {
 	other := &Layout{ // SHA-1 last, a hash without a name, and room between the PCRs
 		Stride: 256, Allocation: offset + chosen, Hashes: []uint16{0xb, 0xc, 0xd, 4, 0x12},
-		Banks: []Bank{{0xb, offset + where}, {0xc, offset + where + 32}, {0xd, offset + where + 80}, {4, offset + where + 200}},
+		Banks:   []Bank{{0xb, offset + where}, {0xc, offset + where + 32}, {0xd, offset + where + 80}, {4, offset + where + 200}},
+		Started: []uint64{offset + flag, offset + flag + 8},
 	}
 	for name, l := range map[string]*Layout{"Debian": debian(), "another": other} {
 		s := samples(l)
@@ -73,8 +94,13 @@ func TestLearn(t *testing.T) {
 			t.Fatalf("%s: %v", name, err)
 		}
 		for i, s := range s {
-			ps, as := got.Spans()
-			banks, err := got.Read(s.Memory[ps.Start-offset:ps.End-offset], s.Memory[as.Start-offset:as.End-offset])
+			banks, err := got.Read(parts(got, s))
+			if !s.Started {
+				if !errors.Is(err, ErrNotStarted) {
+					t.Errorf("%s, before the start: %v, %v", name, banks, err)
+				}
+				continue
+			}
 			if err != nil || len(banks) != len(s.Values) {
 				t.Fatalf("%s, sample %d: %d banks, %v", name, i, len(banks), err)
 			}
@@ -141,9 +167,8 @@ func farOff() *Layout {
 func TestRead(t *testing.T) {
 	l := debian()
 	s := fake(l, 0b1111, 7)
-	ps, as := l.Spans()
-	pcrs, alloc := s.Memory[ps.Start-offset:ps.End-offset], s.Memory[as.Start-offset:as.End-offset]
-	with := func(active Selection) ([]report.Bank, error) { return l.Read(pcrs, active.inMemory()) }
+	p := parts(l, s)
+	with := func(active Selection) ([]report.Bank, error) { return l.Read([][]byte{p[0], active.inMemory(), p[2]}) }
 
 	banks, err := with(Selection{{4, 0}, {0xb, every}, {0xc, 0}, {0xd, 0b110}})
 	if err != nil || len(banks) != 2 || banks[0].Algorithm != "sha256" || len(banks[0].Values) != 24 || len(banks[1].Values) != 2 || banks[1].Values[1] == nil {
@@ -153,7 +178,7 @@ func TestRead(t *testing.T) {
 		active Selection
 		want   error
 	}{
-		"no bank":      {Selection{{4, 0}, {0xb, 0}, {0xc, 0}, {0xd, 0}}, ErrNotStarted},
+		"no bank":      {Selection{{4, 0}, {0xb, 0}, {0xc, 0}, {0xd, 0}}, ErrShape},
 		"other order":  {Selection{{0xb, every}, {4, 0}, {0xc, 0}, {0xd, 0}}, ErrShape},
 		"another hash": {Selection{{4, 0}, {0xb, every}, {0xc, 0}, {0x12, 0}}, ErrShape},
 	} {
@@ -161,20 +186,28 @@ func TestRead(t *testing.T) {
 			t.Errorf("%s: %v, %v", name, banks, err)
 		}
 	}
-	if _, err := l.Read(pcrs, make([]byte, len(alloc))); !errors.Is(err, ErrNotStarted) {
-		t.Errorf("before the start: %v", err)
-	}
-	clear(pcrs[drtm*l.Stride:][:20]) // of SHA-1, in which nothing was ever set
-	if banks, err := with(Selection{{4, every}, {0xb, every}, {0xc, 0}, {0xd, 0}}); !errors.Is(err, ErrNotStarted) || banks != nil {
-		t.Errorf("nothing in PCR 17: %v, %v", banks, err)
-	}
-	if _, err := with(Selection{{4, 0}, {0xb, every}, {0xc, 0}, {0xd, 0}}); err != nil {
-		t.Errorf("of a bank that is not active: %v", err)
-	}
-	for name, b := range map[string][2][]byte{"short": {pcrs[1:], alloc}, "empty": {nil, nil}, "long": {pcrs, append(bytes.Clone(alloc), 0)}} {
-		if _, err := l.Read(b[0], b[1]); !errors.Is(err, ErrShape) {
-			t.Errorf("%s: %v", name, err)
+	one, two := []byte{0, 0, 0, 0}, []byte{0, 0, 0, 0}
+	binary.NativeEndian.PutUint32(two, 2)
+	for name, c := range map[string]struct {
+		parts [][]byte
+		want  error
+	}{
+		"before the start": {[][]byte{p[0], p[1], one}, ErrNotStarted},
+		"no flag":          {[][]byte{p[0], p[1], two}, ErrShape},
+		"no allocation":    {[][]byte{p[0], make([]byte, len(p[1])), p[2]}, ErrShape},
+		"short":            {[][]byte{p[0][1:], p[1], p[2]}, ErrShape},
+		"long":             {[][]byte{p[0], append(bytes.Clone(p[1]), 0), p[2]}, ErrShape},
+		"fewer":            {p[:2], ErrShape},
+		"more":             {append(slices.Clone(p), one), ErrShape},
+		"empty":            {nil, ErrShape},
+	} {
+		if banks, err := l.Read(c.parts); !errors.Is(err, c.want) || banks != nil {
+			t.Errorf("%s: %v, %v", name, banks, err)
 		}
+	}
+	l.Started = append(l.Started, 0)
+	if _, err := l.Read([][]byte{p[0], p[1], p[2], make([]byte, 4)}); err != nil {
+		t.Errorf("a flag that is clear for another reason: %v", err)
 	}
 }
 
@@ -193,6 +226,9 @@ func TestCheck(t *testing.T) {
 		"unknown":    func(l *Layout) { l.Banks[0].Hash = 0x12 },
 		"not named":  func(l *Layout) { l.Hashes = l.Hashes[1:] },
 		"too long":   func(l *Layout) { l.Stride-- },
+		"no flags":   func(l *Layout) { l.Started = nil },
+		"many flags": func(l *Layout) { l.Started = make([]uint64, maxFlags+1) },
+		"far flag":   func(l *Layout) { l.Started[0] = 1 << 60 },
 	} {
 		l := debian()
 		if spoil(l); l.Check() == nil {
@@ -205,11 +241,11 @@ func TestCheck(t *testing.T) {
 // digests of the right size.
 func FuzzRead(f *testing.F) {
 	l := debian()
-	f.Add(Selection{{4, every}, {0xb, every}, {0xc, 0}, {0xd, 5}}.inMemory())
-	f.Add(make([]byte, 28))
-	ps, _ := l.Spans()
-	f.Fuzz(func(t *testing.T, allocation []byte) {
-		banks, err := l.Read(bytes.Repeat([]byte{1}, int(ps.Len())), allocation)
+	f.Add(Selection{{4, every}, {0xb, every}, {0xc, 0}, {0xd, 5}}.inMemory(), []byte{1, 0, 0, 0})
+	f.Add(make([]byte, 28), []byte{0, 0, 0, 0})
+	pcrs := make([]byte, PCRs*l.Stride)
+	f.Fuzz(func(t *testing.T, allocation, flag []byte) {
+		banks, err := l.Read([][]byte{pcrs, allocation, flag})
 		if (err == nil) == (len(banks) == 0) {
 			t.Fatal(banks, err)
 		}

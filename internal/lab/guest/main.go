@@ -12,6 +12,7 @@ import (
 	"bufio"
 	"bytes"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -362,7 +363,8 @@ func ek(tpm transport.TPM) (string, error) {
 // 2.6, 2.2.1.4).
 const certificateIndex = tpm2.TPMHandle(0x01c00002)
 
-// certificate reads the EK's certificate out of the vTPM's NV memory.
+// certificate reads the EK's certificate out of the vTPM's NV memory, and gives
+// its digest: the console is no line for thousands of digits.
 func certificate(tpm transport.TPM) (string, error) {
 	public, err := tpm2.NVReadPublic{NVIndex: certificateIndex}.Execute(tpm)
 	if err != nil {
@@ -384,7 +386,11 @@ func certificate(tpm transport.TPM) (string, error) {
 		}
 		der = append(der, r.Data.Buffer...)
 	}
-	return fmt.Sprintf("ekcert %x", der), nil
+	issuer := ""
+	if c, err := x509.ParseCertificate(der); err == nil {
+		issuer = c.Issuer.CommonName
+	}
+	return fmt.Sprintf("ekcert %x by %s", sha256.Sum256(der), issuer), nil
 }
 
 // akHandle is where a vTPM has the AK of its manufacture.
@@ -402,5 +408,5 @@ func ak(tpm transport.TPM) (string, error) {
 	if err == nil {
 		return "", errors.New("the owner evicted it")
 	}
-	return fmt.Sprintf("ak %x", public.OutPublic.Bytes()), nil
+	return fmt.Sprintf("ak %x", sha256.Sum256(public.OutPublic.Bytes())), nil
 }

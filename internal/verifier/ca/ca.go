@@ -2,6 +2,9 @@
 // which certificates are given. It holds the rules; the key is a crypto.Signer
 // that is handed in (package cakey). It is pure.
 //
+// Revocation is a node's state in the store, which the Verifier looks at with each
+// request; certificates of nodes last a day, and there is no CRL.
+//
 // There is one level: the CA's key signs nodes' and the Verifier's own TLS
 // certificates, and one CA certificate for each node's certifier, the key in the
 // node's TPM that signs the EK certificates of its vTPMs. The CA has no state
@@ -36,7 +39,6 @@ const (
 	NodeLifetime      = 24 * time.Hour
 	ServerLifetime    = 7 * 24 * time.Hour
 	CertifierLifetime = 366 * 24 * time.Hour
-	CRLLifetime       = 7 * 24 * time.Hour
 	RootLifetime      = 20 * 366 * 24 * time.Hour
 	backdate          = 10 * time.Minute
 )
@@ -49,7 +51,7 @@ type Authority struct {
 }
 
 // New puts a CA together. key has to be the certificate's. Where it is a
-// crypto.MessageSigner, whole certificates and CRLs are given to it.
+// crypto.MessageSigner, whole certificates are given to it.
 func New(cert *x509.Certificate, key crypto.Signer, random io.Reader) (*Authority, error) {
 	if _, err := algorithm(cert.PublicKey); err != nil {
 		return nil, fmt.Errorf("the CA's certificate: %w", err)
@@ -58,8 +60,8 @@ func New(cert *x509.Certificate, key crypto.Signer, random io.Reader) (*Authorit
 	if !ok || !pub.Equal(key.Public()) {
 		return nil, errors.New("the CA's key and certificate do not belong together")
 	}
-	if !cert.IsCA || !cert.BasicConstraintsValid || cert.KeyUsage&x509.KeyUsageCertSign == 0 || cert.KeyUsage&x509.KeyUsageCRLSign == 0 || len(cert.SubjectKeyId) == 0 {
-		return nil, errors.New("the CA's certificate is not one of a CA that signs certificates and CRLs")
+	if !cert.IsCA || !cert.BasicConstraintsValid || cert.KeyUsage&x509.KeyUsageCertSign == 0 || len(cert.SubjectKeyId) == 0 {
+		return nil, errors.New("the CA's certificate is not one of a CA that signs certificates")
 	}
 	return &Authority{cert, key, random}, nil
 }
@@ -104,7 +106,7 @@ func Root(key crypto.Signer, random io.Reader, name string, now time.Time) ([]by
 		Subject:   pkix.Name{CommonName: name, SerialNumber: hex.EncodeToString(serial.Bytes()[:4])},
 		NotBefore: now.Add(-backdate), NotAfter: now.Add(RootLifetime),
 		IsCA: true, BasicConstraintsValid: true, MaxPathLen: 1,
-		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+		KeyUsage: x509.KeyUsageCertSign,
 	}
 	return x509.CreateCertificate(random, t, t, key.Public(), key)
 }
@@ -220,32 +222,15 @@ func (c *checked) Public() crypto.PublicKey { return c.a.cert.PublicKey }
 // Sign is there because a crypto.MessageSigner has it; crypto/x509 prefers
 // SignMessage.
 func (*checked) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
-	return nil, errors.New("the CA signs whole certificates and CRLs, no digests")
+	return nil, errors.New("the CA signs whole certificates, no digests")
 }
 
-// SignMessage signs a TBSCertificate or TBSCertList that the rules allow.
+// SignMessage signs a TBSCertificate that the rules allow.
 func (c *checked) SignMessage(random io.Reader, tbs []byte, opts crypto.SignerOpts) ([]byte, error) {
 	if err := CheckTBS(c.a.cert, tbs, c.now); err != nil {
 		return nil, err
 	}
 	return crypto.SignMessage(c.a.key, random, tbs, opts)
-}
-
-// CRL gives a list of certificates that are good no more, DER. number has to
-// rise.
-func (a *Authority) CRL(revoked []x509.RevocationListEntry, number *big.Int, now time.Time) ([]byte, error) {
-	alg, err := algorithm(a.cert.PublicKey)
-	if err != nil {
-		return nil, err
-	}
-	der, err := x509.CreateRevocationList(a.random, &x509.RevocationList{
-		SignatureAlgorithm: alg, RevokedCertificateEntries: revoked, Number: number,
-		ThisUpdate: now.Add(-backdate), NextUpdate: now.Add(CRLLifetime),
-	}, a.cert, &checked{a: a, now: now})
-	if err != nil {
-		return nil, fmt.Errorf("signing a CRL: %w", err)
-	}
-	return der, nil
 }
 
 // VerifyNode gives the Identity of a node out of the chains that TLS verified

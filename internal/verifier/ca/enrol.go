@@ -76,6 +76,8 @@ func Decide(c Claim, k Known, r Rules) (Decision, error) {
 		return Decision{}, at(k.Revoked, refuse(NodeRevoked, "node %q was revoked; a join token that names it lets it in again", k.Revoked.Name))
 	case k.Revoked != nil:
 		d.TokenNames = true
+	case c.Token && c.Former != nil:
+		d.ID = c.Former.Node // what is approved for it, counts again
 	case c.Token:
 	case c.Former != nil:
 		// The store is older than the certificate, and may have forgotten more: that
@@ -109,7 +111,7 @@ func at(n *fleet.Node, r *Refusal) *Refusal {
 // Former gives the Identity in a certificate that came with a claim, if this CA
 // gave it to these very keys, however long ago; else nil.
 func (a *Authority) Former(der []byte, k *Proven) *Identity {
-	if len(der) == 0 || len(der) > maxCert {
+	if len(der) == 0 || len(der) > 2*MaxTBS {
 		return nil
 	}
 	cert, err := x509.ParseCertificate(der)

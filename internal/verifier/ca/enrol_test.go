@@ -385,7 +385,7 @@ func TestDecide(t *testing.T) {
 		"the same, with token": {Claim{Name: "a", Keys: keys, Token: true}, Known{ByName: node, ByEK: node, ByAK: node}, Rules{Operator: true}, Decision{Node: node}},
 		"forgotten":            {Claim{Name: "a", Keys: keys, Former: &former}, Known{}, Rules{}, Decision{ID: former.Node, State: fleet.Pending, Problem: NodeRestored}},
 		"forgotten, doubtful":  {Claim{Name: "a", Keys: keys, Former: &former, EKTrust: doubt}, Known{}, Rules{}, Decision{ID: former.Node, State: fleet.Pending, Problem: NodeRestored}},
-		"forgotten, token":     {Claim{Name: "a", Keys: keys, Former: &former, Token: true}, Known{}, Rules{}, Decision{State: fleet.Active, UseToken: true}},
+		"forgotten, token":     {Claim{Name: "a", Keys: keys, Former: &former, Token: true}, Known{}, Rules{}, Decision{ID: former.Node, State: fleet.Active, UseToken: true}},
 		"revoked, token":       {Claim{Name: "a", Keys: keys, Token: true}, Known{Revoked: revoked}, Rules{}, Decision{State: fleet.Active, UseToken: true, TokenNames: true}},
 	} {
 		if d, err := Decide(c.claim, c.known, c.rules); err != nil || d != c.want {
@@ -439,7 +439,7 @@ func TestFormer(t *testing.T) {
 	}{
 		"nothing": {nil, p}, "garbage": {[]byte("x"), p}, "other keys": {long.Raw, stranger}, "a certifier's": {certifier.Raw, p},
 		"another CA's": {must[*x509.Certificate](t)(other.Node(id, key, now)).Raw, p},
-		"long":         {make([]byte, maxCert+1), p},
+		"long":         {make([]byte, 2*MaxTBS+1), p},
 	} {
 		if got := a.Former(c.der, c.p); got != nil {
 			t.Errorf("%s: %+v", name, got)

@@ -15,16 +15,14 @@ import (
 
 // Bounds of what the CA signs.
 const (
-	MaxTBS  = 1 << 20 // a CRL of 25,000 entries
-	maxCert = 8 << 10
+	MaxTBS  = 8 << 10
 	maxSkew = time.Hour // between the clocks of the Verifier and of who holds its key
 	slack   = time.Minute
 )
 
 // CheckTBS says whether the CA whose certificate is root signs these bytes: a
-// TBSCertificate of a node, a certifier or the Verifier, or a TBSCertList, each
-// within its limits, and in the encoding that they have when they are read. Who
-// holds the key asks it too (virt-trust-signer): a Verifier that was taken over
+// TBSCertificate of a node, a certifier or the Verifier, each within its limits, and
+// in the encoding that it has when it is read. Who holds the key asks it too (virt-trust-signer): a Verifier that was taken over
 // gets no certificate that outlives its day, and no second CA.
 func CheckTBS(root *x509.Certificate, tbs []byte, now time.Time) error {
 	if len(tbs) > MaxTBS {
@@ -34,31 +32,24 @@ func CheckTBS(root *x509.Certificate, tbs []byte, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	if l, err := x509.ParseRevocationList(wrapped); err == nil {
-		return checkCRL(root, l, tbs, now)
-	}
 	c, err := x509.ParseCertificate(wrapped)
 	if err != nil {
-		return fmt.Errorf("what is to be signed is neither a certificate nor a CRL: %w", err)
+		return fmt.Errorf("what is to be signed is no certificate: %w", err)
 	}
 	return checkCertificate(root, c, tbs, now)
 }
 
-// sealWithNothing makes a certificate or CRL with an empty signature out of what
-// is to be signed, so that it can be read (RFC 5280, 4.1, 5.1).
+// sealWithNothing makes a certificate with an empty signature out of what is to be
+// signed, so that it can be read (RFC 5280, 4.1).
 func sealWithNothing(tbs []byte) ([]byte, error) {
-	bad := errors.New("what is to be signed is no DER of a certificate or a CRL")
+	bad := errors.New("what is to be signed is no DER of a certificate")
 	in := cryptobyte.String(tbs)
 	var body, algorithm cryptobyte.String
 	if !in.ReadASN1(&body, cbasn1.SEQUENCE) || !in.Empty() {
 		return nil, bad
 	}
-	certificate := body.PeekASN1Tag(cbasn1.Tag(0).Constructed().ContextSpecific())
-	if certificate && !body.SkipASN1(cbasn1.Tag(0).Constructed().ContextSpecific()) {
-		return nil, bad
-	}
-	// version of a CRL, serial number of a certificate
-	if !body.SkipASN1(cbasn1.INTEGER) || !body.ReadASN1Element(&algorithm, cbasn1.SEQUENCE) {
+	// version, serial number, signature algorithm
+	if !body.SkipASN1(cbasn1.Tag(0).Constructed().ContextSpecific()) || !body.SkipASN1(cbasn1.INTEGER) || !body.ReadASN1Element(&algorithm, cbasn1.SEQUENCE) {
 		return nil, bad
 	}
 	var b cryptobyte.Builder
@@ -70,28 +61,11 @@ func sealWithNothing(tbs []byte) ([]byte, error) {
 	return b.Bytes()
 }
 
-func checkCRL(root *x509.Certificate, l *x509.RevocationList, tbs []byte, now time.Time) error {
-	alg, err := algorithm(root.PublicKey)
-	switch {
-	case err != nil:
-		return err
-	case !bytes.Equal(l.RawTBSRevocationList, tbs):
-		return errors.New("a CRL that reads otherwise than it is written")
-	case !bytes.Equal(l.RawIssuer, root.RawSubject) || !bytes.Equal(l.AuthorityKeyId, root.SubjectKeyId) || l.SignatureAlgorithm != alg:
-		return errors.New("a CRL of another CA")
-	case l.NextUpdate.After(now.Add(CRLLifetime+maxSkew)) || l.ThisUpdate.After(now.Add(maxSkew)):
-		return errors.New("a CRL that is good for too long")
-	}
-	return nil
-}
-
 func checkCertificate(root, c *x509.Certificate, tbs []byte, now time.Time) error {
 	alg, err := algorithm(root.PublicKey)
 	switch {
 	case err != nil:
 		return err
-	case len(tbs) > maxCert:
-		return fmt.Errorf("a certificate of %d bytes", len(tbs))
 	case !bytes.Equal(c.RawTBSCertificate, tbs):
 		return errors.New("a certificate that reads otherwise than it is written")
 	case !bytes.Equal(c.RawIssuer, root.RawSubject) || !bytes.Equal(c.AuthorityKeyId, root.SubjectKeyId) || c.SignatureAlgorithm != alg:
@@ -160,9 +134,6 @@ func Describe(tbs []byte) string {
 	wrapped, err := sealWithNothing(tbs)
 	if err != nil {
 		return "nothing"
-	}
-	if l, err := x509.ParseRevocationList(wrapped); err == nil {
-		return fmt.Sprintf("CRL %d with %d entries", l.Number, len(l.RevokedCertificateEntries))
 	}
 	c, err := x509.ParseCertificate(wrapped)
 	if err != nil {

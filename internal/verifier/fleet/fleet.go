@@ -45,8 +45,8 @@ type Node struct {
 	Version      int64  // rises with each change; the store's UpdateNode wants the one that was read
 }
 
-// Round is one round of a node, or a run of rounds with the same result. ID
-// rises.
+// Round is one round of a node, or a run of rounds one after the other with the
+// same result, of which nothing had to be kept singly. ID rises.
 type Round struct {
 	ID       int64
 	Node     string
@@ -58,8 +58,8 @@ type Round struct {
 	VMTiers  map[string]string // by UUID
 	Codes    []string          // of all reasons, sorted, each once
 	Changes  []byte            // JSON of []appraise.Change
-	Evidence []byte            // kept where the round was not affirming
-	Result   []byte            // JSON of appraise.Result, kept where the round was not affirming or something changed
+	Evidence []byte            // kept where the round was not affirming, as long as retention lets it
+	Result   []byte            // JSON of appraise.Result, with the times of the last
 }
 
 // Kind is what a Reference Value is of.

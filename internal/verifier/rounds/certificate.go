@@ -107,6 +107,7 @@ func (h *Handler) membership(ctx context.Context, n fleet.Node, spki []byte, cer
 // noteSerial writes the newest certificate down, unless the node was revoked while
 // it was signed.
 func (h *Handler) noteSerial(ctx context.Context, n fleet.Node, serial string) error {
+	note := h.shown.again("certificate "+n.ID, h.now())
 	return h.Store.Do(ctx, func(tx *store.Tx) error {
 		now, err := tx.Node(ctx, n.ID)
 		if err != nil {
@@ -119,7 +120,9 @@ func (h *Handler) noteSerial(ctx context.Context, n fleet.Node, serial string) e
 		if _, err := tx.UpdateNode(ctx, now); err != nil {
 			return err
 		}
-		tx.Audit(fleet.AuditEntry{Time: h.now(), Actor: "node " + n.ID, Action: "node.certificate", Subject: n.ID, Detail: detail("serial", serial)})
+		if note {
+			tx.Audit(fleet.AuditEntry{Time: h.now(), Actor: "node " + n.ID, Action: "node.certificate", Subject: n.ID, Detail: detail("serial", serial)})
+		}
 		return nil
 	})
 }

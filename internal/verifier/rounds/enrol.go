@@ -166,6 +166,8 @@ func (h *Handler) admit(ctx context.Context, q *nodeapi.EnrolmentRequest, keys *
 		return fleet.Node{}, err
 	}
 	var n fleet.Node
+	_, err = h.Store.NodeByEK(ctx, keys.EKDigest) // only a node's own EK takes a place among what was shown
+	note := err == nil && h.shown.again("return "+keys.EKDigest, h.now())
 	err = h.Store.Do(ctx, func(tx *store.Tx) error {
 		known, err := knownIn(ctx, tx, claim)
 		if err != nil {
@@ -178,7 +180,9 @@ func (h *Handler) admit(ctx context.Context, q *nodeapi.EnrolmentRequest, keys *
 		now := h.now()
 		if d.Node != nil {
 			n = *d.Node
-			tx.Audit(fleet.AuditEntry{Time: now, Actor: "node " + n.ID, Action: "node.return", Subject: n.ID, Detail: detail("name", n.Name)})
+			if note {
+				tx.Audit(fleet.AuditEntry{Time: now, Actor: "node " + n.ID, Action: "node.return", Subject: n.ID, Detail: detail("name", n.Name)})
+			}
 			return nil
 		}
 		n = fleet.Node{
@@ -309,8 +313,8 @@ func tokenOf(ctx context.Context, tx *store.Tx, digest string) (fleet.JoinToken,
 	}
 }
 
-// shown remembers which refusals were written down lately, so that nobody fills
-// the audit log with them.
+// shown remembers what was written down lately, so that nobody fills the audit log
+// with refusals, or with certificates that he asks for all the time.
 type shown struct {
 	mu sync.Mutex
 	at map[string]time.Time
@@ -318,7 +322,7 @@ type shown struct {
 
 const (
 	showAgain = 10 * time.Minute
-	maxShown  = 1000
+	maxShown  = 10_000
 )
 
 func (s *shown) again(key string, now time.Time) bool {
@@ -353,11 +357,25 @@ func (h *Handler) show(ctx context.Context, refused error, q *nodeapi.EnrolmentR
 	if r == nil {
 		return refused
 	}
-	err := h.Store.Do(ctx, func(tx *store.Tx) error {
-		serious, err := h.serious(ctx, tx, r, q, keys)
-		if err != nil || !serious || !h.shown.again(string(r.Code)+" "+r.Node+" "+keys.EKDigest, h.now()) {
-			return err
-		}
+	var serious bool
+	err := h.Store.Do(ctx, func(tx *store.Tx) (err error) {
+		serious, err = h.serious(ctx, tx, r, q, keys)
+		return err
+	})
+	if err == nil && (!serious || !h.shown.again(string(r.Code)+" "+r.Node+" "+keys.EKDigest, h.now())) {
+		return refused
+	}
+	if err == nil {
+		err = h.writeDown(ctx, r, q, keys)
+	}
+	if err != nil {
+		h.Log.WithError(err).Warn("a refusal could not be written down")
+	}
+	return refused
+}
+
+func (h *Handler) writeDown(ctx context.Context, r *ca.Refusal, q *nodeapi.EnrolmentRequest, keys *ca.Proven) error {
+	return h.Store.Do(ctx, func(tx *store.Tx) error {
 		now := h.now()
 		tx.Audit(fleet.AuditEntry{Time: now, Actor: "node " + keys.EKDigest, Action: "node.refuse", Subject: r.Node, Detail: detail(
 			"code", string(r.Code), "what", r.What, "name", q.Name, "ek", keys.EKDigest, "ak", hex.EncodeToString(keys.AK.Name))})
@@ -373,10 +391,6 @@ func (h *Handler) show(ctx context.Context, refused error, q *nodeapi.EnrolmentR
 		}
 		return webhook.Queue(ctx, tx, webhook.Problem(n, string(r.Code), now))
 	})
-	if err != nil {
-		h.Log.WithError(err).Warn("a refusal could not be written down")
-	}
-	return refused
 }
 
 func (h *Handler) serious(ctx context.Context, tx *store.Tx, r *ca.Refusal, q *nodeapi.EnrolmentRequest, keys *ca.Proven) (bool, error) {

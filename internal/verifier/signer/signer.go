@@ -1,7 +1,7 @@
 // Package signer is virt-trust-signer: the holder of a CA key that lies in the
 // Verifier machine's TPM. The Verifier, which speaks to the whole network, never
 // reaches the TPM; it asks here, over a unix socket, for signatures over whole
-// certificates and CRLs, and gets them within the CA's limits alone.
+// certificates, and gets them within the CA's limits alone.
 package signer
 
 import (

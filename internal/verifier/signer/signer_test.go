@@ -144,9 +144,6 @@ func TestSigner(t *testing.T) {
 	if err := cert.CheckSignatureFrom(a.Certificate()); err != nil {
 		t.Error(err)
 	}
-	if _, err := a.CRL(nil, cert.SerialNumber, time.Now()); err != nil {
-		t.Error(err)
-	}
 	if !strings.Contains(words.String(), ca.Serial(cert)) || strings.Contains(words.String(), "PRIVATE") {
 		t.Errorf("the journal: %s", words.String())
 	}

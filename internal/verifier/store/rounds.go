@@ -78,7 +78,8 @@ type Completion struct {
 	// most MaxCheckpoint. One that is equal to the last one costs nothing.
 	Checkpoint []byte
 	Result     *appraise.Result // Received and Expires are taken from it
-	// Evidence is kept where the result is not affirming, of host and all VMs.
+	// Evidence is kept where the result is not affirming, of host and all VMs: each
+	// time that there is some, so that such rounds are never folded into one.
 	Evidence []byte
 	// Next becomes the outstanding nonce, until NextExpires; nil for none.
 	Next        []byte

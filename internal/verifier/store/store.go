@@ -12,6 +12,10 @@
 // that fails with ErrUnavailable was not done, or, where the connection to
 // PostgreSQL broke at the very commit, may have been.
 //
+// A call ends when its context does, so that whoever calls sets how long a
+// database that does not answer is waited for; a write to SQLite that has begun is
+// waited for in any case.
+//
 // ErrUnavailable says that the database could not be reached or is busy, and that
 // the same call may be made again later. All other errors are about the data.
 // Text is kept as valid UTF-8 without NUL; times in microseconds.
