@@ -92,7 +92,7 @@ func DefaultPolicy() *Policy {
 		Format: PolicyFormat, ID: "default",
 		Bank: "sha256", PCRs: []uint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, Events: boot, LaunchPCR: 15,
 		VMBank: "sha256", VMPCRs: slices.Clone(boot),
-		IMA:          IMAPolicy{Unknown: Warning, Changed: Contraindicated},
+		IMA:          IMAPolicy{Excludes: []string{}, Unknown: Warning, Changed: Contraindicated},
 		UnknownEvent: Contraindicated, UnknownLauncher: Contraindicated, AuditMode: Warning,
 		MaxAge: Seconds(5 * time.Minute), MaxSkew: Seconds(5 * time.Minute), Starting: Seconds(90 * time.Second),
 	}
