@@ -338,6 +338,10 @@ type valueRow struct {
 func (p *Page) approvalsPage(r *http.Request) (view, error) {
 	ctx, a := r.Context(), operate.ActorOf(r.Context())
 	d := approvalsView{FourEyes: p.FourEyes}
+	sum, err := p.Store.Summary(ctx)
+	if err != nil {
+		return view{}, err
+	}
 	nodes, _, err := p.Store.Nodes(ctx, store.NodeFilter{State: fleet.Pending}, store.Page{Limit: 100})
 	if err != nil {
 		return view{}, err
@@ -354,7 +358,7 @@ func (p *Page) approvalsPage(r *http.Request) (view, error) {
 		return view{}, err
 	}
 	d.Problems = slices.DeleteFunc(d.Problems, func(n fleet.Status) bool { return n.State == fleet.Revoked })
-	if d.Changes, err = p.changedHosts(ctx); err != nil {
+	if d.Changes, err = p.changedHosts(ctx, sum); err != nil {
 		return view{}, err
 	}
 	s, err := p.Operator.ProposedPolicy(ctx, a)
@@ -364,12 +368,12 @@ func (p *Page) approvalsPage(r *http.Request) (view, error) {
 	case !errors.Is(err, operate.ErrNotFound) && !errors.Is(err, store.ErrNotFound) && !errors.Is(err, operate.ErrForbidden):
 		return view{}, err
 	}
-	return view{name: "approvals", title: "Approvals", data: d}, nil
+	return view{name: "approvals", title: "Approvals", data: d, sum: &sum}, nil
 }
 
 // changedHosts gives hosts whose newest rounds show, of themselves or of a VM,
 // what a Reference Value could be made of; of very many, some.
-func (p *Page) changedHosts(ctx context.Context) ([]row, error) {
+func (p *Page) changedHosts(ctx context.Context, sum fleet.Summary) ([]row, error) {
 	const most = 25
 	var out []row
 	seen := map[string]bool{}
@@ -380,12 +384,17 @@ func (p *Page) changedHosts(ctx context.Context) ([]row, error) {
 		seen[n.ID] = true
 	}
 	for _, t := range []appraise.Tier{appraise.Contraindicated, appraise.Warning} {
-		nodes, _, err := p.Store.Nodes(ctx, store.NodeFilter{State: fleet.Active, Tier: &t}, store.Page{Limit: most})
-		if err != nil {
-			return nil, err
+		if sum.ByTier[t] > 0 { // the store goes through all where there is none
+			nodes, _, err := p.Store.Nodes(ctx, store.NodeFilter{State: fleet.Active, Tier: &t}, store.Page{Limit: most})
+			if err != nil {
+				return nil, err
+			}
+			for _, n := range nodes {
+				add(n)
+			}
 		}
-		for _, n := range nodes {
-			add(n)
+		if sum.VMs[t] == 0 || len(out) == most {
+			continue
 		}
 		vms, _, err := p.Store.VMs(ctx, store.VMFilter{Tier: &t}, store.Page{Limit: 4 * most})
 		if err != nil {

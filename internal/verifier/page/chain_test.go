@@ -125,7 +125,7 @@ func TestChainNeverBetter(t *testing.T) {
 		}
 		return out, worst
 	}
-	for range 5000 {
+	for range 1000 {
 		n, res := good()
 		v := &res.VMs[0]
 		res.Host.Reasons, res.Host.Tier = reasons()
