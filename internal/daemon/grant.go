@@ -18,7 +18,8 @@ import (
 )
 
 // grant is a launch grant: what prepare opens and the wrapper redeems, once
-// for each program.
+// for each program; and swtpm_setup once more, after it has made a vTPM, for the
+// PCR banks that the VM's definition names (<active_pcr_banks>).
 type grant struct {
 	uuid     string
 	pass     bool           // no keys are ours to give
@@ -26,6 +27,7 @@ type grant struct {
 	cgroup   string         // of the hook, and so of libvirt: whoever redeems is in it
 	expires  time.Time
 	redeemed map[string]bool
+	banks    bool // swtpm_setup was redeemed for the second time
 	runs     []launcher
 	had      bool // a vTPM, at prepare: swtpm_setup makes none in its place
 	setup    int  // descriptor of the process that redeemed as swtpm_setup, or -1
@@ -129,6 +131,7 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 		return g.withoutGrant(path)
 	}
 	who := logrus.Fields{journal.VM: gr.uuid, "program": program}
+	again := gr.redeemed[program]
 	switch {
 	case program == "swtpm" && gr.setupRuns():
 		// swtpm_setup's own, to which it hands the key itself. libvirt's comes
@@ -138,7 +141,7 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 		return nil, g.noKeys("the grant for this start has expired", "start the VM again")
 	case gr.cgroup != c.cgroup:
 		return nil, g.noKeys("the wrapper was not called by libvirt", "start the VM with libvirt")
-	case gr.redeemed[program]:
+	case again && !(program == "swtpm_setup" && gr.made.fresh && !empty && !gr.banks && !gr.setupRuns() && !gr.redeemed["swtpm"]):
 		return nil, g.noKeys("the grant for this start was redeemed before", "start the VM again")
 	case empty && gr.had:
 		return nil, reason.Refuse(reason.VTPMMissing, "'virt-trust repair' puts the kept state back", "the vTPM state in %s was removed while the VM was being started", path)
@@ -156,8 +159,10 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 	}
 	gr.redeemed[program] = true
 	if program == "swtpm_setup" {
+		gr.close()
+		gr.banks = again
 		gr.made.fresh = !gr.had
-		r.Certify = gr.certify
+		r.Certify = gr.certify && !again
 		if s := g.sessions[gr.uuid]; s != nil {
 			s.writes.Store(true)
 			s.making.Store(!gr.had)

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"encoding/hex"
 	"errors"
 	"io"
 	"os"
@@ -164,4 +165,53 @@ func TestRedemption(t *testing.T) {
 			t.Error("it can be written:", err)
 		}
 	}
+}
+
+// libvirt runs swtpm_setup once more on a new vTPM whose VM names its PCR banks:
+// after it was made, once, and for no vTPM that was there before.
+func TestGrantForPCRBanks(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	f := h.vm(uuidA, false)
+	setup := func() ([]byte, error) {
+		c := exec.Command("sleep", "60")
+		c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer c.Wait()
+		defer c.Process.Kill()
+		r, err := h.g.Redeem("swtpm_setup", h.dir(uuidA), &caller{pid: c.Process.Pid, cgroup: cgroup})
+		if err != nil {
+			return nil, err
+		}
+		defer r.Close()
+		b := must[[]byte](t)(io.ReadAll(r.State))
+		return must[[]byte](t)(hex.DecodeString(string(b))), nil
+	}
+	if err := h.prepare(f); err != nil {
+		t.Fatal(err)
+	}
+	h.mkdir(uuidA)
+	key := must[[]byte](t)(setup())
+	_, err := setup()
+	refuses(t, err, reason.KeyNotReleased) // nothing was made
+	h.write(uuidA, key)
+	must[[]byte](t)(setup())
+	_, err = setup()
+	refuses(t, err, reason.KeyNotReleased)
+	h.keys(uuidA)
+	if err := h.g.Launched(f); err != nil {
+		t.Fatal(err)
+	}
+	h.stop(f)
+
+	if err := h.prepare(f); err != nil {
+		t.Fatal(err)
+	}
+	must[[]byte](t)(setup()) // for what changed in the definition
+	_, err = setup()
+	refuses(t, err, reason.KeyNotReleased)
+	h.keys(uuidA)
+	h.stop(f)
 }
