@@ -132,6 +132,7 @@ func TestArrows(t *testing.T) {
 	only(module+"internal/daemon", "helper/virt-trustd")
 	only("github.com/spf13/cobra", "internal/admin")
 	only("github.com/BurntSushi/toml", "internal/platform/config")
+	only(module+"internal/introspect/inject", "internal/daemon", "helper/virt-trust-inject", "internal/lab/pcrs")
 	only("modernc.org/sqlite", "internal/verifier/store")
 	only("github.com/pressly/goose/v3", "internal/verifier/store")
 	only("github.com/jackc/pgx/v5/stdlib", "internal/verifier/store", "internal/verifier/store/storetest")

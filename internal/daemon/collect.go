@@ -393,6 +393,12 @@ func (s *Service) lookInto(uid, gid int) {
 	}
 	memory := introspect.NewMemory(introspect.Config{Swtpm: swtpm, Dir: s.g.dirs.Run, UID: uid, GID: gid})
 	s.pcrs, s.quoter = memory, &inject.Quoter{}
+	// A libtpms that is replaced later, under VMs that run, is known by then.
+	go func() {
+		if err := memory.Calibrate(s.working); err != nil && s.working.Err() == nil {
+			s.log.WithError(err).Warn("how the installed libtpms keeps the PCRs of vTPMs cannot be learned")
+		}
+	}()
 	context.AfterFunc(s.working, func() { memory.Close() })
 }
 
