@@ -37,6 +37,7 @@ type round struct {
 	unknown     map[int]bool  // launchers that are no Reference Values, by number
 	learned     []fleet.Value // of the host
 	vmLearned   []fleet.Value
+	once        map[[4]string]bool // what is in these two
 	vms         []VM
 }
 
@@ -427,6 +428,14 @@ func (r *round) learn(subject string, kind fleet.Kind, path, digest string) bool
 	if CheckValue(v) != nil {
 		return false
 	}
+	key := [4]string{subject, string(kind), path, digest}
+	if r.once[key] { // a thing that was measured twice
+		return true
+	}
+	if r.once == nil {
+		r.once = map[[4]string]bool{}
+	}
+	r.once[key] = true
 	if kind == fleet.VMPCR {
 		r.vmLearned = append(r.vmLearned, v)
 	} else {

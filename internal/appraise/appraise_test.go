@@ -196,7 +196,10 @@ func TestLearned(t *testing.T) {
 	b.wantVM("one", Affirming)
 	b.wantVM("three", None, CodeVMNotRunning)
 	kinds := map[fleet.Kind]int{}
-	for _, v := range b.values {
+	for i, v := range b.values {
+		if slices.Contains(b.values[:i], v) {
+			t.Errorf("twice: %+v", v)
+		}
 		kinds[v.Kind]++
 		if v.Source != "learned" || CheckValue(v) != nil || v.State != fleet.Approved {
 			t.Errorf("%+v", v)

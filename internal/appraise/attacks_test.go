@@ -592,10 +592,26 @@ func TestLaunchLogs(t *testing.T) {
 			e.Start.VM = "<script>"
 			b.host.Log(e)
 		}, None, []string{CodeLaunchFormat}},
-		"kept back":         {forge.Options{Evidence: setLog(report.LaunchLog, func(l *report.Log) { *l = report.Log{Kind: l.Kind, Problem: "no"} })}, nil, None, []string{CodeLaunchMissing}},
-		"something else":    {forge.Options{}, func(b *bench) { b.host.TPM.Extend("sha256", 15, make([]byte, 32)) }, Contraindicated, []string{CodeLaunchReplay}},
-		"another PCR":       {forge.Options{Report: func(r *report.Report) { r.Host.LaunchPCR = 13 }}, nil, Contraindicated, []string{CodeLaunchReplay}},
-		"a PCR not quoted":  {forge.Options{Report: func(r *report.Report) { r.Host.LaunchPCR = 16 }}, nil, None, []string{CodeLaunchMissing}},
+		"kept back":      {forge.Options{Evidence: setLog(report.LaunchLog, func(l *report.Log) { *l = report.Log{Kind: l.Kind, Problem: "no"} })}, nil, None, []string{CodeLaunchMissing}},
+		"something else": {forge.Options{}, func(b *bench) { b.host.TPM.Extend("sha256", 15, make([]byte, 32)) }, Contraindicated, []string{CodeLaunchReplay}},
+		"another PCR":    {forge.Options{Report: func(r *report.Report) { r.Host.LaunchPCR = 4 }}, nil, Contraindicated, []string{CodeLaunchPCR}},
+		"begun anew": {forge.Options{Have: whole}, func(b *bench) {
+			vms := b.host.VMs
+			b.host.Launch = nil
+			b.host.Log(b.host.FirstEntry())
+			b.host.VMs = vms
+			for _, v := range vms {
+				v.Running, v.State = false, "stored"
+			}
+		}, Contraindicated, []string{CodeLogChanged, CodeLaunchBefore}},
+		"begun anew before anyone saw it": {forge.Options{Have: whole}, func(b *bench) {
+			b.state = nil
+			b.host.Launch = nil
+			b.host.Log(b.host.FirstEntry())
+			for _, v := range b.host.VMs {
+				v.Running, v.State = false, "stored"
+			}
+		}, Contraindicated, []string{CodeLaunchBefore}},
 		"after the quote":   {forge.Options{Evidence: setLog(report.LaunchLog, func(l *report.Log) { l.Data = append(bytes.Clone(l.Data), "{}\n"...) })}, nil, Affirming, nil},
 		"a torn line":       {forge.Options{Evidence: setLog(report.LaunchLog, func(l *report.Log) { l.Data = append(bytes.Clone(l.Data), "{"...) })}, nil, Affirming, nil},
 		"a known launcher":  {forge.Options{}, func(b *bench) { b.host.Launchers([3]string{"swtpm", "/usr/bin/swtpm", "swtpm"}) }, Affirming, nil},
@@ -633,6 +649,17 @@ func TestLaunchLogs(t *testing.T) {
 	b.wantVM("one", Warning, CodeHost)
 	if v := b.vm("three"); len(v.Launchers) != 1 || v.Launchers[0].Role != "firmware" || v.Started == 0 {
 		t.Errorf("%+v", v)
+	}
+
+	// What was there before, and in the first round, is a Reference Value as any.
+	early := forge.NewHost("sha256", bootLog(t, "sd"), epoch)
+	early.TPM.Extend("sha256", 15, make([]byte, 32))
+	early.Launchers([3]string{"swtpm", "/usr/bin/swtpm", "swtpm"})
+	b = &bench{t: t, host: early, policy: DefaultPolicy(), learn: true}
+	for range 2 {
+		b.round(forge.Options{})
+		b.want(Affirming)
+		early.Tick(time.Minute)
 	}
 
 	h := forge.NewHost("sha256", bootLog(t, "sd"), epoch)

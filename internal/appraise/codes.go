@@ -53,6 +53,8 @@ const (
 	CodeLaunchFormat    = "launch-log-format"
 	CodeLaunchReplay    = "launch-log-does-not-replay"
 	CodeLaunchGap       = "launch-log-gap"
+	CodeLaunchPCR       = "launch-pcr-other"  // the host measures launchers to another PCR than the policy's
+	CodeLaunchBefore    = "launch-pcr-before" // it held something before the log began, which no Reference Value has
 	CodeLaunchBoot      = "launch-log-other-boot"
 	CodeLauncherUnknown = "launcher-unknown"
 

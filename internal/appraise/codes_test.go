@@ -29,6 +29,10 @@ func TestCodes(t *testing.T) {
 		}
 		tests.Write(b)
 	}
+	page, err := os.ReadFile("../../packaging/man/virt-trust-verifier-appraisal.7")
+	if err != nil {
+		t.Fatal(err)
+	}
 	seen := map[string]bool{}
 	for _, d := range f.Decls {
 		g, ok := d.(*ast.GenDecl)
@@ -42,10 +46,27 @@ func TestCodes(t *testing.T) {
 				t.Errorf("%s: %s is no code, or one that there is already", name, value)
 			}
 			seen[value] = true
+			if !strings.Contains(string(page), "\n.It Cm "+strings.Trim(value, `"`)+"\n") {
+				t.Errorf("%s is not in virt-trust-verifier-appraisal(7)", value)
+			}
 			if !regexp.MustCompile(`\b` + name + `\b`).MatchString(tests.String()) {
 				t.Errorf("no test sees %s", name)
 			}
 		}
+	}
+	if n := strings.Count(string(page), "\n.It Cm "); n != len(seen)+4 { // and the tiers
+		t.Errorf("the manual page has %d codes, and there are %d", n-4, len(seen))
+	}
+	// The policy in the page is the default.
+	_, rest, _ := strings.Cut(string(page), ".Sh POLICY")
+	_, rest, _ = strings.Cut(rest, ".Bd -literal\n")
+	text, _, _ := strings.Cut(rest, ".Ed")
+	p, err := ParsePolicy([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.compile().revision != DefaultPolicy().compile().revision {
+		t.Errorf("the policy in the page is not the default: %+v", p)
 	}
 	if len(seen) < 50 {
 		t.Errorf("%d codes", len(seen))

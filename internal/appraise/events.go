@@ -30,7 +30,7 @@ const (
 func (r *round) firmwareLive() map[uint][]byte {
 	m := map[uint][]byte{}
 	for _, p := range logPCRs {
-		if v, ok := r.live[p]; ok && p != r.report.Host.LaunchPCR {
+		if v, ok := r.live[p]; ok && p != r.policy.LaunchPCR {
 			m[p] = v
 		}
 	}
@@ -257,7 +257,7 @@ func (r *round) events(log *eventlog.Log) {
 		}
 		r.host = append(r.host, Reason{
 			Code: CodeEventUnknown, Tier: r.policy.UnknownEvent, What: fmt.Sprintf("PCR %d: %s is no Reference Value", pcr, what),
-			Log: report.EventLog, Entry: &n, PCR: &pcr, Path: path, Digest: r.policy.Bank + ":" + hexDigest, Expected: strings.Join(last(r.values.words(path), 3), ", "),
+			Log: report.EventLog, Entry: &n, PCR: &pcr, Path: path, Digest: r.policy.Bank + ":" + hexDigest, Expected: expected("", r.values.words(path)),
 		})
 	}
 	if !anyValues && !r.learnHost {
@@ -266,8 +266,17 @@ func (r *round) events(log *eventlog.Log) {
 	r.host = append(r.host, order.findings(r.policy.Events)...)
 }
 
-// last gives the newest few of some.
-func last(all []string, n int) []string { return all[max(0, len(all)-n):] }
+// expected writes the newest few of what would have been right, each once, with
+// the bank that is not in them.
+func expected(bank string, all []string) string {
+	var some []string
+	for i := len(all) - 1; i >= 0 && len(some) < 3; i-- {
+		if v := bank + all[i]; !slices.Contains(some, v) {
+			some = append(some, v)
+		}
+	}
+	return strings.Join(some, ", ")
+}
 
 // order is what has to be so in any boot (PFP, 3.3.4 and 10.4.1), told by digests:
 // one separator in each of PCRs 0 to 7, and what tells of Secure Boot before it,
@@ -344,7 +353,7 @@ func (r *round) hostPCRs() {
 	withoutLog := r.next.Events.Packed == nil
 	for _, p := range r.policy.Events {
 		_, ok := r.live[p]
-		if !ok || p == r.report.Host.LaunchPCR {
+		if !ok || p == r.policy.LaunchPCR {
 			continue
 		}
 		path := pcrPath(r.policy.Bank, p)
@@ -356,7 +365,7 @@ func (r *round) hostPCRs() {
 		case len(want) > 0:
 			n := p
 			r.host = append(r.host, Reason{
-				Code: CodeHostPCR, Tier: r.policy.UnknownEvent, PCR: &n, Path: path, Digest: r.policy.Bank + ":" + got, Expected: strings.Join(last(want, 3), ", "),
+				Code: CodeHostPCR, Tier: r.policy.UnknownEvent, PCR: &n, Path: path, Digest: r.policy.Bank + ":" + got, Expected: expected(r.policy.Bank+":", want),
 				What: fmt.Sprintf("PCR %d is not what its Reference Values say", p),
 			})
 		}
@@ -370,7 +379,7 @@ func (r *round) hostPCRsKnown() bool {
 		return true
 	}
 	for _, p := range r.policy.Events {
-		if p != r.report.Host.LaunchPCR && len(r.values.pcr(ofHost, pcrPath(r.policy.Bank, p))) == 0 {
+		if p != r.policy.LaunchPCR && len(r.values.pcr(ofHost, pcrPath(r.policy.Bank, p))) == 0 {
 			return false
 		}
 	}

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 
 	"virt-trust/internal/evidence/ima"
 	"virt-trust/internal/evidence/report"
@@ -235,7 +234,7 @@ func (r *round) imaReason(f *imaFinding) Reason {
 		reason.Digest = digestText(f.Digest)
 		if want := r.values.at(ofIMA, []byte(f.Path)); len(want) > 0 {
 			reason.Code, reason.Tier, reason.What = CodeIMAChanged, r.policy.IMA.Changed, "a file is not what its Reference Values say"
-			reason.Expected = strings.Join(last(want, 3), ", ")
+			reason.Expected = expected("", want)
 		}
 	}
 	return reason

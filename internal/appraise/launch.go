@@ -17,7 +17,10 @@ import (
 // holds the files in it against Reference Values.
 func (r *round) launchLog() {
 	st := &r.next.Launch
-	pcr := r.report.Host.LaunchPCR
+	pcr := r.policy.LaunchPCR
+	if p := r.report.Host.LaunchPCR; p != pcr {
+		r.hostf(CodeLaunchPCR, Contraindicated, "the host measures launchers to PCR %d, and has to do so to PCR %d", p, pcr)
+	}
 	want, quoted := r.live[pcr]
 	l, ok := r.log(report.LaunchLog, st.Size)
 	switch {
@@ -35,10 +38,11 @@ func (r *round) launchLog() {
 		}
 		return
 	}
+	before := *st
 	if l.From == 0 {
 		*st = launchState{}
 	}
-	if !r.replayLaunch(st, l, want) {
+	if !r.replayLaunch(st, l, want, before) {
 		*st = launchState{}
 		return
 	}
@@ -47,7 +51,7 @@ func (r *round) launchLog() {
 	r.launchFiles(st.Files)
 }
 
-func (r *round) replayLaunch(st *launchState, l *report.Log, want []byte) bool {
+func (r *round) replayLaunch(st *launchState, l *report.Log, want []byte, before launchState) bool {
 	log := &launchlog.Log{}
 	if st.Boot != nil {
 		log = launchlog.Resume(launchlog.Log{Boot: *st.Boot, Entries: st.Entries, Files: slices.Clip(st.Files), Values: st.Values})
@@ -62,17 +66,20 @@ func (r *round) replayLaunch(st *launchState, l *report.Log, want []byte) bool {
 	if starts == nil {
 		starts = map[string]vmStart{}
 	}
+	// A log that is sent whole has to go on from what was known of it.
+	known := l.From > 0 || before.Entries == 0
 	for _, line := range lines {
 		if reached() { // what follows was measured after the quote
 			break
 		}
-		before := log.Starts
+		starting := log.Starts
 		if err := log.Add(line); err != nil {
 			r.hostf(CodeLaunchFormat, None, "%v", err)
 			return false
 		}
 		size += uint64(len(line)) + 1
-		if s := log.Last; log.Starts > before {
+		known = known || size == before.Size && launchlog.Equal(log.Values, before.Values)
+		if s := log.Last; log.Starts > starting {
 			if !isUUID(s.VM) {
 				r.hostf(CodeLaunchFormat, None, "a start of %.60q, which is no VM's UUID", s.VM)
 				return false
@@ -84,13 +91,16 @@ func (r *round) replayLaunch(st *launchState, l *report.Log, want []byte) bool {
 		if l.More {
 			r.hostf(CodeLogIncomplete, None, "the launch log goes on")
 		} else {
-			n := r.report.Host.LaunchPCR
+			n := r.policy.LaunchPCR
 			r.host = append(r.host, Reason{
 				Code: CodeLaunchReplay, Tier: Contraindicated, Log: report.LaunchLog, PCR: &n, Digest: hex.EncodeToString(want), Expected: hex.EncodeToString(log.Values[r.policy.Bank]),
 				What: fmt.Sprintf("the launch log does not lead to PCR %d: entries were dropped, reordered or changed, or something else was measured there", n),
 			})
 			return false
 		}
+	}
+	if !known {
+		r.hostf(CodeLogChanged, Contraindicated, "the launch log is another one than before in the same boot: what it said then is gone")
 	}
 	*st = launchState{Size: size, Entries: log.Entries, Files: log.Files, Values: log.Values, Starts: starts}
 	if log.Entries > 0 {
@@ -109,14 +119,36 @@ func (r *round) launchBoot(b *launchlog.Boot) {
 	hides := r.quote.Clock.Resets - b.ResetCount
 	other := r.next.Hides != nil && *r.next.Hides != hides
 	switch {
-	case b.ID != r.report.BootID || b.PCR != r.report.Host.LaunchPCR || other:
+	case b.ID != r.report.BootID || b.PCR != r.policy.LaunchPCR || other:
 		r.hostf(CodeLaunchBoot, Contraindicated, "the launch log is of boot %.40q and TPM reset %d, for PCR %d; the host is in boot %.40q, or after another reset, and names PCR %d",
-			b.ID, b.ResetCount, b.PCR, r.report.BootID, r.report.Host.LaunchPCR)
+			b.ID, b.ResetCount, b.PCR, r.report.BootID, r.policy.LaunchPCR)
 		return
 	case b.Gap != "":
 		r.hostf(CodeLaunchGap, Contraindicated, "a part of the launch log is lost, so that a VM may have been started that nobody knows of: %.200s", b.Gap)
 	}
 	r.next.Hides = &hides
+	r.launchBefore(b)
+}
+
+// launchBefore looks at what the PCR held when the log began: zeros, or what a
+// Reference Value for that PCR says, such as systemd's measurement of the machine id.
+// Whoever extends the PCR could else begin a log anew, and hide what was started
+// before.
+func (r *round) launchBefore(b *launchlog.Boot) {
+	was := b.Before[r.policy.Bank]
+	path := pcrPath(r.policy.Bank, b.PCR)
+	if strings.Trim(was, "0") == "" || slices.Contains(r.values.pcr(ofHost, path), was) {
+		return
+	}
+	if r.learnHost && r.learn(r.in.Node.ID, fleet.HostPCR, path, r.policy.Bank+":"+was) {
+		return
+	}
+	pcr := b.PCR
+	r.host = append(r.host, Reason{
+		Code: CodeLaunchBefore, Tier: r.policy.UnknownLauncher, Log: report.LaunchLog, PCR: &pcr, Path: path, Digest: r.policy.Bank + ":" + was,
+		Expected: expected(r.policy.Bank+":", r.values.pcr(ofHost, path)),
+		What:     fmt.Sprintf("PCR %d held something before the launch log began, so that an earlier part of it may be missing", pcr),
+	})
 }
 
 // launchFiles says of launchers that they are no Reference Values. With Learn, one
@@ -149,7 +181,7 @@ func (r *round) launcherReason(f *launchlog.File, t Tier, n *int) Reason {
 	}
 	return Reason{
 		Code: CodeLauncherUnknown, Tier: t, Log: report.LaunchLog, Entry: n, Path: f.Path, Digest: "sha256:" + f.SHA256,
-		Expected: strings.Join(last(r.values.at(ofLauncher, []byte(f.Path)), 3), ", "),
+		Expected: expected("", r.values.at(ofLauncher, []byte(f.Path))),
 		What:     fmt.Sprintf("%.40s %.200s is no Reference Value", f.Role, f.Path),
 	}
 }

@@ -32,8 +32,11 @@ type Policy struct {
 	Bank   string `json:"bank"`   // of the host's quote
 	PCRs   []uint `json:"pcrs"`   // that must be quoted
 	Events []uint `json:"events"` // PCRs whose events are held against Reference Values, one by one
-	VMBank string `json:"vm_bank"`
-	VMPCRs []uint `json:"vm_pcrs"` // of a vTPM, that must be as its Reference Values say
+	// LaunchPCR is where hosts measure launchers to. A host may not choose it: it
+	// could hide what was measured into another PCR.
+	LaunchPCR uint   `json:"launch_pcr"`
+	VMBank    string `json:"vm_bank"`
+	VMPCRs    []uint `json:"vm_pcrs"` // of a vTPM, that must be as its Reference Values say
 
 	IMA IMAPolicy `json:"ima"`
 
@@ -87,9 +90,9 @@ func DefaultPolicy() *Policy {
 	boot := []uint{0, 2, 4, 7, 8, 9, 11, 12, 14}
 	return &Policy{
 		Format: PolicyFormat, ID: "default",
-		Bank: "sha256", PCRs: []uint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, Events: boot,
+		Bank: "sha256", PCRs: []uint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, Events: boot, LaunchPCR: 15,
 		VMBank: "sha256", VMPCRs: slices.Clone(boot),
-		IMA:          IMAPolicy{Unknown: Warning, Changed: Contraindicated},
+		IMA:          IMAPolicy{Excludes: []string{}, Unknown: Warning, Changed: Contraindicated},
 		UnknownEvent: Contraindicated, UnknownLauncher: Contraindicated, AuditMode: Warning,
 		MaxAge: Seconds(5 * time.Minute), MaxSkew: Seconds(5 * time.Minute), Starting: Seconds(90 * time.Second),
 	}
@@ -148,6 +151,9 @@ func (p *Policy) check() error {
 		if !slices.Contains(p.PCRs, n) {
 			return fmt.Errorf("the policy: events of PCR %d are looked at, and the PCR is not quoted", n)
 		}
+	}
+	if !slices.Contains(p.PCRs, p.LaunchPCR) || slices.Contains(p.Events, p.LaunchPCR) {
+		return fmt.Errorf("the policy: launch_pcr %d has to be among pcrs, and not among events", p.LaunchPCR)
 	}
 	for _, e := range p.IMA.Excludes {
 		if !strings.HasPrefix(e, "/") || strings.Contains(strings.TrimSuffix(e, "*"), "*") || strings.HasSuffix(e, "*") && !strings.HasSuffix(e, "/*") {

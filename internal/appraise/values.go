@@ -119,11 +119,12 @@ func (x *Values) add(v *fleet.Value) {
 		x.subjects[v.Subject] = s
 	}
 	key, digits, _ := parseDigest(v.Digest)
+	digest := strings.ToLower(v.Digest)
 	switch v.Kind {
 	case fleet.HostEvent:
 		pcr, _ := eventPCR(v.Path)
 		s.events[string(pcr)+string(key)] = true
-		s.words[v.Path] = append(s.words[v.Path], digits)
+		s.words[v.Path] = append(s.words[v.Path], digest)
 	case fleet.HostPCR:
 		s.pcrs[ofHost][v.Path] = append(s.pcrs[ofHost][v.Path], digits)
 	case fleet.VMPCR:
@@ -136,7 +137,7 @@ func (x *Values) add(v *fleet.Value) {
 			s.marks[mark([]byte(v.Path), key[1:])] = true
 		}
 		s.files[of][string(key)] = append(s.files[of][string(key)], v.Path)
-		s.paths[of][v.Path] = append(s.paths[of][v.Path], digits)
+		s.paths[of][v.Path] = append(s.paths[of][v.Path], digest)
 	}
 	d := sha256.Sum256([]byte(strings.Join([]string{v.Subject, string(v.Kind), v.Path, strings.ToLower(v.Digest)}, "\x00")))
 	s.revision += binary.BigEndian.Uint64(d[:])

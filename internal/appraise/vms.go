@@ -190,7 +190,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 			}
 			n := p
 			vm.Reasons = append(vm.Reasons, Reason{
-				Code: code, Tier: t, PCR: &n, Path: path, Digest: bank + ":" + hexValue, Expected: strings.Join(last(want, 3), ", "),
+				Code: code, Tier: t, PCR: &n, Path: path, Digest: bank + ":" + hexValue, Expected: expected(bank+":", want),
 				What: fmt.Sprintf("PCR %d is not what its Reference Values say%s", p, map[bool]string{true: "; it was started a moment ago", false: ""}[starting]),
 			})
 		}

@@ -114,9 +114,7 @@ func (h *Host) MeasureMany(n int) {
 func (h *Host) Log(e launchlog.Entry) {
 	e.Time = h.Now.Unix()
 	if h.Launch == nil && e.Boot == nil {
-		h.Log(launchlog.Entry{Event: launchlog.EventBoot, Boot: &launchlog.Boot{
-			ID: h.BootID, ResetCount: h.TPM.Resets, PCR: LaunchPCR, Before: map[string]string{h.Bank: hex.EncodeToString(h.TPM.PCRs[h.Bank][LaunchPCR])},
-		}})
+		h.Log(h.FirstEntry())
 	}
 	line, err := launchlog.Encode(e)
 	if err != nil {
@@ -126,6 +124,13 @@ func (h *Host) Log(e launchlog.Entry) {
 	d.Write(line)
 	h.TPM.Extend(h.Bank, LaunchPCR, d.Sum(nil))
 	h.Launch = append(append(h.Launch, line...), '\n')
+}
+
+// FirstEntry is the entry with which a launch log begins now.
+func (h *Host) FirstEntry() launchlog.Entry {
+	return launchlog.Entry{Event: launchlog.EventBoot, Boot: &launchlog.Boot{
+		ID: h.BootID, ResetCount: h.TPM.Resets, PCR: LaunchPCR, Before: map[string]string{h.Bank: hex.EncodeToString(h.TPM.PCRs[h.Bank][LaunchPCR])},
+	}}
 }
 
 // Launchers measures launchers, by role, path and content, and gives their

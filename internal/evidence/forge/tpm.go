@@ -89,6 +89,10 @@ func (t *TPM) AKName() []byte {
 
 // Public is the public area of an AK with that key.
 func Public(key *ecdsa.PublicKey, change ...func(*tpm2.TPMTPublic)) []byte {
+	point, err := key.Bytes() // 4 ‖ x ‖ y
+	if err != nil {
+		panic(err)
+	}
 	p := tpm2.TPMTPublic{
 		Type: tpm2.TPMAlgECC, NameAlg: tpm2.TPMAlgSHA256,
 		ObjectAttributes: tpm2.TPMAObject{
@@ -102,8 +106,8 @@ func Public(key *ecdsa.PublicKey, change ...func(*tpm2.TPMTPublic)) []byte {
 			CurveID: tpm2.TPMECCNistP256,
 		}),
 		Unique: tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{
-			X: tpm2.TPM2BECCParameter{Buffer: key.X.FillBytes(make([]byte, 32))},
-			Y: tpm2.TPM2BECCParameter{Buffer: key.Y.FillBytes(make([]byte, 32))},
+			X: tpm2.TPM2BECCParameter{Buffer: point[1:33]},
+			Y: tpm2.TPM2BECCParameter{Buffer: point[33:]},
 		}),
 	}
 	for _, f := range change {

@@ -45,13 +45,12 @@ func (e *Entry) measured(buf []byte) ([]byte, error) {
 
 // chain is one replay.
 type chain struct {
-	bank       bank
-	mode       Mode
-	value      []byte // of the PCR
-	room       [2 * sha512.Size]byte
-	digest     [sha512.Size]byte
-	legacy     [sha1.Size + legacyName]byte
-	sha1Digest [sha1.Size]byte
+	bank   bank
+	mode   Mode
+	value  []byte // of the PCR
+	room   [2 * sha512.Size]byte
+	digest [sha512.Size]byte
+	legacy [sha1.Size + legacyName]byte
 }
 
 // extend adds an entry.
