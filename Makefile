@@ -69,6 +69,7 @@ install: install-cli install-host install-verifier
 install-cli: build
 	$(INSTALL_PROGRAM) bin/virt-trust $(DESTDIR)$(bindir)/virt-trust
 	$(INSTALL) bin/virt-trust.bash $(DESTDIR)$(datadir)/bash-completion/completions/virt-trust
+	$(INSTALL) internal/evidence/report/evidence.cddl $(DESTDIR)$(datadir)/doc/virt-trust-cli/evidence.cddl
 	@set -e; for m in $(MAN_CLI); do $(INSTALL) $$m $(DESTDIR)$(datadir)/man/man$${m##*.}/$${m##*/}; done
 
 install-host: build
@@ -115,7 +116,9 @@ install-verifier: build
 	done
 	$(INSTALL) packaging/virt-trust-verifier.sysusers $(DESTDIR)$(prefix)/lib/sysusers.d/virt-trust-verifier.conf
 	$(INSTALL) packaging/virt-trust-verifier.tmpfiles $(DESTDIR)$(prefix)/lib/tmpfiles.d/virt-trust-verifier.conf
-	$(INSTALL) internal/evidence/report/evidence.cddl $(DESTDIR)$(datadir)/virt-trust/evidence.cddl
+	@set -e; for f in prometheus/virt-trust-alerts.yml prometheus/virt-trust-alerts.test.yml grafana/virt-trust.json; do \
+		$(INSTALL) packaging/$$f $(DESTDIR)$(datadir)/doc/virt-trust-verifier/examples/$${f##*/}; \
+	done
 	@set -e; for m in $(MAN_VERIFIER); do $(INSTALL) $$m $(DESTDIR)$(datadir)/man/man$${m##*.}/$${m##*/}; done
 
 deb: build

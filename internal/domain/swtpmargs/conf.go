@@ -31,9 +31,9 @@ func WithCertsTool(conf []byte, tool string) []byte {
 	return out.Bytes()
 }
 
-// ConfigFiles gives where swtpm_setup looks for its configuration, in its order
-// (swtpm_utils.c, get_config_dir): the command line's file alone, if it names
-// one. env is the program's environment.
+// ConfigFiles gives where swtpm_setup looks for its configuration, in its order:
+// the command line's file alone, if it names one; else the user's own, then the
+// system's. env is the program's environment.
 func (c Call) ConfigFiles(env []string) []string {
 	if c.Config != "" {
 		return []string{c.Config}

@@ -55,8 +55,8 @@ import (
 	"time"
 )
 
-// MaxCertificate is what swtpm_setup takes, in bytes of DER (swtpm 0.7, certs
-// are read into a buffer of the NV index's largest size).
+// MaxCertificate is what an NV index of a vTPM holds, in bytes of DER (libtpms,
+// MAX_NV_INDEX_SIZE).
 const MaxCertificate = 2048
 
 // MaxPublicKey bounds a SubjectPublicKeyInfo in DER: RSA 3072 takes 422 bytes.
