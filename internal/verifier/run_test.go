@@ -470,17 +470,17 @@ func TestReplicas(t *testing.T) {
 		t.Fatalf("%d %s", code, body)
 	}
 
-	code, header, body := ask(c, "POST", turn()+"/login", "", "token="+readerToken, "Content-Type", "application/x-www-form-urlencoded")
+	_, header, _ := ask(c, "POST", turn()+"/login", "", "token="+readerToken, "Content-Type", "application/x-www-form-urlencoded")
 	cookie, _, _ := strings.Cut(header.Get("Set-Cookie"), ";")
 	for range 4 {
 		if code, _, body := ask(c, "GET", turn()+"/v1/me", "", "", "Cookie", cookie); code != 200 {
 			t.Errorf("%d %s", code, body)
 		}
 	}
-	if code, _, _ = ask(c, "POST", turn()+"/logout", "", "", "Cookie", cookie); code != 303 {
+	if code, _, _ := ask(c, "POST", turn()+"/logout", "", "", "Cookie", cookie); code != 303 {
 		t.Errorf("%d", code)
 	}
-	if code, _, body = ask(c, "GET", turn()+"/v1/me", "", "", "Cookie", cookie); code != 401 {
+	if code, _, body := ask(c, "GET", turn()+"/v1/me", "", "", "Cookie", cookie); code != 401 {
 		t.Errorf("%d %s", code, body)
 	}
 

@@ -566,7 +566,17 @@ func TestRelyingParties(t *testing.T) {
 }
 
 func TestRates(t *testing.T) {
-	h := newHouse(t, func(c *Config) { c.Requests, c.Others = 3, 3 })
+	jwts := 0
+	h := newHouse(t, func(c *Config) {
+		c.Requests, c.Others = 3, 3
+		actor := c.Actor
+		c.Actor = func(r *http.Request) (operate.Actor, error) {
+			if strings.Count(r.Header.Get("Authorization"), ".") == 2 {
+				jwts++
+			}
+			return actor(r)
+		}
+	})
 	for range 3 {
 		h.want(200, "", "reader-token", "GET", "/v1/me", nil)
 	}
@@ -575,7 +585,11 @@ func TestRates(t *testing.T) {
 	}
 	h.want(200, "", "operator-token", "GET", "/v1/me", nil) // another person
 	for range 3 {
-		h.want(401, TokenRefused, "guess", "GET", "/v1/me", nil)
+		h.want(401, TokenRefused, "a.b.c", "GET", "/v1/me", nil)
+	}
+	h.want(429, TooMany, "a.b.c", "GET", "/v1/me", nil)
+	if jwts != 3 {
+		t.Errorf("%d JWTs were looked at, of 3 guesses", jwts)
 	}
 	h.want(429, TooMany, "guess", "GET", "/v1/me", nil)
 	h.want(429, TooMany, "", "GET", "/healthz", nil)
