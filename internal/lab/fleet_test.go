@@ -109,18 +109,21 @@ func (h *Host) node(name string) (s seen) {
 	return s
 }
 
+// seenWithin leaves a new VM the time after which what it has booted is learned.
+const seenWithin = 3 * time.Minute
+
 // becomes waits until a node is seen so, and says how long that took.
 func (h *Host) becomes(t *testing.T, name, what string, so func(seen) bool) time.Duration {
 	t.Helper()
 	began, last := time.Now(), seen{}
-	for time.Since(began) < time.Minute {
+	for time.Since(began) < seenWithin {
 		if last = h.node(name); so(last) {
 			return time.Since(began)
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
 	b, _ := json.MarshalIndent(last, "", " ")
-	t.Fatalf("%s: not seen within a minute: %s\n%s", name, what, b)
+	t.Fatalf("%s: not seen so in time: %s\n%s", name, what, b)
 	return 0
 }
 
