@@ -187,7 +187,8 @@ func (r *round) begin() {
 	n.PCRs = hexPCRs(r.policy.Bank, r.live, n.PCRs)
 	r.values = r.in.view(append([]string{"", r.in.Node.ID}, r.in.Node.Groups...)...)
 	n.Values, n.Policy = r.values.revision(), r.policy.revision
-	r.learnHost = r.in.Learn && !n.Learned && !r.in.view(r.in.Node.ID).hasHost()
+	own := r.in.view(r.in.Node.ID)
+	r.learnHost = r.in.Learn && !n.Learned && !own.hasHost() && !own.rejected(fleet.HostEvent, fleet.HostPCR, fleet.HostIMA)
 }
 
 // hexPCRs gives PCRs by their paths in hexadecimal; was, where they are the same.

@@ -273,6 +273,55 @@ func (b *bench) drop(kind fleet.Kind, path string) {
 	}
 }
 
+// reject takes values back, as an operator does.
+func (b *bench) reject(match func(fleet.Value) bool) {
+	n := 0
+	for i := range b.values {
+		if v := &b.values[i]; v.State == fleet.Approved && match(*v) {
+			v.State = fleet.Rejected
+			n++
+		}
+	}
+	if n == 0 {
+		b.t.Fatal("no such value")
+	}
+}
+
+// What was learned and is taken back is not learned anew: a launcher in no later
+// round, a VM not after it was away, and the host not without its checkpoint.
+func TestRejectedIsNotLearned(t *testing.T) {
+	b := learned(t)
+	b.reject(func(v fleet.Value) bool { return v.Kind == fleet.Launcher && v.Path == "/usr/bin/swtpm" })
+	for range 2 {
+		b.host.Tick(time.Minute)
+		b.round(forge.Options{})
+		b.want(Warning, CodeLauncherUnknown)
+		b.wantVM("one", Contraindicated, CodeLauncherUnknown, CodeHost)
+	}
+
+	b = learned(t)
+	id := b.vm("one").UUID
+	b.reject(func(v fleet.Value) bool { return v.Subject == id })
+	without := forge.Options{Report: func(r *report.Report) {
+		i := slices.IndexFunc(r.VMs, func(v report.VM) bool { return v.Name == "one" })
+		r.Deleted = append(r.Deleted, report.Deleted{UUID: r.VMs[i].UUID})
+		r.VMs = slices.Delete(r.VMs, i, i+1)
+	}}
+	for _, o := range []forge.Options{{}, without, {}} {
+		b.host.Tick(time.Minute)
+		b.round(o)
+	}
+	b.want(Affirming)
+	b.wantVM("one", None, CodeVMNoValues)
+
+	b = learned(t)
+	b.reject(func(v fleet.Value) bool { return v.Subject == nodeID && v.Kind == fleet.HostEvent })
+	b.state = nil
+	b.host.Tick(time.Minute)
+	b.round(forge.Options{})
+	b.want(None, CodeHostNoValues)
+}
+
 // A Reference Value that is taken back is missed in the files that it had
 // accepted, though they are not sent again; the next round names them.
 func TestWithdrawn(t *testing.T) {

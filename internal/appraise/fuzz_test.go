@@ -219,7 +219,11 @@ func TestValuesRefused(t *testing.T) {
 			t.Errorf("%+v is indexed", v)
 		}
 	}
-	for _, s := range []fleet.ValueState{fleet.Proposed, fleet.Rejected, ""} {
+	rejected := NewValues([]fleet.Value{{Kind: fleet.HostIMA, Path: "/x", Digest: d, State: fleet.Rejected}})
+	if v := (&Input{Values: []*Values{rejected}}).view(""); len(v.at(ofIMA, []byte("/x"))) != 0 || v.revision() != 0 || !v.rejected(fleet.HostIMA) || v.rejected(fleet.Launcher) {
+		t.Errorf("a value that is rejected counts: %+v", v)
+	}
+	for _, s := range []fleet.ValueState{fleet.Proposed, ""} {
 		if len(NewValues([]fleet.Value{{Kind: fleet.HostIMA, Digest: d, State: s}}).subjects) != 0 {
 			t.Errorf("a value that is %q counts", s)
 		}

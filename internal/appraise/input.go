@@ -20,10 +20,11 @@ type Input struct {
 	Expires  time.Time // of the nonce; zero: it does not expire
 	Evidence []byte
 	Previous *Checkpoint // nil in the first round
-	Values   []*Values   // of all, and of the node and its VMs
+	Values   []*Values   // of all, and of the node and its VMs; also those that were rejected
 	Policy   *Policy
-	// Learn: what is new in the first good round of the host, or of a VM, is taken
-	// for right; Learn gives it as Reference Values, which the caller then stores.
+	// Learn: what is new in the first good round of the host, or of a VM, and was not
+	// rejected, is taken for right; Learn gives it as Reference Values, which the
+	// caller then stores.
 	Learn bool
 	Now   time.Time
 }

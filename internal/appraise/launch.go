@@ -195,7 +195,8 @@ func (r *round) launcherKnown(f *launchlog.File) bool {
 	if r.values.file(ofLauncher, key, []byte(f.Path)) {
 		return true
 	}
-	if r.in.Learn && f.By != "" && len(r.values.at(ofLauncher, []byte(f.Path))) == 0 {
+	if r.in.Learn && f.By != "" && len(r.values.at(ofLauncher, []byte(f.Path))) == 0 &&
+		!r.values.has(func(s *subjectValues) bool { return s.rejected[fleet.Launcher][f.Path] }) {
 		return r.learn(r.in.Node.ID, fleet.Launcher, f.Path, "sha256:"+f.SHA256)
 	}
 	return false

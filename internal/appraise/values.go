@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -12,8 +13,9 @@ import (
 	"virt-trust/internal/verifier/fleet"
 )
 
-// Values are approved Reference Values, indexed. They are built once and used
-// for many rounds, by many at once.
+// Values are Reference Values, indexed: those that are approved, and of those
+// that were rejected what is not to be learned any more. They are built once and
+// used for many rounds, by many at once.
 type Values struct {
 	subjects map[string]*subjectValues
 }
@@ -30,6 +32,9 @@ type subjectValues struct {
 	pcrs   [2]map[string][]string // of the host, of a VM: "sha256:0" => values, in hexadecimal
 	// marks are of IMA's values: see mark.
 	marks map[uint64]bool
+	// rejected are the kinds and paths of values that somebody took back, or never
+	// approved.
+	rejected map[fleet.Kind]map[string]bool
 }
 
 // Indexes of files and pcrs.
@@ -96,28 +101,41 @@ func eventPCR(path string) (byte, error) {
 	return byte(i), nil
 }
 
-// NewValues indexes those that are approved. One that CheckValue would refuse
-// matches nothing.
+// NewValues indexes those that are approved or rejected. One that CheckValue would
+// refuse matches nothing.
 func NewValues(values []fleet.Value) *Values {
 	x := &Values{subjects: map[string]*subjectValues{}}
 	for i := range values {
 		v := &values[i]
-		if v.State == fleet.Approved && CheckValue(*v) == nil {
+		switch {
+		case CheckValue(*v) != nil:
+		case v.State == fleet.Approved:
 			x.add(v)
+		case v.State == fleet.Rejected:
+			s := x.of(v.Subject)
+			if s.rejected[v.Kind] == nil {
+				s.rejected[v.Kind] = map[string]bool{}
+			}
+			s.rejected[v.Kind][v.Path] = true
 		}
 	}
 	return x
 }
 
-func (x *Values) add(v *fleet.Value) {
-	s := x.subjects[v.Subject]
+func (x *Values) of(subject string) *subjectValues {
+	s := x.subjects[subject]
 	if s == nil {
-		s = &subjectValues{events: map[string]bool{}, words: map[string][]string{}, marks: map[uint64]bool{}}
+		s = &subjectValues{events: map[string]bool{}, words: map[string][]string{}, marks: map[uint64]bool{}, rejected: map[fleet.Kind]map[string]bool{}}
 		for i := range 2 {
 			s.files[i], s.paths[i], s.pcrs[i] = map[string][]string{}, map[string][]string{}, map[string][]string{}
 		}
-		x.subjects[v.Subject] = s
+		x.subjects[subject] = s
 	}
+	return s
+}
+
+func (x *Values) add(v *fleet.Value) {
+	s := x.of(v.Subject)
 	key, digits, _ := parseDigest(v.Digest)
 	digest := strings.ToLower(v.Digest)
 	switch v.Kind {
@@ -195,6 +213,14 @@ func (v view) hasHost() bool {
 
 func (v view) hasVM() bool {
 	return v.has(func(s *subjectValues) bool { return len(s.pcrs[ofVM]) > 0 })
+}
+
+// rejected: a value of one of the kinds was taken back. What was is not learned
+// again, else that would last until the next round.
+func (v view) rejected(kinds ...fleet.Kind) bool {
+	return v.has(func(s *subjectValues) bool {
+		return slices.ContainsFunc(kinds, func(k fleet.Kind) bool { return len(s.rejected[k]) > 0 })
+	})
 }
 
 // marked reports whether what a mark stands for is still a Reference Value.

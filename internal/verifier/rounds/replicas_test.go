@@ -94,6 +94,31 @@ func TestCheckpointLost(t *testing.T) {
 	}
 }
 
+// What an operator takes back that was learned stays taken back, round after round.
+func TestRejectedIsNotLearned(t *testing.T) {
+	b := newBench(t, nil)
+	m := b.join("host-a", b.newHost("one"))
+	if o := m.round(forge.Options{}); o.Tier != appraise.Affirming {
+		t.Fatalf("%+v", o)
+	}
+	all, _, err := b.store.Values(t.Context(), store.ValueFilter{Kind: fleet.Launcher}, store.Page{})
+	if err != nil || len(all) != 2 {
+		t.Fatalf("%+v %v", all, err)
+	}
+	b.do(func(ctx context.Context, tx *store.Tx) error {
+		return tx.SetValueState(ctx, all[0].ID, fleet.Approved, fleet.Rejected, "anna")
+	})
+	for range 2 {
+		if o := m.round(forge.Options{}); o.Tier != appraise.Warning || !contains(o.Codes, appraise.CodeLauncherUnknown) {
+			t.Errorf("%+v", o)
+		}
+	}
+	again, _, err := b.store.Values(t.Context(), store.ValueFilter{Kind: fleet.Launcher, State: fleet.Approved}, store.Page{})
+	if err != nil || len(again) != 1 {
+		t.Errorf("%+v %v", again, err)
+	}
+}
+
 // With a policy that learns nothing, a first round is not affirming; without a
 // policy that can be used, none is.
 func TestPolicy(t *testing.T) {

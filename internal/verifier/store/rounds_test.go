@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -408,7 +409,7 @@ func TestExpire(t *testing.T) {
 			t.Fatal(err)
 		}
 		stats := must[Stats](t)(b.Stats(ctx))
-		if stats.Evidence != 11 || stats.EvidenceBytes < 11000 || stats.Audit != 1 || stats.Bytes < 10000 || stats.Schema != 1 {
+		if stats.Evidence != 11 || stats.EvidenceBytes < 11000 || stats.Audit != 1 || stats.Bytes < 10000 || stats.Schema != 2 {
 			t.Errorf("%+v", stats)
 		}
 		if v := must[Removed](t)(b.Expire(ctx, b.clock.Now(), Retention{})); v != (Removed{Sessions: 1, Tokens: 1}) {
@@ -561,10 +562,15 @@ func TestValues(t *testing.T) {
 		if version("node") <= v2 {
 			t.Error("a rejection does not make caches void")
 		}
-		if got := must[[]fleet.Value](t)(b.ValuesFor(ctx, "node")); len(got) != 501 {
-			t.Errorf("%d values", len(got))
+		v3 := version("node")
+		got := must[[]fleet.Value](t)(b.ValuesFor(ctx, "node"))
+		if i := slices.IndexFunc(got, func(v fleet.Value) bool { return v.State == fleet.Rejected }); len(got) != 502 || i < 0 || got[i].Path != "/proposed" {
+			t.Errorf("%d values; the rejected one is at %d", len(got), i)
 		}
 		add(1, p) // proposed anew
+		if got := must[[]fleet.Value](t)(b.ValuesFor(ctx, "node")); len(got) != 502 || version("node") != v3 {
+			t.Errorf("%d values, version %d after %d: a proposal counts", len(got), version("node"), v3)
+		}
 		wantErr(t, set(fleet.Rejected, fleet.Proposed, "anna"), ErrConflict)
 		_, err = b.Value(ctx, 99999)
 		wantErr(t, err, ErrNotFound)

@@ -143,7 +143,7 @@ func (tx *Tx) setValueState(ctx context.Context, id int64, from, to fleet.ValueS
 	if err == nil && n == 0 {
 		err = ErrVersion
 	}
-	if err != nil || from != fleet.Approved && to != fleet.Approved {
+	if err != nil {
 		return err
 	}
 	return tx.changed(ctx, []string{v.Subject})
@@ -201,10 +201,11 @@ func (r reads) Values(ctx context.Context, f ValueFilter, p Page) ([]fleet.Value
 	return all, next, nil
 }
 
-// ValuesFor gives all approved values of these subjects: "" for all, a node's ID
-// and its VMs' UUIDs, for one appraisal.
+// ValuesFor gives all values of these subjects that are approved, and those that
+// are rejected, which are not to be learned: "" for all, a node's ID and its VMs'
+// UUIDs, for one appraisal.
 func (r reads) ValuesFor(ctx context.Context, subjects ...string) ([]fleet.Value, error) {
-	all, err := list(ctx, r, "SELECT "+valueColumns+" FROM reference_values WHERE state = 'approved' AND subject IN "+r.d.inJSON+" ORDER BY id",
+	all, err := list(ctx, r, "SELECT "+valueColumns+" FROM reference_values WHERE state <> 'proposed' AND subject IN "+r.d.inJSON+" ORDER BY id",
 		[]any{jsonStrings(subjects)}, readValue)
 	if err != nil {
 		return nil, fmt.Errorf("Reference Values: %w", err)
@@ -212,9 +213,9 @@ func (r reads) ValuesFor(ctx context.Context, subjects ...string) ([]fleet.Value
 	return all, nil
 }
 
-// ValuesVersion gives a number that rises when the approved values of any of
-// these subjects change: while it is the same, what ValuesFor gave is too. 0
-// where there never were any. Read it before ValuesFor.
+// ValuesVersion gives a number that rises when what ValuesFor gives of any of these
+// subjects changes: while it is the same, that is too. 0 where there never were
+// any. Read it before ValuesFor.
 func (r reads) ValuesVersion(ctx context.Context, subjects ...string) (int64, error) {
 	var version int64
 	err := r.one(ctx, "SELECT COALESCE(max(version), 0) FROM value_versions WHERE subject IN "+r.d.inJSON, []any{jsonStrings(subjects)}, &version)
