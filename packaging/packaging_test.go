@@ -269,6 +269,22 @@ func TestScripts(t *testing.T) {
 	script := filepath.Join(t.TempDir(), "hook")
 	put(t, script, hook)
 	run(t, "/bin/sh", script, "vm", "prepare", "begin", "-")
+
+	// libvirt runs all that is in the folder. What dpkg puts there beside the hook, for
+	// the time of an upgrade or for good, must not do what it does a second time.
+	here := filepath.Dir(script)
+	put(t, filepath.Join(here, "virt-trust-hook"), "#!/bin/sh\necho \"$@\" >>"+here+"/ran\n")
+	if err := os.Chmod(filepath.Join(here, "virt-trust-hook"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	hook = strings.ReplaceAll(read(t, "../hooks/qemu.d/50-virt-trust"), "/usr/libexec/virt-trust", here)
+	for _, name := range []string{"50-virt-trust", "50-virt-trust.dpkg-new", "50-virt-trust.dpkg-dist", "50-virt-trust.dpkg-old"} {
+		put(t, filepath.Join(here, name), hook)
+		run(t, "/bin/sh", filepath.Join(here, name), "vm", "start", "begin", "-")
+	}
+	if ran := read(t, filepath.Join(here, "ran")); ran != "vm start begin -\n" {
+		t.Errorf("ran: %q", ran)
+	}
 }
 
 // TestRemovalRefuses: prerm keeps the package while a VM is guarded, and lets
