@@ -541,6 +541,13 @@ func TestResults(t *testing.T) {
 	if c := h.want(200, "", "reader-token", "GET", path, nil); string(c.body) != "k2.none." {
 		t.Errorf("of a revoked node: %s", c.body)
 	}
+	// What the first one said last holds no more: the VM was started elsewhere when
+	// its host had died.
+	h.clock.pass(2 * time.Minute)
+	h.round(h.appraised(other, appraise.Affirming, appraise.Affirming), "")
+	if c := h.want(200, "", "reader-token", "GET", "/v1/vms/"+vmID+"/result", nil); string(c.body) != "k2.affirming."+vmID {
+		t.Errorf("on the host that is left: %s", c.body)
+	}
 }
 
 // Results are for everybody where the configuration says so; for nodes by their

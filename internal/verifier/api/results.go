@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"time"
 
 	"virt-trust/internal/appraise"
 	"virt-trust/internal/verifier/fleet"
@@ -74,7 +75,7 @@ func (a *API) vmResult(r *request) (any, error) {
 	if len(vms) == 0 {
 		return nil, fmt.Errorf("%w: no node has a VM %.40q", operate.ErrNotFound, uuid)
 	}
-	vm, several := choose(vms)
+	vm, several := choose(vms, a.Now())
 	res, err := a.Store.Result(r.Context(), vm.Node)
 	if err != nil {
 		return nil, err
@@ -91,8 +92,13 @@ func (a *API) vmResult(r *request) (any, error) {
 }
 
 // choose takes the node where a VM runs, or had it last. The second value says
-// that it runs on several.
-func choose(vms []fleet.VM) (fleet.VM, bool) {
+// that it runs on several. What a node said that is silent since counts only where
+// no other has the VM: its host may have died, and the VM been started elsewhere.
+func choose(vms []fleet.VM, now time.Time) (fleet.VM, bool) {
+	silent := func(v fleet.VM) bool { return !v.Expires.After(now) }
+	if fresh := slices.DeleteFunc(slices.Clone(vms), silent); len(fresh) > 0 {
+		vms = fresh
+	}
 	best := slices.MaxFunc(vms, func(x, y fleet.VM) int {
 		if x.Running != y.Running {
 			if x.Running {
