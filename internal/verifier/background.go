@@ -128,6 +128,7 @@ func (v *verifier) retain(ctx context.Context, o Options) error {
 	r := o.Config.Retention
 	removed, err := v.store.Expire(ctx, time.Now(), store.Retention{
 		RoundAge: time.Duration(r.Rounds), EvidenceAge: time.Duration(r.Evidence), DeadLetterAge: deadLetters,
+		EvidenceBytes: int64(r.EvidenceMiB) << 20,
 	})
 	if err == nil && removed != (store.Removed{}) {
 		o.Log.WithField("rounds", removed.Rounds).WithField("evidence", removed.Evidence).Info("what is over age was removed")

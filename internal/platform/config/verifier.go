@@ -69,6 +69,8 @@ type VerifierEnrolment struct {
 type VerifierRetention struct {
 	Rounds   Duration `toml:"rounds"`
 	Evidence Duration `toml:"evidence"` // of rounds that were not affirming
+	// EvidenceMiB bounds all of that: of the node that has most, the oldest goes first.
+	EvidenceMiB int `toml:"evidence_mib"`
 }
 
 // VerifierPeople is how people log in.
@@ -123,7 +125,7 @@ func DefaultVerifier() Verifier {
 		Results:   VerifierResults{Keys: state + "result-keys.pem", Access: "reader"},
 		Policy:    VerifierPolicy{ReferenceValues: "learn", ManifestKeys: "/etc/virt-trust/verifier-manifest-keys.pem"},
 		Enrolment: VerifierEnrolment{ManufacturerRoots: "/etc/virt-trust/tpm-roots", Approval: "manufacturer"},
-		Retention: VerifierRetention{Rounds: Duration(30 * 24 * time.Hour), Evidence: Duration(30 * 24 * time.Hour)},
+		Retention: VerifierRetention{Rounds: Duration(30 * 24 * time.Hour), Evidence: Duration(30 * 24 * time.Hour), EvidenceMiB: 20_480},
 		People:    VerifierPeople{SessionTime: Duration(12 * time.Hour)},
 		OIDC:      VerifierOIDC{NameClaim: "email", RolesClaim: "groups", Reader: []string{}, Operator: []string{}, Policy: []string{}},
 		Webhooks:  VerifierWebhooks{AllowNetworks: []string{}},
@@ -172,6 +174,7 @@ func (c Verifier) check() error {
 		between("rounds.lifetime", c.Rounds.Lifetime, time.Second, day),
 		between("retention.rounds", c.Retention.Rounds, time.Hour, 3660*day),
 		between("retention.evidence", c.Retention.Evidence, time.Hour, 3660*day),
+		inRange("retention.evidence_mib", c.Retention.EvidenceMiB, 1, 1<<30),
 		between("people.session_time", c.People.SessionTime, time.Minute, 30*day),
 		between("limits.header_timeout", l.HeaderTimeout, time.Second, 10*time.Minute),
 		between("limits.body_timeout", l.BodyTimeout, time.Second, 10*time.Minute),
