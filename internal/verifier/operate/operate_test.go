@@ -1,6 +1,7 @@
 package operate
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -307,4 +308,17 @@ func FuzzParseSums(f *testing.F) {
 			}
 		}
 	})
+}
+
+// A file may have as many values as MaxValues says.
+func TestLongImport(t *testing.T) {
+	s := newService(t)
+	var b bytes.Buffer
+	for i := range 120_000 {
+		fmt.Fprintf(&b, "%064x  usr/bin/%d\n", i, i)
+	}
+	added, err := s.ImportValues(t.Context(), paula, Import{Format: FormatSums, Content: b.Bytes(), Name: "repository"})
+	if err != nil || added.New != 120_000 {
+		t.Fatalf("%+v %v", added, err)
+	}
 }

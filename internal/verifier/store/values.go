@@ -12,8 +12,9 @@ import (
 	"virt-trust/internal/verifier/fleet"
 )
 
-// MaxValues is how many Reference Values are added at once at most.
-const MaxValues = 100_000
+// MaxValues is how many Reference Values are added at once at most: those of a long
+// IMA list, which the first round of a host that has run for months teaches.
+const MaxValues = 1 << 19
 
 const valueColumns = "id, subject, kind, path, digest, source, detail, state, proposed_by, second, time, four_eyes"
 
