@@ -287,6 +287,32 @@ func TestScripts(t *testing.T) {
 	}
 }
 
+// TestVerifierConfigure: a configuration that the admin removed, which dpkg leaves so,
+// does not keep the Verifier from being upgraded.
+func TestVerifierConfigure(t *testing.T) {
+	root, bin := t.TempDir(), t.TempDir()
+	for _, name := range []string{"systemd-sysusers", "systemd-tmpfiles", "chown"} {
+		put(t, filepath.Join(bin, name), "#!/bin/sh\necho "+name+" >>"+root+"/ran\n")
+		if err := os.Chmod(filepath.Join(bin, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	configure := func() {
+		t.Helper()
+		cmd := exec.Command("debian/virt-trust-verifier/postinst", "configure", "0.3.0")
+		cmd.Env = append(os.Environ(), "DPKG_ROOT="+root, "PATH="+bin+":"+os.Getenv("PATH"))
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	}
+	configure()
+	put(t, filepath.Join(root, "etc/virt-trust/verifier.toml"), "")
+	configure()
+	if fi, err := os.Stat(filepath.Join(root, "etc/virt-trust/verifier.toml")); err != nil || fi.Mode().Perm() != 0o640 || !strings.Contains(read(t, filepath.Join(root, "ran")), "chown") {
+		t.Errorf("%v %v", fi, err)
+	}
+}
+
 // TestRemovalRefuses: prerm keeps the package while a VM is guarded, and lets
 // it be upgraded at any time.
 func TestRemovalRefuses(t *testing.T) {
