@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -143,23 +142,11 @@ func (c *Command) changeLauncher(ctx context.Context, done, method, what string,
 const maxManifest = 4 << 20
 
 func (c *Command) importLaunchers(ctx context.Context, manifest, signature string) error {
-	read := func(name string) ([]byte, error) {
-		f, err := os.Open(name)
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		b, err := io.ReadAll(io.LimitReader(f, maxManifest+1))
-		if err == nil && len(b) > maxManifest {
-			err = fmt.Errorf("%s is too long", name)
-		}
-		return b, err
-	}
-	m, err := read(manifest)
+	m, err := readFile(manifest, maxManifest)
 	if err != nil {
 		return err
 	}
-	sig, err := read(signature)
+	sig, err := readFile(signature, maxManifest)
 	if err != nil {
 		return err
 	}

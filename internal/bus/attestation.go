@@ -45,17 +45,7 @@ func HaveOf(options map[string]dbus.Variant, kinds ...string) Have {
 // Attest calls a method of org.virttrust1.Attestation and stores its results in
 // out. Errors: as Call's.
 func (c *Client) Attest(ctx context.Context, method string, args []any, out ...any) error {
-	call := c.conn.Object(Name, HostPath).CallWithContext(ctx, AttestationInterface+"."+method, 0, args...)
-	if call.Err != nil {
-		if ctx.Err() != nil { // which also closes a connection that was dialled with it
-			return Unreachable("it did not answer in time")
-		}
-		return MapError(call.Err)
-	}
-	if len(out) == 0 {
-		return nil
-	}
-	return call.Store(out...)
+	return c.call(ctx, HostPath, AttestationInterface+"."+method, args, out)
 }
 
 // Evidence asks for evidence for a nonce, in CBOR, of at most max bytes. The

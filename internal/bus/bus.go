@@ -115,7 +115,11 @@ func (c *Client) Conn() *dbus.Conn { return c.conn }
 // *reason.Refusal for a refusal, also for helper-unreachable when virt-trustd
 // cannot be reached or started; ErrNotFound; ErrAccessDenied; others as they are.
 func (c *Client) Call(ctx context.Context, method string, args []any, out ...any) error {
-	call := c.conn.Object(Name, Path).CallWithContext(ctx, ManagerInterface+"."+method, 0, args...)
+	return c.call(ctx, Path, ManagerInterface+"."+method, args, out)
+}
+
+func (c *Client) call(ctx context.Context, path dbus.ObjectPath, method string, args, out []any) error {
+	call := c.conn.Object(Name, path).CallWithContext(ctx, method, 0, args...)
 	if call.Err != nil {
 		if ctx.Err() != nil { // which also closes a connection that was dialled with it
 			return Unreachable("it did not answer in time")

@@ -4,10 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"maps"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -145,15 +143,10 @@ func changesOf(all []eventlog.Change) []change {
 // readEventLog reads the log of this boot.
 func (s *Service) readEventLog() (*eventlog.Log, error) {
 	path := s.g.cfg.TPM.EventLog
-	f, err := os.Open(path)
+	raw, err := readUpTo(path, eventlog.MaxSize)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("there is no event log at %s: the kernel got none from firmware and boot loader", path)
 	}
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	raw, err := io.ReadAll(io.LimitReader(f, eventlog.MaxSize+1))
 	if err != nil {
 		return nil, err
 	}

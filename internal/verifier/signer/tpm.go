@@ -22,6 +22,7 @@ import (
 	"golang.org/x/crypto/cryptobyte"
 	"golang.org/x/crypto/cryptobyte/asn1"
 
+	"virt-trust/internal/evidence/quote"
 	"virt-trust/internal/hosttpm/tss2"
 )
 
@@ -94,23 +95,15 @@ func Load(device string, file []byte) (*Key, error) {
 	if !bytes.Equal(tpm2.Marshal(want), tpm2.Marshal(*area)) {
 		return nil, errors.New("the key in the key file is not of the kind that it should be")
 	}
-	parms, err := area.Parameters.ECCDetail()
+	object, err := quote.ParsePublic(tpm2.Marshal(*area))
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("key file: %w", err)
 	}
-	point, err := area.Unique.ECC()
-	if err != nil {
-		return nil, err
+	public, ok := object.Key.(*ecdsa.PublicKey)
+	if !ok { // of another kind than template's
+		return nil, fmt.Errorf("key file: a %T", object.Key)
 	}
-	public, err := tpm2.ECDSAPub(parms, point)
-	if err != nil {
-		return nil, err
-	}
-	name, err := tpm2.ObjectName(area)
-	if err != nil {
-		return nil, err
-	}
-	return &Key{device: device, file: f, public: public, name: name.Buffer}, nil
+	return &Key{device: device, file: f, public: public, name: object.Name}, nil
 }
 
 // Public is the key's public half, *ecdsa.PublicKey.
