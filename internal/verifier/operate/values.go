@@ -21,7 +21,7 @@ const (
 
 // MaxValues bounds what is added at once, MaxDecisions what is decided at once.
 const (
-	MaxValues    = 200_000
+	MaxValues    = store.MaxValues
 	MaxDecisions = 1000
 )
 

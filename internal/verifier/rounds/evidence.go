@@ -229,6 +229,10 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 		Learn: learn, Now: now,
 	}
 	a.result, a.checkpoint, a.learned = appraise.Round(in)
+	if n := len(a.learned); n > store.MaxValues {
+		none(appraise.CodeInternal, fmt.Sprintf("there are %d Reference Values to learn, at most %d are learned: import those of its packages", n, store.MaxValues))
+		return a
+	}
 	if a.checkpoint != nil {
 		if a.encoded, err = a.checkpoint.Encode(); err != nil || len(a.encoded) > store.MaxCheckpoint {
 			h.Log.WithField("node", n.ID).WithField("bytes", len(a.encoded)).WithError(err).Warn("the node's logs are appraised anew in each round: what is kept of them is too long")

@@ -3,6 +3,7 @@ package rounds
 import (
 	"context"
 	"net/http"
+	"strings"
 	"testing"
 	"time"
 
@@ -116,6 +117,23 @@ func TestRejectedIsNotLearned(t *testing.T) {
 	again, _, err := b.store.Values(t.Context(), store.ValueFilter{Kind: fleet.Launcher, State: fleet.Approved}, store.Page{})
 	if err != nil || len(again) != 1 {
 		t.Errorf("%+v %v", again, err)
+	}
+}
+
+// A first round that has more to learn than the store takes at once has a result
+// that says so, and keeps nobody else waiting.
+func TestTooMuchToLearn(t *testing.T) {
+	b := newBench(t, nil)
+	host := b.newHost("one")
+	host.MeasureMany(store.MaxValues + 1)
+	m := b.join("host-a", host)
+	for range 2 {
+		if o := m.round(forge.Options{}); o.Tier != appraise.None || !contains(o.Codes, appraise.CodeInternal) {
+			t.Errorf("%+v", o)
+		}
+	}
+	if r := m.result().Host.Reasons; len(r) != 1 || !strings.Contains(r[0].What, "to learn") {
+		t.Errorf("%+v", r)
 	}
 }
 

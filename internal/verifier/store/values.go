@@ -13,8 +13,9 @@ import (
 )
 
 // MaxValues is how many Reference Values are added at once at most: those of a long
-// IMA list, which the first round of a host that has run for months teaches.
-const MaxValues = 1 << 19
+// IMA list, which the first round of a host that has run for months teaches. With
+// SQLite everybody else who writes waits for them, some seconds.
+const MaxValues = 200_000
 
 const valueColumns = "id, subject, kind, path, digest, source, detail, state, proposed_by, second, time, four_eyes"
 
