@@ -206,9 +206,11 @@ func TestFleet(t *testing.T) {
 		id := v.node("alpha").ID
 		v.Shell("curl -sf --cacert /var/lib/virt-trust-verifier/ca.pem -H 'Authorization: Bearer " + token + "' https://verifier:8443/v1/nodes/" + id + "/result >/root/result.jwt")
 		v.Shell("curl -sf --cacert /var/lib/virt-trust-verifier/ca.pem https://verifier:8443/.well-known/jwks.json >/root/jwks.json")
-		if r := v.Run("virt-trust", "appraise", "--result", "/root/result.jwt", "--jwks", "/root/jwks.json"); r.Code != 0 {
+		r := v.Run("virt-trust", "appraise", "--result", "/root/result.jwt", "--jwks", "/root/jwks.json")
+		if r.Code != 0 {
 			t.Errorf("exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
 		}
+		t.Log(r.Stdout)
 		v.Shell("tr a-y b-z </root/result.jwt >/root/forged.jwt")
 		if r := v.Run("virt-trust", "appraise", "--result", "/root/forged.jwt", "--jwks", "/root/jwks.json"); r.Code == 0 {
 			t.Error("a forged result is taken")
@@ -225,7 +227,7 @@ func TestFleet(t *testing.T) {
 		if took > 10*time.Second {
 			t.Errorf("it took %v", took)
 		}
-		t.Logf("red after %v", took)
+		t.Logf("red after %v\n# virt-trust fleet list\n%s\n# virt-trust fleet show alpha\n%s", took, v.fleet("fleet", "list").Stdout, v.fleet("fleet", "show", "alpha").Stdout)
 		if p := page("/"); !strings.Contains(p, "alpha") || !strings.Contains(p, "contraindicated") {
 			t.Error("the page does not show it")
 		}
