@@ -121,6 +121,8 @@ var advice = map[string]string{
 	"launch-log-does-not-replay": "The launch log does not lead to its PCR: entries were changed or dropped. Treat the host as taken over; reboot to begin a new log.",
 	"launch-log-gap":             "The launch log lacks entries. Reboot the host to begin a new one; find out what removed them.",
 	"launch-log-other-boot":      "The launch log is of another boot. Restart virt-trustd; if it stays so, reboot the host.",
+	"launch-pcr-other":           "The host measures launchers into another PCR than the policy's launch_pcr: make them agree.",
+	"launch-pcr-before":          "Something was measured into the launch PCR before virt-trustd began its log. If that is right on this host, approve it; else give launcher.pcr one that nothing else uses.",
 	"launcher-unknown":           "QEMU, firmware or swtpm ran in a version that nobody approved. If an update explains it, approve it or import the package's checksums; else reinstall the package and restart the VM.",
 	"vtpm-list-state":            "The host's vTPM list is not readable in this state: see 'virt-trust status' on the host.",
 	"audit-mode":                 "virt-trustd only logs what it would refuse. Set mode = \"enforce\" in virt-trustd.toml.",

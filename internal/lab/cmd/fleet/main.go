@@ -176,7 +176,10 @@ func (s *simulation) prepare(ctx context.Context) error {
 		s.database = "sqlite:" + s.path("verifier.db")
 	}
 	config := fmt.Sprintf("listen = [%q]\nnames = [\"localhost\"]\ndatabase = %q\n[ca]\ncertificate = %q\nkey = %q\n[rounds]\ninterval = %q\nlifetime = %q\n[results]\nkeys = %q\n[policy]\nreference_values = \"strict\"\n[enrolment]\nmanufacturer_roots = %q\n",
-		s.address, s.database, s.path("ca.pem"), s.path("ca-key.pem"), s.period, s.period*5/2, s.path("result-keys.pem"), s.dir)
+		s.address, s.database, s.path("ca.pem"), s.path("ca-key.pem"), s.period, s.period*5/2, s.path("result-keys.pem"), s.path("roots"))
+	if err := os.Mkdir(s.path("roots"), 0o700); err != nil {
+		return err
+	}
 	if err := os.WriteFile(s.path("verifier.toml"), []byte(config), 0o600); err != nil {
 		return err
 	}
@@ -318,8 +321,7 @@ func (s *simulation) live(ctx context.Context, n *node, first func()) {
 	defer n.client.CloseIdleConnections()
 	due := time.Now()
 	for ctx.Err() == nil {
-		began := time.Now()
-		err := s.round(ctx, n)
+		took, err := s.round(ctx, n)
 		if ctx.Err() != nil {
 			return
 		}
@@ -329,7 +331,7 @@ func (s *simulation) live(ctx context.Context, n *node, first func()) {
 				s.missed.Add(1)
 			}
 			s.mu.Lock()
-			s.took = append(s.took, time.Since(began))
+			s.took = append(s.took, took)
 			s.mu.Unlock()
 		}
 		if err != nil {
@@ -346,27 +348,30 @@ func (s *simulation) live(ctx context.Context, n *node, first func()) {
 	}
 }
 
-func (s *simulation) round(ctx context.Context, n *node) error {
+// round gives how long the Verifier took for the evidence.
+func (s *simulation) round(ctx context.Context, n *node) (took time.Duration, err error) {
 	if n.next.Nonce == nil {
 		if err := s.post(ctx, n, "rounds", "application/json", []byte("{}"), &n.next); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	n.host.Tick(time.Millisecond)
 	evidence := n.host.Evidence(n.next.Nonce, forge.Options{HaveBoot: n.next.HaveBoot, Have: n.next.Have})
 	var o nodeapi.Outcome
-	if err := s.post(ctx, n, "evidence", report.MediaType, evidence, &o); err != nil {
-		return err
-	}
-	if o.Tier != appraise.Affirming {
+	began := time.Now()
+	err = s.post(ctx, n, "evidence", report.MediaType, evidence, &o)
+	took = time.Since(began)
+	switch {
+	case err != nil:
+	case o.Tier != appraise.Affirming:
 		s.bad.Add(1)
-		return fmt.Errorf("%s: %v", o.Tier, o.Codes)
+		err = fmt.Errorf("%s: %v", o.Tier, o.Codes)
+	case o.Next == nil:
+		err = errors.New("no nonce for the next round")
+	default:
+		n.next = *o.Next
 	}
-	if o.Next == nil {
-		return errors.New("no nonce for the next round")
-	}
-	n.next = *o.Next
-	return nil
+	return took, err
 }
 
 func (s *simulation) post(ctx context.Context, n *node, what, kind string, body []byte, answer any) error {

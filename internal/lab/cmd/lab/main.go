@@ -17,9 +17,11 @@ import (
 const usage = `usage: lab [-plain] [-share DIR] run [COMMAND [ARG...]]
        lab demo
        lab bench [-pairs N] [-vms N]
+       lab corpus [-vms N] [-entries N] [-rounds N] DIR
 
 run boots a test host, installs dist/virt-trust_*.deb (unless -plain), runs the
-command there, or a shell, and ends the host. As root.
+command there, or a shell, and ends the host. corpus writes evidence for
+benchmarks of verifiers. As root.
 `
 
 func main() {
@@ -34,6 +36,8 @@ func main() {
 			return run(s, *plain, *share, flag.Args()[1:])
 		case "demo":
 			demo(s)
+		case "corpus":
+			corpus(s, flag.Args()[1:])
 		case "bench":
 			bench(s, flag.Args()[1:])
 		default:
