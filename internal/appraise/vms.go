@@ -164,8 +164,8 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 		say(CodeVMPCRsMissing, None, "its PCRs were read %s before the report", age.Round(time.Second))
 		return
 	}
-	st.PCRs = hexPCRs(bank, live, before.PCRs)
-	vm.PCRs = st.PCRs
+	st.PCRs = packPCRs(bank, live, everyPCR).told(&before.PCRs)
+	vm.PCRs = st.PCRs.texts
 	r.vmQuote(v, live, say)
 	starting := start.Time != 0 && r.report.Time/1e6-start.Time < int64(time.Duration(r.policy.Starting).Seconds()) && r.report.Time/1e6 >= start.Time
 	values := r.in.view("", vm.UUID)
@@ -177,7 +177,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 			continue
 		}
 		path := pcrPath(bank, p)
-		hexValue := st.PCRs[path]
+		hexValue := st.PCRs.texts[path]
 		want := values.pcr(ofVM, path)
 		switch {
 		case slices.Contains(want, hexValue):
@@ -203,7 +203,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 		say(CodeVMStarting, Warning, "it was started a moment ago: its PCRs are learned when it has booted")
 	case learn && rank(worst(vm.Reasons)) <= rank(Warning):
 		for _, p := range unknown {
-			r.learn(vm.UUID, fleet.VMPCR, pcrPath(bank, p), bank+":"+st.PCRs[pcrPath(bank, p)])
+			r.learn(vm.UUID, fleet.VMPCR, pcrPath(bank, p), bank+":"+st.PCRs.texts[pcrPath(bank, p)])
 		}
 		st.Learned = true
 	case learn: // it is not right in another respect
