@@ -183,7 +183,7 @@ func (r *round) begin() {
 	}
 	n.BootID, n.Received = r.report.BootID, r.in.Now.Unix()
 	n.Clock, n.Resets, n.Restarts = r.quote.Clock.Milliseconds, r.quote.Clock.Resets, r.quote.Clock.Restarts
-	n.PCRs = packPCRs(r.policy.Bank, r.live, everyPCR).told(&n.PCRs)
+	n.PCRs = packPCRs(r.policy.Bank, r.live, everyPCR)
 	r.values = r.in.view(append([]string{"", r.in.Node.ID}, r.in.Node.Groups...)...)
 	n.Values, n.Policy = r.values.revision(), r.policy.revision
 	r.learnHost = r.in.Learn && !n.Learned && !r.in.view(r.in.Node.ID).hasHost()
@@ -319,7 +319,7 @@ func (r *round) result() Result {
 	res.Host = appraisal(r.host, r.softOnly, nil)
 	if r.next != nil {
 		h := r.report.Host
-		res.HostName, res.Software, res.Kernel, res.BootID, res.PCRs = h.Name, h.Software, h.Kernel, r.report.BootID, r.next.PCRs.texts
+		res.HostName, res.Software, res.Kernel, res.BootID, res.PCRs = h.Name, h.Software, h.Kernel, r.report.BootID, PCRs{packed: r.next.PCRs}
 	} else if r.prev != nil {
 		for uuid, v := range r.prev.VMs {
 			r.vms = append(r.vms, VM{UUID: uuid, Name: v.Name, Running: v.Running})

@@ -3,19 +3,50 @@ package appraise
 import (
 	"bytes"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"math/bits"
 )
 
 const numPCRs = 24
 
+// PCRs are those of a result. As JSON they are an object: "sha256:0" has the value
+// of PCR 0 of bank sha256, in hexadecimal. Of 24 in each of many VMs nobody looks at
+// most, so that they are written out only where somebody does.
+type PCRs struct {
+	packed pcrs
+	texts  map[string]string
+}
+
+// NewPCRs are those that are written out in m, which is not changed later.
+func NewPCRs(m map[string]string) PCRs { return PCRs{texts: m} }
+
+// IsZero reports whether there are none.
+func (p PCRs) IsZero() bool { return p.packed.Which == 0 && len(p.texts) == 0 }
+
+// Texts gives all, as in JSON; it may be changed by nobody.
+func (p PCRs) Texts() map[string]string {
+	if p.texts != nil || p.packed.Which == 0 {
+		return p.texts
+	}
+	return p.packed.texts()
+}
+
+// MarshalJSON gives an object of texts.
+func (p PCRs) MarshalJSON() ([]byte, error) { return json.Marshal(p.Texts()) }
+
+// UnmarshalJSON reads an object of texts: any, since nobody vouches for what is
+// read.
+func (p *PCRs) UnmarshalJSON(b []byte) error {
+	*p = PCRs{}
+	return json.Unmarshal(b, &p.texts)
+}
+
 // pcrs are PCRs of one bank, as a checkpoint keeps them.
 type pcrs struct {
 	Bank   string `cbor:"1,keyasint"`
 	Which  uint32 `cbor:"2,keyasint"` // a bit for each, that of PCR 0 the lowest
 	Values []byte `cbor:"3,keyasint"` // by PCR, ascending
-
-	texts map[string]string // what results have: by their paths, in hexadecimal
 }
 
 // packPCRs gives those of some PCRs that have a value. The values are of the
@@ -35,20 +66,18 @@ func packPCRs(bank string, values map[uint][]byte, some uint32) pcrs {
 
 const everyPCR = 1<<numPCRs - 1
 
-// told has the texts: those of was, where the values are the same.
-func (n pcrs) told(was *pcrs) pcrs {
-	if n.same(was) && was.texts != nil {
-		return *was
-	}
-	all := hex.EncodeToString(n.Values)
-	n.texts = make(map[string]string, bits.OnesCount32(n.Which))
+// texts are what results have: values by their paths, in hexadecimal.
+func (n *pcrs) texts() map[string]string {
+	m := make(map[string]string, bits.OnesCount32(n.Which))
 	for p := range uint(numPCRs) {
-		if at, end, ok := n.bounds(p); ok {
-			n.texts[pcrPath(n.Bank, p)] = all[2*at : 2*end]
+		if v := n.at(p); v != nil {
+			m[pcrPath(n.Bank, p)] = hex.EncodeToString(v)
 		}
 	}
-	return n
+	return m
 }
+
+func (n *pcrs) hex(p uint) string { return hex.EncodeToString(n.at(p)) }
 
 func (n *pcrs) same(o *pcrs) bool {
 	return n.Which == o.Which && n.Bank == o.Bank && bytes.Equal(n.Values, o.Values)
@@ -56,10 +85,15 @@ func (n *pcrs) same(o *pcrs) bool {
 
 // at is a PCR's value; nil where there is none.
 func (n *pcrs) at(p uint) []byte {
-	if at, end, ok := n.bounds(p); ok {
-		return n.Values[at:end]
+	size := algorithms[n.Bank].size
+	if p >= numPCRs || n.Which&(1<<p) == 0 || size == 0 {
+		return nil
 	}
-	return nil
+	at := size * bits.OnesCount32(n.Which&(1<<p-1))
+	if at+size > len(n.Values) {
+		return nil
+	}
+	return n.Values[at : at+size]
 }
 
 func (n *pcrs) byPCR() map[uint][]byte {
@@ -72,13 +106,18 @@ func (n *pcrs) byPCR() map[uint][]byte {
 	return m
 }
 
-func (n *pcrs) bounds(p uint) (at, end int, ok bool) {
-	if p >= numPCRs || n.Which&(1<<p) == 0 {
-		return 0, 0, false
+// isHex compares hexadecimal digits with bytes.
+func isHex(digits string, b []byte) bool {
+	const alphabet = "0123456789abcdef"
+	if len(digits) != 2*len(b) {
+		return false
 	}
-	size := algorithms[n.Bank].size
-	at = size * bits.OnesCount32(n.Which&(1<<p-1))
-	return at, at + size, size > 0 && at+size <= len(n.Values)
+	for i, c := range b {
+		if digits[2*i] != alphabet[c>>4] || digits[2*i+1] != alphabet[c&15] {
+			return false
+		}
+	}
+	return true
 }
 
 // pcrPaths are the names of PCRs in Reference Values and results.

@@ -164,8 +164,8 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 		say(CodeVMPCRsMissing, None, "its PCRs were read %s before the report", age.Round(time.Second))
 		return
 	}
-	st.PCRs = packPCRs(bank, live, everyPCR).told(&before.PCRs)
-	vm.PCRs = st.PCRs.texts
+	st.PCRs = packPCRs(bank, live, everyPCR)
+	vm.PCRs = PCRs{packed: st.PCRs}
 	r.vmQuote(v, live, say)
 	starting := start.Time != 0 && r.report.Time/1e6-start.Time < int64(time.Duration(r.policy.Starting).Seconds()) && r.report.Time/1e6 >= start.Time
 	values := r.in.view("", vm.UUID)
@@ -177,10 +177,9 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 			continue
 		}
 		path := pcrPath(bank, p)
-		hexValue := st.PCRs.texts[path]
 		want := values.pcr(ofVM, path)
 		switch {
-		case slices.Contains(want, hexValue):
+		case slices.ContainsFunc(want, func(digits string) bool { return isHex(digits, st.PCRs.at(p)) }):
 		case len(want) == 0:
 			unknown = append(unknown, p)
 		default:
@@ -190,7 +189,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 			}
 			n := p
 			vm.Reasons = append(vm.Reasons, Reason{
-				Code: code, Tier: t, PCR: &n, Path: path, Digest: bank + ":" + hexValue, Expected: expected(bank+":", want),
+				Code: code, Tier: t, PCR: &n, Path: path, Digest: bank + ":" + st.PCRs.hex(p), Expected: expected(bank+":", want),
 				What: fmt.Sprintf("PCR %d is not what its Reference Values say%s", p, map[bool]string{true: "; it was started a moment ago", false: ""}[starting]),
 			})
 		}
@@ -203,7 +202,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 		say(CodeVMStarting, Warning, "it was started a moment ago: its PCRs are learned when it has booted")
 	case learn && rank(worst(vm.Reasons)) <= rank(Warning):
 		for _, p := range unknown {
-			r.learn(vm.UUID, fleet.VMPCR, pcrPath(bank, p), bank+":"+st.PCRs.texts[pcrPath(bank, p)])
+			r.learn(vm.UUID, fleet.VMPCR, pcrPath(bank, p), bank+":"+st.PCRs.hex(p))
 		}
 		st.Learned = true
 	case learn: // it is not right in another respect
