@@ -3,6 +3,7 @@ package rounds
 import (
 	"cmp"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
@@ -258,9 +259,9 @@ func nothing(n *node, state store.RoundState, code, what string, now, expires ti
 	return r
 }
 
-// untrustedVMs gives UUIDs and EK digests out of a report that nobody has vouched
-// for yet.
-func untrustedVMs(body []byte) (uuids, eks []string) {
+// untrustedVMs gives UUIDs, and those with an EK digest, out of a report that
+// nobody has vouched for yet.
+func untrustedVMs(body []byte) (uuids []string, eks []store.VMKey) {
 	e, err := report.UntrustedParse(body)
 	if err != nil {
 		return nil, nil
@@ -271,16 +272,18 @@ func untrustedVMs(body []byte) (uuids, eks []string) {
 	}
 	for i := range r.VMs {
 		v := &r.VMs[i]
-		uuids = append(uuids, spell(v.UUID))
+		uuid := spell(v.UUID)
+		uuids = append(uuids, uuid)
 		if len(v.EK) > 0 {
-			eks = append(eks, fmt.Sprintf("%x", v.EK))
+			eks = append(eks, store.VMKey{UUID: uuid, EK: hex.EncodeToString(v.EK)})
 		}
 	}
 	return uuids, eks
 }
 
 func spell(u [16]byte) string {
-	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
+	d := hex.EncodeToString(u[:])
+	return d[:8] + "-" + d[8:12] + "-" + d[12:16] + "-" + d[16:20] + "-" + d[20:]
 }
 
 // maxEKs bounds the question for VMs with the same EK.
@@ -288,9 +291,9 @@ const maxEKs = 500
 
 // across holds the VMs against those of other nodes: two VMs with one EK share a
 // vTPM, and a VM runs in one place only.
-func (h *Handler) across(ctx context.Context, n *node, r *appraise.Result, eks []string) error {
+func (h *Handler) across(ctx context.Context, n *node, r *appraise.Result, eks []store.VMKey) error {
 	for batch := range slices.Chunk(eks, maxEKs) {
-		others, err := h.Store.VMsByEK(ctx, batch...)
+		others, err := h.Store.OthersByEK(ctx, n.ID, batch)
 		if err != nil {
 			return err
 		}
