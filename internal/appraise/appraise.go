@@ -105,11 +105,15 @@ func (r *round) verify() bool {
 		r.hostf(CodeNoEvidence, None, "there is no Evidence")
 		return false
 	}
-	e, err := report.UntrustedParse(in.Evidence)
-	if err != nil {
-		r.hostf(CodeFormat, None, "%v", err)
+	p := in.Parsed
+	if p == nil {
+		p = Parse(in.Evidence)
+	}
+	if p.badEvidence != nil {
+		r.hostf(CodeFormat, None, "%v", p.badEvidence)
 		return false
 	}
+	e := p.evidence
 	r.evidence = e
 	if len(in.Nonce) < 16 || !bytes.Equal(e.Nonce, in.Nonce) {
 		r.hostf(CodeNonce, Contraindicated, "the Evidence answers another nonce: replayed, or relayed")
@@ -132,10 +136,11 @@ func (r *round) verify() bool {
 		return false
 	}
 	r.quote = q
-	if r.report, err = report.UntrustedParseReport(e.Report); err != nil {
-		r.hostf(CodeFormat, None, "%v", err)
+	if p.badReport != nil {
+		r.hostf(CodeFormat, None, "%v", p.badReport)
 		return false
 	}
+	r.report = p.report
 	if in.Node.AKName != nil && !bytes.Equal(r.report.AK, in.Node.AKName) {
 		r.hostf(CodeAKName, Contraindicated, "the report names another AK, %x", r.report.AK)
 		return false

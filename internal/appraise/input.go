@@ -3,6 +3,8 @@ package appraise
 import (
 	"crypto/ecdsa"
 	"time"
+
+	"virt-trust/internal/evidence/report"
 )
 
 // Node is what the Verifier knows of an enrolled host.
@@ -19,6 +21,7 @@ type Input struct {
 	Nonce    []byte    // that the node was given; the caller sees to it that it is taken once
 	Expires  time.Time // of the nonce; zero: it does not expire
 	Evidence []byte
+	Parsed   *Parsed     // what Parse gave of Evidence; nil: it is parsed here
 	Previous *Checkpoint // nil in the first round
 	Values   []*Values   // of all, and of the node and its VMs
 	Policy   *Policy
@@ -26,4 +29,29 @@ type Input struct {
 	// for right; Learn gives it as Reference Values, which the caller then stores.
 	Learn bool
 	Now   time.Time
+}
+
+// Parsed is Evidence for which nobody has vouched yet.
+type Parsed struct {
+	evidence               *report.Evidence
+	report                 *report.Report
+	badEvidence, badReport error
+}
+
+// Parse reads Evidence, for those who have to know before it is appraised of which
+// VMs it is.
+func Parse(evidence []byte) *Parsed {
+	p := &Parsed{}
+	if p.evidence, p.badEvidence = report.UntrustedParse(evidence); p.badEvidence == nil {
+		p.report, p.badReport = report.UntrustedParseReport(p.evidence.Report)
+	}
+	return p
+}
+
+// UntrustedVMs are those of the report; none, where it is no report.
+func (p *Parsed) UntrustedVMs() []report.VM {
+	if p.report == nil {
+		return nil
+	}
+	return p.report.VMs
 }

@@ -209,7 +209,8 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 		return a
 	}
 	previous, damaged := appraise.DecodeCheckpoint(state.Checkpoint)
-	vms, eks := untrustedVMs(body)
+	parsed := appraise.Parse(body)
+	vms, eks := untrustedVMs(parsed)
 	values, err := h.nodes.values(ctx, h.Store, n, vms)
 	learn := policy.Learn && damaged == nil
 	if err == nil && learn && previous == nil {
@@ -226,7 +227,7 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 	}
 	in := appraise.Input{
 		Node:  appraise.Node{ID: n.ID, AK: n.ak, AKName: n.AKName},
-		Nonce: state.Nonce, Expires: state.Expires, Evidence: body, Previous: previous, Values: values, Policy: policy.Appraisal,
+		Nonce: state.Nonce, Expires: state.Expires, Evidence: body, Parsed: parsed, Previous: previous, Values: values, Policy: policy.Appraisal,
 		Learn: learn, Now: now,
 	}
 	a.result, a.checkpoint, a.learned = appraise.Round(in)
@@ -261,17 +262,10 @@ func nothing(n *node, state store.RoundState, code, what string, now, expires ti
 
 // untrustedVMs gives UUIDs, and those with an EK digest, out of a report that
 // nobody has vouched for yet.
-func untrustedVMs(body []byte) (uuids []string, eks []store.VMKey) {
-	e, err := report.UntrustedParse(body)
-	if err != nil {
-		return nil, nil
-	}
-	r, err := report.UntrustedParseReport(e.Report)
-	if err != nil {
-		return nil, nil
-	}
-	for i := range r.VMs {
-		v := &r.VMs[i]
+func untrustedVMs(p *appraise.Parsed) (uuids []string, eks []store.VMKey) {
+	vms := p.UntrustedVMs()
+	for i := range vms {
+		v := &vms[i]
 		uuid := spell(v.UUID)
 		uuids = append(uuids, uuid)
 		if len(v.EK) > 0 {
