@@ -357,9 +357,12 @@ func (r *round) hostPCRs() {
 			continue
 		}
 		path := pcrPath(r.policy.Bank, p)
-		got, want := r.next.PCRs.hex(p), r.values.pcr(ofHost, path)
+		want := r.values.pcr(ofHost, path)
+		if r.next.PCRs.is(p, want) {
+			continue
+		}
+		got := r.next.PCRs.hex(p)
 		switch {
-		case slices.Contains(want, got):
 		case len(want) == 0 && withoutLog && r.learnHost:
 			r.learn(r.in.Node.ID, fleet.HostPCR, path, r.policy.Bank+":"+got)
 		case len(want) > 0:

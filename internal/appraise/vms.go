@@ -31,8 +31,9 @@ func isUUID(s string) bool {
 
 // reportedVMs appraises each VM of the report, and those that the report hides.
 func (r *round) reportedVMs() {
-	states := map[string]vmState{}
-	byEK := map[string][]int{}
+	n := len(r.report.VMs)
+	states, byEK := make(map[string]vmState, n), make(map[string][]int, n)
+	r.vms = make([]VM, 0, n)
 	for i := range r.report.VMs {
 		v := &r.report.VMs[i]
 		vm, st := r.vm(v)
@@ -106,7 +107,7 @@ func (r *round) vmStart(v *report.VM, start vmStart, started bool, say sayer) {
 	case start.Generation != v.Generation:
 		say(CodeVMGeneration, Contraindicated, "its record is of generation %d, its start in the launch log of %d", v.Generation, start.Generation)
 	}
-	if started && start.EK != "" && len(v.EK) > 0 && start.EK != hex.EncodeToString(v.EK) {
+	if started && start.EK != "" && len(v.EK) > 0 && !isHex(start.EK, v.EK) {
 		say(CodeVMEK, Contraindicated, "its vTPM is not the one with which it was started")
 	}
 	switch list.State(v.State) {
@@ -172,14 +173,14 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 	learn := r.learnsVM(vm.UUID)
 	var unknown, missing []uint
 	for _, p := range r.policy.VMPCRs {
-		if _, ok := live[p]; !ok {
+		if st.PCRs.at(p) == nil {
 			missing = append(missing, p)
 			continue
 		}
 		path := pcrPath(bank, p)
 		want := values.pcr(ofVM, path)
 		switch {
-		case slices.ContainsFunc(want, func(digits string) bool { return isHex(digits, st.PCRs.at(p)) }):
+		case st.PCRs.is(p, want):
 		case len(want) == 0:
 			unknown = append(unknown, p)
 		default:
