@@ -107,7 +107,7 @@ func (r *round) verify() bool {
 	}
 	p := in.Parsed
 	if p == nil {
-		p = Parse(in.Evidence)
+		p = parse(in.Evidence)
 	}
 	if p.badEvidence != nil {
 		r.hostf(CodeFormat, None, "%v", p.badEvidence)
@@ -136,7 +136,7 @@ func (r *round) verify() bool {
 		return false
 	}
 	r.quote = q
-	if p.badReport != nil {
+	if p.readReport(); p.badReport != nil {
 		r.hostf(CodeFormat, None, "%v", p.badReport)
 		return false
 	}

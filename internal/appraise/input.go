@@ -41,11 +41,24 @@ type Parsed struct {
 // Parse reads Evidence, for those who have to know before it is appraised of which
 // VMs it is.
 func Parse(evidence []byte) *Parsed {
-	p := &Parsed{}
-	if p.evidence, p.badEvidence = report.UntrustedParse(evidence); p.badEvidence == nil {
-		p.report, p.badReport = report.UntrustedParseReport(p.evidence.Report)
+	p := parse(evidence)
+	if p.badEvidence == nil {
+		p.readReport()
 	}
 	return p
+}
+
+func parse(evidence []byte) *Parsed {
+	p := &Parsed{}
+	p.evidence, p.badEvidence = report.UntrustedParse(evidence)
+	return p
+}
+
+// readReport reads the report, if that was not done before.
+func (p *Parsed) readReport() {
+	if p.report == nil && p.badReport == nil {
+		p.report, p.badReport = report.UntrustedParseReport(p.evidence.Report)
+	}
 }
 
 // UntrustedVMs are those of the report; none, where it is no report.
