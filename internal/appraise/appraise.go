@@ -3,7 +3,6 @@ package appraise
 import (
 	"bytes"
 	"cmp"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -106,11 +105,15 @@ func (r *round) verify() bool {
 		r.hostf(CodeNoEvidence, None, "there is no Evidence")
 		return false
 	}
-	e, err := report.UntrustedParse(in.Evidence)
-	if err != nil {
-		r.hostf(CodeFormat, None, "%v", err)
+	p := in.Parsed
+	if p == nil {
+		p = parse(in.Evidence)
+	}
+	if p.badEvidence != nil {
+		r.hostf(CodeFormat, None, "%v", p.badEvidence)
 		return false
 	}
+	e := p.evidence
 	r.evidence = e
 	if len(in.Nonce) < 16 || !bytes.Equal(e.Nonce, in.Nonce) {
 		r.hostf(CodeNonce, Contraindicated, "the Evidence answers another nonce: replayed, or relayed")
@@ -133,10 +136,11 @@ func (r *round) verify() bool {
 		return false
 	}
 	r.quote = q
-	if r.report, err = report.UntrustedParseReport(e.Report); err != nil {
-		r.hostf(CodeFormat, None, "%v", err)
+	if p.readReport(); p.badReport != nil {
+		r.hostf(CodeFormat, None, "%v", p.badReport)
 		return false
 	}
+	r.report = p.report
 	if in.Node.AKName != nil && !bytes.Equal(r.report.AK, in.Node.AKName) {
 		r.hostf(CodeAKName, Contraindicated, "the report names another AK, %x", r.report.AK)
 		return false
@@ -184,68 +188,11 @@ func (r *round) begin() {
 	}
 	n.BootID, n.Received = r.report.BootID, r.in.Now.Unix()
 	n.Clock, n.Resets, n.Restarts = r.quote.Clock.Milliseconds, r.quote.Clock.Resets, r.quote.Clock.Restarts
-	n.PCRs = hexPCRs(r.policy.Bank, r.live, n.PCRs)
+	n.PCRs = packPCRs(r.policy.Bank, r.live, everyPCR)
 	r.values = r.in.view(append([]string{"", r.in.Node.ID}, r.in.Node.Groups...)...)
 	n.Values, n.Policy = r.values.revision(), r.policy.revision
 	own := r.in.view(r.in.Node.ID)
 	r.learnHost = r.in.Learn && !n.Learned && !own.hasHost() && !own.rejected(fleet.HostEvent, fleet.HostPCR, fleet.HostIMA)
-}
-
-// hexPCRs gives PCRs by their paths in hexadecimal; was, where they are the same.
-func hexPCRs(bank string, values map[uint][]byte, was map[string]string) map[string]string {
-	if samePCRs(bank, values, was) {
-		return was
-	}
-	m := make(map[string]string, len(values))
-	for p, v := range values {
-		m[pcrPath(bank, p)] = hex.EncodeToString(v)
-	}
-	return m
-}
-
-func samePCRs(bank string, values map[uint][]byte, was map[string]string) bool {
-	if len(values) != len(was) {
-		return false
-	}
-	for p, v := range values {
-		if !isHex(was[pcrPath(bank, p)], v) {
-			return false
-		}
-	}
-	return true
-}
-
-// isHex compares hexadecimal digits with bytes.
-func isHex(digits string, b []byte) bool {
-	const alphabet = "0123456789abcdef"
-	if len(digits) != 2*len(b) {
-		return false
-	}
-	for i, c := range b {
-		if digits[2*i] != alphabet[c>>4] || digits[2*i+1] != alphabet[c&15] {
-			return false
-		}
-	}
-	return true
-}
-
-// pcrPaths are the names of PCRs in Reference Values and results.
-var pcrPaths = func() map[string]*[24]string {
-	all := map[string]*[24]string{}
-	for bank := range algorithms {
-		all[bank] = new([24]string)
-		for p := range all[bank] {
-			all[bank][p] = fmt.Sprintf("%s:%d", bank, p)
-		}
-	}
-	return all
-}()
-
-func pcrPath(bank string, pcr uint) string {
-	if t := pcrPaths[bank]; t != nil && pcr < uint(len(t)) {
-		return t[pcr]
-	}
-	return fmt.Sprintf("%s:%d", bank, pcr)
 }
 
 // clock tells reboots from replays and from TPMs that were reset behind the
@@ -378,7 +325,7 @@ func (r *round) result() Result {
 	res.Host = appraisal(r.host, r.softOnly, nil)
 	if r.next != nil {
 		h := r.report.Host
-		res.HostName, res.Software, res.Kernel, res.BootID, res.PCRs = h.Name, h.Software, h.Kernel, r.report.BootID, r.next.PCRs
+		res.HostName, res.Software, res.Kernel, res.BootID, res.PCRs = h.Name, h.Software, h.Kernel, r.report.BootID, PCRs{packed: r.next.PCRs}
 	} else if r.prev != nil {
 		for uuid, v := range r.prev.VMs {
 			r.vms = append(r.vms, VM{UUID: uuid, Name: v.Name, Running: v.Running})

@@ -36,7 +36,7 @@ type Checkpoint struct {
 	Learned bool               `cbor:"12,keyasint"`
 	VMs     map[string]vmState `cbor:"13,keyasint"` // by UUID, of all that were ever reported and are not deleted
 	Host    Tier               `cbor:"14,keyasint"`
-	PCRs    map[string]string  `cbor:"15,keyasint"`
+	PCRs    pcrs               `cbor:"15,keyasint"`
 	// Hides is what the TPM adds to the number of its resets in what the AK signs,
 	// as a launch log told that has the true number.
 	Hides *uint32 `cbor:"16,keyasint"`
@@ -45,11 +45,11 @@ type Checkpoint struct {
 // eventState is of the firmware's and boot loader's event log, which does not
 // grow within a boot.
 type eventState struct {
-	Size   uint64            `cbor:"1,keyasint"`
-	Packed []byte            `cbor:"2,keyasint"` // the log of the one bank, deflated
-	Bank   string            `cbor:"3,keyasint"`
-	Values map[string]string `cbor:"4,keyasint"` // of the PCRs that it replayed to
-	Found  []Reason          `cbor:"5,keyasint"`
+	Size   uint64   `cbor:"1,keyasint"`
+	Packed []byte   `cbor:"2,keyasint"` // the log of the one bank, deflated
+	Bank   string   `cbor:"3,keyasint"`
+	Values pcrs     `cbor:"4,keyasint"` // that it replayed to
+	Found  []Reason `cbor:"5,keyasint"`
 }
 
 // imaState is of the IMA measurement list.
@@ -91,16 +91,16 @@ type vmStart struct {
 
 // vmState is of one VM.
 type vmState struct {
-	Name    string            `cbor:"1,keyasint"`
-	EK      []byte            `cbor:"2,keyasint"`
-	Learned bool              `cbor:"3,keyasint"`
-	Running bool              `cbor:"4,keyasint"`
-	Tier    Tier              `cbor:"5,keyasint"`
-	PCRs    map[string]string `cbor:"6,keyasint"`
-	Start   vmStart           `cbor:"7,keyasint"`
+	Name    string  `cbor:"1,keyasint"`
+	EK      []byte  `cbor:"2,keyasint"`
+	Learned bool    `cbor:"3,keyasint"`
+	Running bool    `cbor:"4,keyasint"`
+	Tier    Tier    `cbor:"5,keyasint"`
+	PCRs    pcrs    `cbor:"6,keyasint"`
+	Start   vmStart `cbor:"7,keyasint"`
 }
 
-const checkpointVersion = 1
+const checkpointVersion = 2
 
 // MaxCheckpoint bounds a checkpoint, in bytes.
 const MaxCheckpoint = 64 << 20

@@ -1,6 +1,7 @@
 package appraise
 
 import (
+	"bytes"
 	"cmp"
 	"fmt"
 	"maps"
@@ -40,7 +41,7 @@ func Diff(was, now *Checkpoint, p *Policy) []Change {
 }
 
 var allPCRs = func() (all []uint) {
-	for p := range uint(24) {
+	for p := range uint(numPCRs) {
 		all = append(all, p)
 	}
 	return all
@@ -65,7 +66,7 @@ func (d *differ) add(subject, kind, format string, args ...any) {
 func (d *differ) events(was, now *Checkpoint, p *Policy) {
 	if slices.Equal(was.Events.Packed, now.Events.Packed) || was.Events.Bank != now.Events.Bank {
 		if len(was.Events.Packed) == 0 {
-			d.pcrs("host", was.PCRs, now.PCRs, p.Bank, p.Events)
+			d.pcrs("host", &was.PCRs, &now.PCRs, p.Bank, p.Events)
 		}
 		return
 	}
@@ -83,11 +84,13 @@ func (d *differ) events(was, now *Checkpoint, p *Policy) {
 	}
 }
 
-func (d *differ) pcrs(subject string, was, now map[string]string, bank string, pcrs []uint) {
-	for _, p := range pcrs {
-		path := pcrPath(bank, p)
-		if a, b := was[path], now[path]; a != b && a != "" && b != "" {
-			d.add(subject, "pcr", "PCR %d changed from %.16s… to %.16s…", p, a, b)
+func (d *differ) pcrs(subject string, was, now *pcrs, bank string, some []uint) {
+	if was.same(now) || was.Bank != bank || now.Bank != bank {
+		return
+	}
+	for _, p := range some {
+		if a, b := was.at(p), now.at(p); a != nil && b != nil && !bytes.Equal(a, b) {
+			d.add(subject, "pcr", "PCR %d changed from %x… to %x…", p, a[:8], b[:8])
 		}
 	}
 }
@@ -134,5 +137,5 @@ func (d *differ) vm(uuid string, was, now vmState, known bool, p *Policy) {
 	if was.Tier != now.Tier {
 		d.add(uuid, "tier", "%s, was %s", now.Tier, was.Tier)
 	}
-	d.pcrs(uuid, was.PCRs, now.PCRs, p.VMBank, allPCRs)
+	d.pcrs(uuid, &was.PCRs, &now.PCRs, p.VMBank, allPCRs)
 }

@@ -27,14 +27,14 @@ const (
 )
 
 // firmwareLive are the quoted values that the event log has to lead to.
-func (r *round) firmwareLive() map[uint][]byte {
-	m := map[uint][]byte{}
+func (r *round) firmwareLive() pcrs {
+	var some uint32
 	for _, p := range logPCRs {
-		if v, ok := r.live[p]; ok && p != r.policy.LaunchPCR {
-			m[p] = v
+		if p != r.policy.LaunchPCR {
+			some |= 1 << p
 		}
 	}
-	return m
+	return packPCRs(r.policy.Bank, r.live, some)
 }
 
 // eventLog replays the event log of firmware and boot loader, and holds its
@@ -58,7 +58,7 @@ func (r *round) eventLog() {
 		return
 	}
 	live := r.firmwareLive()
-	if l.From > 0 && st.Bank == r.policy.Bank && samePCRs(st.Bank, live, st.Values) && !r.revised() && !r.learnHost {
+	if l.From > 0 && st.Values.same(&live) && !r.revised() && !r.learnHost {
 		r.host = append(r.host, st.Found...)
 		return
 	}
@@ -74,15 +74,15 @@ func (r *round) eventLog() {
 	if l.From == 0 {
 		size = uint64(len(l.Data))
 	}
-	explained, err := log.Explain(r.policy.Bank, live)
+	explained, err := log.Explain(r.policy.Bank, live.byPCR())
 	if err != nil {
-		r.notExplained(log, live, err)
+		r.notExplained(log, live.byPCR(), err)
 		*st = eventState{}
 		return
 	}
 	before := len(r.host)
 	r.events(explained)
-	*st = eventState{Size: size, Packed: packed, Bank: r.policy.Bank, Values: hexPCRs(r.policy.Bank, live, nil), Found: slices.Clone(r.host[before:])}
+	*st = eventState{Size: size, Packed: packed, Bank: r.policy.Bank, Values: live, Found: slices.Clone(r.host[before:])}
 }
 
 // revised: Reference Values or policy are others than in the round before.
@@ -357,9 +357,12 @@ func (r *round) hostPCRs() {
 			continue
 		}
 		path := pcrPath(r.policy.Bank, p)
-		got, want := r.next.PCRs[path], r.values.pcr(ofHost, path)
+		want := r.values.pcr(ofHost, path)
+		if r.next.PCRs.is(p, want) {
+			continue
+		}
+		got := r.next.PCRs.hex(p)
 		switch {
-		case slices.Contains(want, got):
 		case len(want) == 0 && withoutLog && r.learnHost:
 			r.learn(r.in.Node.ID, fleet.HostPCR, path, r.policy.Bank+":"+got)
 		case len(want) > 0:

@@ -51,7 +51,8 @@ func (r *round) imaList() {
 		*st = imaState{}
 	}
 	policyChanged := st.At.Entries > 0 && r.prev.Policy != r.next.Policy
-	st.Accepted = slices.Clip(st.Accepted) // it is the checkpoint's before
+	const usual = 96                                                            // bytes of an entry, or some more
+	st.Accepted = slices.Grow(slices.Clip(st.Accepted), 16*(len(l.Data)/usual)) // it is the checkpoint's before
 	withdrawn := st.At.Entries > 0 && r.revised() && r.reviewIMA(st)
 	v := imaVisit{r: r, st: st}
 	at, err := st.At.Replay(l.Data, r.policy.Bank, ima.PCR, want, v.entry)

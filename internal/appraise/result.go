@@ -64,11 +64,11 @@ type VM struct {
 	Name    string `json:"name"`
 	Running bool   `json:"running"`
 	Appraisal
-	EK            string            `json:"ek,omitempty"` // SHA-256 of its SubjectPublicKeyInfo, hexadecimal
-	EKCertificate []byte            `json:"ek_certificate,omitempty"`
-	PCRs          map[string]string `json:"pcrs,omitempty"` // "sha256:0" => hexadecimal
-	Launchers     []Launcher        `json:"launchers,omitempty"`
-	Started       int64             `json:"started,omitempty"` // seconds since 1970, of the launch log
+	EK            string     `json:"ek,omitempty"` // SHA-256 of its SubjectPublicKeyInfo, hexadecimal
+	EKCertificate []byte     `json:"ek_certificate,omitempty"`
+	PCRs          PCRs       `json:"pcrs,omitzero"`
+	Launchers     []Launcher `json:"launchers,omitempty"`
+	Started       int64      `json:"started,omitempty"` // seconds since 1970, of the launch log
 }
 
 // Launcher is a file that ran for a VM, out of the launch log.
@@ -81,16 +81,16 @@ type Launcher struct {
 
 // Result is an Attestation Result: of one round of one node.
 type Result struct {
-	Node     string            `json:"node"` // ID
-	Received time.Time         `json:"received"`
-	Expires  time.Time         `json:"expires"` // after that it says nothing: None
-	Host     Appraisal         `json:"host"`
-	VMs      []VM              `json:"vms"`
-	PCRs     map[string]string `json:"pcrs,omitempty"` // of the host, as VM.PCRs
-	HostName string            `json:"host_name,omitempty"`
-	Software string            `json:"software,omitempty"`
-	Kernel   string            `json:"kernel,omitempty"`
-	BootID   string            `json:"boot_id,omitempty"`
+	Node     string    `json:"node"` // ID
+	Received time.Time `json:"received"`
+	Expires  time.Time `json:"expires"` // after that it says nothing: None
+	Host     Appraisal `json:"host"`
+	VMs      []VM      `json:"vms"`
+	PCRs     PCRs      `json:"pcrs,omitzero"` // of the host
+	HostName string    `json:"host_name,omitempty"`
+	Software string    `json:"software,omitempty"`
+	Kernel   string    `json:"kernel,omitempty"`
+	BootID   string    `json:"boot_id,omitempty"`
 	// Changes are what differs from the round before, for people.
 	Changes []Change `json:"changes,omitempty"`
 }

@@ -31,8 +31,9 @@ func isUUID(s string) bool {
 
 // reportedVMs appraises each VM of the report, and those that the report hides.
 func (r *round) reportedVMs() {
-	states := map[string]vmState{}
-	byEK := map[string][]int{}
+	n := len(r.report.VMs)
+	states, byEK := make(map[string]vmState, n), make(map[string][]int, n)
+	r.vms = make([]VM, 0, n)
 	for i := range r.report.VMs {
 		v := &r.report.VMs[i]
 		vm, st := r.vm(v)
@@ -106,7 +107,7 @@ func (r *round) vmStart(v *report.VM, start vmStart, started bool, say sayer) {
 	case start.Generation != v.Generation:
 		say(CodeVMGeneration, Contraindicated, "its record is of generation %d, its start in the launch log of %d", v.Generation, start.Generation)
 	}
-	if started && start.EK != "" && len(v.EK) > 0 && start.EK != hex.EncodeToString(v.EK) {
+	if started && start.EK != "" && len(v.EK) > 0 && !isHex(start.EK, v.EK) {
 		say(CodeVMEK, Contraindicated, "its vTPM is not the one with which it was started")
 	}
 	switch list.State(v.State) {
@@ -164,23 +165,22 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 		say(CodeVMPCRsMissing, None, "its PCRs were read %s before the report", age.Round(time.Second))
 		return
 	}
-	st.PCRs = hexPCRs(bank, live, before.PCRs)
-	vm.PCRs = st.PCRs
+	st.PCRs = packPCRs(bank, live, everyPCR)
+	vm.PCRs = PCRs{packed: st.PCRs}
 	r.vmQuote(v, live, say)
 	starting := start.Time != 0 && r.report.Time/1e6-start.Time < int64(time.Duration(r.policy.Starting).Seconds()) && r.report.Time/1e6 >= start.Time
 	values := r.in.view("", vm.UUID)
 	learn := r.learnsVM(vm.UUID)
 	var unknown, missing []uint
 	for _, p := range r.policy.VMPCRs {
-		if _, ok := live[p]; !ok {
+		if st.PCRs.at(p) == nil {
 			missing = append(missing, p)
 			continue
 		}
 		path := pcrPath(bank, p)
-		hexValue := st.PCRs[path]
 		want := values.pcr(ofVM, path)
 		switch {
-		case slices.Contains(want, hexValue):
+		case st.PCRs.is(p, want):
 		case len(want) == 0:
 			unknown = append(unknown, p)
 		default:
@@ -190,7 +190,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 			}
 			n := p
 			vm.Reasons = append(vm.Reasons, Reason{
-				Code: code, Tier: t, PCR: &n, Path: path, Digest: bank + ":" + hexValue, Expected: expected(bank+":", want),
+				Code: code, Tier: t, PCR: &n, Path: path, Digest: bank + ":" + st.PCRs.hex(p), Expected: expected(bank+":", want),
 				What: fmt.Sprintf("PCR %d is not what its Reference Values say%s", p, map[bool]string{true: "; it was started a moment ago", false: ""}[starting]),
 			})
 		}
@@ -203,7 +203,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 		say(CodeVMStarting, Warning, "it was started a moment ago: its PCRs are learned when it has booted")
 	case learn && rank(worst(vm.Reasons)) <= rank(Warning):
 		for _, p := range unknown {
-			r.learn(vm.UUID, fleet.VMPCR, pcrPath(bank, p), bank+":"+st.PCRs[pcrPath(bank, p)])
+			r.learn(vm.UUID, fleet.VMPCR, pcrPath(bank, p), bank+":"+st.PCRs.hex(p))
 		}
 		st.Learned = true
 	case learn: // it is not right in another respect

@@ -258,7 +258,11 @@ func specAlgorithms(data []byte) ([]Algorithm, error) {
 
 // Marshal writes the log in its format.
 func (l *Log) Marshal() []byte {
-	var b []byte
+	size := 0
+	for i := range l.Events {
+		size += 16 + len(l.Algorithms)*(2+maxDigest) + len(l.Events[i].Data)
+	}
+	b := make([]byte, 0, size)
 	u32 := func(v int) { b = binary.LittleEndian.AppendUint32(b, uint32(v)) }
 	for i, e := range l.Events {
 		b = binary.LittleEndian.AppendUint32(b, e.PCR)
@@ -298,12 +302,12 @@ func (l *Log) Bank(bank string) (*Log, error) {
 		return l, nil
 	}
 	a := l.Algorithms[i]
-	out := &Log{Algorithms: []Algorithm{a}}
+	out := &Log{Algorithms: []Algorithm{a}, Events: make([]Event, 0, len(l.Events))}
 	for n, e := range l.Events {
 		if n == 0 {
 			e.Data = specEvent(a)
 		} else {
-			e.Digests = [][]byte{e.Digests[i]}
+			e.Digests = slices.Clip(e.Digests[i : i+1])
 		}
 		out.Events = append(out.Events, e)
 	}
@@ -354,7 +358,9 @@ func (l *Log) Replay(bank string) (map[uint][]byte, error) {
 		pcrs[p] = make([]byte, h.Size())
 	}
 	begun := false
-	for n, e := range l.Events {
+	w := h.New()
+	for n := range l.Events {
+		e := &l.Events[n]
 		if e.Type == NoAction {
 			if loc, ok := bytes.CutPrefix(e.Data, []byte(localitySignature)); ok && len(loc) == 1 {
 				if begun || loc[0] > 4 {
@@ -372,10 +378,10 @@ func (l *Log) Replay(bank string) (map[uint][]byte, error) {
 		if e.Digests[i] == nil {
 			return nil, fmt.Errorf("event %d has no digest of bank %s", n, bank)
 		}
-		w := h.New()
+		w.Reset()
 		w.Write(v)
 		w.Write(e.Digests[i])
-		pcrs[uint(e.PCR)] = w.Sum(nil)
+		w.Sum(v[:0])
 	}
 	return pcrs, nil
 }

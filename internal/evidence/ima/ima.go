@@ -135,7 +135,7 @@ func name(b []byte) string {
 // entry opaque.
 func (e *Entry) fields() {
 	if e.Template == legacy {
-		e.Algorithm, e.Digest, e.Path, e.Known = "sha1", e.Data[:sha1.Size], bytes.TrimSuffix(e.Data[sha1.Size+4:], []byte{0}), true
+		e.Algorithm, e.Digest, e.Path, e.Known = "sha1", e.Data[:sha1.Size], withoutNUL(e.Data[sha1.Size+4:]), true
 		return
 	}
 	var want int
@@ -175,7 +175,7 @@ func (e *Entry) fields() {
 		return
 	}
 	e.Algorithm, e.Digest = algorithm(digest[:colon]), digest[colon+2:]
-	e.Path = bytes.TrimSuffix(f[1], []byte{0})
+	e.Path = withoutNUL(f[1])
 	switch {
 	case e.Template == "ima-buf":
 		e.Buffer = f[2]
@@ -183,6 +183,13 @@ func (e *Entry) fields() {
 		e.Signature = f[2]
 	}
 	e.Known = true
+}
+
+func withoutNUL(b []byte) []byte {
+	if n := len(b); n > 0 && b[n-1] == 0 {
+		return b[:n-1]
+	}
+	return b
 }
 
 func algorithm(b []byte) string {

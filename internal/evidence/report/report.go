@@ -161,24 +161,15 @@ type Deleted struct {
 // ErrFormat says that bytes are no Evidence or no Report.
 var ErrFormat = errors.New("not evidence")
 
-var encMode, decMode = modes()
-
-func modes() (cbor.EncMode, cbor.DecMode) {
+var encMode = func() cbor.EncMode {
 	o := cbor.CoreDetEncOptions()
 	o.NilContainers = cbor.NilContainerAsEmpty
 	e, err := o.EncMode()
 	if err != nil {
 		panic(err)
 	}
-	d, err := cbor.DecOptions{
-		DupMapKey: cbor.DupMapKeyEnforcedAPF, IndefLength: cbor.IndefLengthForbidden, TagsMd: cbor.TagsForbidden,
-		MaxArrayElements: MaxVMs, MaxMapPairs: 64, MaxNestedLevels: 12, ExtraReturnErrors: cbor.ExtraDecErrorUnknownField,
-	}.DecMode()
-	if err != nil {
-		panic(err)
-	}
-	return e, d
-}
+	return e
+}()
 
 // Encode gives the evidence's bytes.
 func (e *Evidence) Encode() ([]byte, error) { return encMode.Marshal(e) }
@@ -198,13 +189,14 @@ func VTPMQualifyingData(nonce []byte, uuid [16]byte) [sha256.Size]byte {
 }
 
 // UntrustedParse reads Evidence and checks shapes and bounds; the report in it
-// is not read yet.
+// is not read yet. What it gives refers to b.
 func UntrustedParse(b []byte) (*Evidence, error) {
 	if len(b) > MaxEvidence {
 		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrFormat, len(b), MaxEvidence)
 	}
-	e := &Evidence{}
-	if err := decMode.Unmarshal(b, e); err != nil {
+	e, rd := &Evidence{}, &reader{b: b}
+	e.read(rd)
+	if err := rd.end(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrFormat, err)
 	}
 	switch {
@@ -221,13 +213,15 @@ func UntrustedParse(b []byte) (*Evidence, error) {
 	return e, nil
 }
 
-// UntrustedParseReport reads a Report and checks shapes and bounds.
+// UntrustedParseReport reads a Report and checks shapes and bounds. What it gives
+// refers to b.
 func UntrustedParseReport(b []byte) (*Report, error) {
 	if len(b) > MaxReport {
 		return nil, fmt.Errorf("%w: report of %d bytes", ErrFormat, len(b))
 	}
-	r := &Report{}
-	if err := decMode.Unmarshal(b, r); err != nil {
+	r, rd := &Report{}, &reader{b: b}
+	r.read(rd)
+	if err := rd.end(); err != nil {
 		return nil, fmt.Errorf("%w: report: %w", ErrFormat, err)
 	}
 	if r.Version != Version {

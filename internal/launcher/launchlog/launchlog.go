@@ -290,8 +290,10 @@ func Digests(event []byte, values map[string][]byte) map[string][]byte {
 // 17.4): H(old ‖ H(event)) in each bank.
 func Extended(values map[string][]byte, event []byte) map[string][]byte {
 	next := map[string][]byte{}
-	for bank, d := range Digests(event, values) {
-		next[bank] = sum(hashes[bank], values[bank], d)
+	for bank, v := range values {
+		if h, ok := hashes[bank]; ok {
+			next[bank] = sum(h, v, sum(h, event))
+		}
 	}
 	return next
 }

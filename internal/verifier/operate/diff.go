@@ -69,7 +69,7 @@ func Differences(was, is *appraise.Result) []Difference {
 	d.text("kernel", "kernel", was.Kernel, is.Kernel)
 	d.text("software", "virt-trust", was.Software, is.Software)
 	d.appraisals(was.Host, is.Host)
-	d.maps("pcr", was.PCRs, is.PCRs)
+	d.maps("pcr", was.PCRs.Texts(), is.PCRs.Texts())
 
 	byUUID := func(r *appraise.Result) map[string]appraise.VM {
 		m := map[string]appraise.VM{}
@@ -92,7 +92,7 @@ func Differences(was, is *appraise.Result) []Difference {
 		d.appraisals(b.Appraisal, v.Appraisal)
 		if had && has {
 			d.text("ek", "endorsement key", b.EK, v.EK)
-			d.maps("pcr", b.PCRs, v.PCRs)
+			d.maps("pcr", b.PCRs.Texts(), v.PCRs.Texts())
 			d.maps("launcher", launchers(b), launchers(v))
 		}
 	}

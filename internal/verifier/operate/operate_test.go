@@ -227,11 +227,11 @@ func TestValueOf(t *testing.T) {
 
 func TestDifferences(t *testing.T) {
 	was := &appraise.Result{
-		BootID: "1", Kernel: "6.1", PCRs: map[string]string{"sha256:4": "aa", "sha256:7": "cc"}, Host: appraise.Appraisal{Tier: appraise.Affirming},
+		BootID: "1", Kernel: "6.1", PCRs: appraise.NewPCRs(map[string]string{"sha256:4": "aa", "sha256:7": "cc"}), Host: appraise.Appraisal{Tier: appraise.Affirming},
 		VMs: []appraise.VM{{UUID: "u1", Name: "web", Running: true, Appraisal: appraise.Appraisal{Tier: appraise.Affirming}, Launchers: []appraise.Launcher{{Role: "emulator", Path: "/qemu", SHA256: "1"}}}, {UUID: "u2", Name: "old"}},
 	}
 	is := &appraise.Result{
-		BootID: "2", Kernel: "6.1", PCRs: map[string]string{"sha256:4": "bb", "sha256:7": "cc"}, Host: appraise.Appraisal{Tier: appraise.Warning, Reasons: []appraise.Reason{{Code: "event-unknown", What: "shim"}}},
+		BootID: "2", Kernel: "6.1", PCRs: appraise.NewPCRs(map[string]string{"sha256:4": "bb", "sha256:7": "cc"}), Host: appraise.Appraisal{Tier: appraise.Warning, Reasons: []appraise.Reason{{Code: "event-unknown", What: "shim"}}},
 		VMs: []appraise.VM{{UUID: "u1", Name: "web", Appraisal: appraise.Appraisal{Tier: appraise.Affirming}, Launchers: []appraise.Launcher{{Role: "emulator", Path: "/qemu", SHA256: "2"}}}, {UUID: "u3", Name: "new", Running: true}},
 	}
 	var got []string

@@ -205,7 +205,7 @@ func newChain(n fleet.Status, res *appraise.Result, vm *appraise.VM) *chain {
 
 // facts adds what the links are made of.
 func (c *chain) facts(n fleet.Status, res *appraise.Result, vm *appraise.VM) {
-	hostPCRs, guestPCRs := pcrs(res.PCRs, res.Host.Reasons), pcrs(vm.PCRs, vm.Reasons)
+	hostPCRs, guestPCRs := pcrs(res.PCRs.Texts(), res.Host.Reasons), pcrs(vm.PCRs.Texts(), vm.Reasons)
 	for _, v := range hostPCRs {
 		if v.Index < 16 {
 			l := &c.Links[pcrLink(v.Index, false)]

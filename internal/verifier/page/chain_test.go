@@ -95,7 +95,7 @@ func TestChainBreaks(t *testing.T) {
 func TestChainNotRunning(t *testing.T) {
 	n, res := good()
 	v := &res.VMs[0]
-	v.Running, v.Tier, v.PCRs, v.Reasons = false, appraise.None, nil, []appraise.Reason{{Code: appraise.CodeVMNotRunning}}
+	v.Running, v.Tier, v.PCRs, v.Reasons = false, appraise.None, appraise.PCRs{}, []appraise.Reason{{Code: appraise.CodeVMNotRunning}}
 	c := newChain(n, res, v)
 	for i, l := range c.Links {
 		if i >= linkSwtpm && l.Tier != appraise.None || i < linkSwtpm && l.Tier != appraise.Affirming {

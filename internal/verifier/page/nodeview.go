@@ -53,7 +53,7 @@ func (p *Page) nodePage(r *http.Request) (view, error) {
 		return view{}, err
 	}
 	if res := d.Result; res != nil {
-		d.Findings, d.Claims, d.PCRs = findings(res.Host.Reasons), claims(res.Host.Vector), pcrs(res.PCRs, res.Host.Reasons)
+		d.Findings, d.Claims, d.PCRs = findings(res.Host.Reasons), claims(res.Host.Vector), pcrs(res.PCRs.Texts(), res.Host.Reasons)
 		for _, v := range res.VMs {
 			w := vmRow{VM: v}
 			for _, f := range findings(v.Reasons) {
@@ -110,7 +110,7 @@ func (p *Page) vmPage(r *http.Request) (view, error) {
 	}
 	vm := res.VMs[i]
 	d := vmView{Node: n, Note: noTier(n, p), Result: res, VM: vm, Chain: newChain(n, res, &vm),
-		Findings: findings(vm.Reasons), Claims: claims(vm.Vector), PCRs: pcrs(vm.PCRs, vm.Reasons), EK: certificate(vm.EKCertificate)}
+		Findings: findings(vm.Reasons), Claims: claims(vm.Vector), PCRs: pcrs(vm.PCRs.Texts(), vm.Reasons), EK: certificate(vm.EKCertificate)}
 	rounds, _, err := p.Store.Rounds(ctx, store.RoundFilter{Node: n.ID, VM: id}, store.Page{Limit: stripRounds})
 	if err != nil {
 		return view{}, err

@@ -352,7 +352,7 @@ func (h *harness) hostile() (node, vm string) {
 	long := "javascript:alert(4)//" + payload + strings.Repeat("A", 3000)
 	r := appraise.Reason{Code: appraise.CodeVMPCR, Tier: appraise.Contraindicated, What: payload, Log: payload, Entry: new(int), PCR: &zero, Path: long, Digest: payload, Expected: payload}
 	v := pagetest.VM(vm, payload)
-	v.Tier, v.Reasons, v.PCRs = appraise.Contraindicated, []appraise.Reason{r}, map[string]string{"sha256:0": payload, payload: payload}
+	v.Tier, v.Reasons, v.PCRs = appraise.Contraindicated, []appraise.Reason{r}, appraise.NewPCRs(map[string]string{"sha256:0": payload, payload: payload})
 	v.Launchers, v.EKCertificate, v.EK = []appraise.Launcher{{Role: payload, Path: long, SHA256: payload, By: payload}}, []byte("no DER <script>"), payload
 	w := pagetest.VM(pagetest.ID("hostile", 3), payload)
 	res := pagetest.Result(node, payload, w)
@@ -364,7 +364,7 @@ func (h *harness) hostile() (node, vm string) {
 	ima := r
 	ima.Code, ima.Log = appraise.CodeIMAUnknown, "ima"
 	res = pagetest.Result(node, payload, v, w)
-	res.Kernel, res.Software, res.BootID, res.PCRs = payload, payload, payload, map[string]string{"sha256:4": payload}
+	res.Kernel, res.Software, res.BootID, res.PCRs = payload, payload, payload, appraise.NewPCRs(map[string]string{"sha256:4": payload})
 	res.Host.Tier, res.Host.Reasons = appraise.Contraindicated, []appraise.Reason{host, ima}
 	res.Changes = []appraise.Change{{Subject: "host", Kind: payload, What: long}, {Subject: vm, Kind: "pcr", What: payload}, {Subject: payload, Kind: "tier", What: payload}}
 	if _, err := h.Build.Round(ctx, res, h.Now()); err != nil {

@@ -3,6 +3,7 @@ package rounds
 import (
 	"cmp"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
@@ -208,7 +209,8 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 		return a
 	}
 	previous, damaged := appraise.DecodeCheckpoint(state.Checkpoint)
-	vms, eks := untrustedVMs(body)
+	parsed := appraise.Parse(body)
+	vms, eks := untrustedVMs(parsed)
 	values, err := h.nodes.values(ctx, h.Store, n, vms)
 	learn := policy.Learn && damaged == nil
 	if err == nil && learn && previous == nil {
@@ -225,7 +227,7 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 	}
 	in := appraise.Input{
 		Node:  appraise.Node{ID: n.ID, AK: n.ak, AKName: n.AKName},
-		Nonce: state.Nonce, Expires: state.Expires, Evidence: body, Previous: previous, Values: values, Policy: policy.Appraisal,
+		Nonce: state.Nonce, Expires: state.Expires, Evidence: body, Parsed: parsed, Previous: previous, Values: values, Policy: policy.Appraisal,
 		Learn: learn, Now: now,
 	}
 	a.result, a.checkpoint, a.learned = appraise.Round(in)
@@ -262,29 +264,24 @@ func nothing(n *node, state store.RoundState, code, what string, now, expires ti
 	return r
 }
 
-// untrustedVMs gives UUIDs and EK digests out of a report that nobody has vouched
-// for yet.
-func untrustedVMs(body []byte) (uuids, eks []string) {
-	e, err := report.UntrustedParse(body)
-	if err != nil {
-		return nil, nil
-	}
-	r, err := report.UntrustedParseReport(e.Report)
-	if err != nil {
-		return nil, nil
-	}
-	for i := range r.VMs {
-		v := &r.VMs[i]
-		uuids = append(uuids, spell(v.UUID))
+// untrustedVMs gives UUIDs, and those with an EK digest, out of a report that
+// nobody has vouched for yet.
+func untrustedVMs(p *appraise.Parsed) (uuids []string, eks []store.VMKey) {
+	vms := p.UntrustedVMs()
+	for i := range vms {
+		v := &vms[i]
+		uuid := spell(v.UUID)
+		uuids = append(uuids, uuid)
 		if len(v.EK) > 0 {
-			eks = append(eks, fmt.Sprintf("%x", v.EK))
+			eks = append(eks, store.VMKey{UUID: uuid, EK: hex.EncodeToString(v.EK)})
 		}
 	}
 	return uuids, eks
 }
 
 func spell(u [16]byte) string {
-	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
+	d := hex.EncodeToString(u[:])
+	return d[:8] + "-" + d[8:12] + "-" + d[12:16] + "-" + d[16:20] + "-" + d[20:]
 }
 
 // maxEKs bounds the question for VMs with the same EK.
@@ -292,9 +289,9 @@ const maxEKs = 500
 
 // across holds the VMs against those of other nodes: two VMs with one EK share a
 // vTPM, and a VM runs in one place only.
-func (h *Handler) across(ctx context.Context, n *node, r *appraise.Result, eks []string) error {
+func (h *Handler) across(ctx context.Context, n *node, r *appraise.Result, eks []store.VMKey) error {
 	for batch := range slices.Chunk(eks, maxEKs) {
-		others, err := h.Store.VMsByEK(ctx, batch...)
+		others, err := h.Store.OthersByEK(ctx, n.ID, batch)
 		if err != nil {
 			return err
 		}

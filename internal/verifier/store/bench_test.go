@@ -78,19 +78,19 @@ var benchPCRs = func() map[string]string {
 func realistic(node string, change int) *appraise.Result {
 	now := time.Now()
 	good := appraise.Appraisal{Tier: appraise.Affirming, Vector: appraise.Vector{InstanceIdentity: 2, Executables: 2, Hardware: 2}}
-	r := &appraise.Result{Node: node, Received: now, Expires: now.Add(3 * time.Minute), Host: good, PCRs: benchPCRs, HostName: "h", Kernel: "6.1", BootID: "b"}
+	r := &appraise.Result{Node: node, Received: now, Expires: now.Add(3 * time.Minute), Host: good, PCRs: appraise.NewPCRs(benchPCRs), HostName: "h", Kernel: "6.1", BootID: "b"}
 	for i := range 20 {
 		uuid := fmt.Sprintf("%s-%d", node, i)
-		vm := appraise.VM{UUID: uuid, Name: "vm", Running: true, Appraisal: good, EK: uuid, PCRs: benchPCRs}
+		vm := appraise.VM{UUID: uuid, Name: "vm", Running: true, Appraisal: good, EK: uuid, PCRs: appraise.NewPCRs(benchPCRs)}
 		for _, role := range []string{"emulator", "firmware", "swtpm", "libtpms"} {
-			vm.Launchers = append(vm.Launchers, appraise.Launcher{Role: role, Path: "/usr/bin/" + role, SHA256: r.PCRs["sha256:0"]})
+			vm.Launchers = append(vm.Launchers, appraise.Launcher{Role: role, Path: "/usr/bin/" + role, SHA256: benchPCRs["sha256:0"]})
 		}
 		r.VMs = append(r.VMs, vm)
 	}
 	if change > 0 { // one PCR of one VM
 		pcrs := maps.Clone(benchPCRs)
 		pcrs["sha256:9"] = strconv.Itoa(change)
-		r.VMs[change%20].PCRs = pcrs
+		r.VMs[change%20].PCRs = appraise.NewPCRs(pcrs)
 		r.Changes = []appraise.Change{{Subject: r.VMs[change%20].UUID, Kind: "pcr", What: "PCR 9"}}
 	}
 	return r

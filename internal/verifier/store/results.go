@@ -154,6 +154,25 @@ func (r reads) VMsByEK(ctx context.Context, digests ...string) ([]fleet.VM, erro
 	return all, nil
 }
 
+// VMKey is a VM with its EK's digest, as its node says.
+type VMKey struct{ UUID, EK string }
+
+// OthersByEK gives what VMsByEK gives of these VMs' digests, but for the VMs
+// themselves, as this node has them: normally nothing.
+func (r reads) OthersByEK(ctx context.Context, node string, vms []VMKey) ([]fleet.VM, error) {
+	digests, own := make([]string, len(vms)), make([]string, len(vms))
+	for i, v := range vms {
+		digests[i], own[i] = v.EK, v.EK+"/"+v.UUID
+	}
+	all, err := list(ctx, r, "SELECT "+vmColumns+fromVMs+" WHERE n.state <> 'revoked' AND v.ek_digest <> '' AND v.ek_digest IN "+r.d.inJSON+
+		" AND NOT (v.node = ? AND v.ek_digest || '/' || v.uuid IN "+r.d.inJSON+") ORDER BY v.ek_digest, v.uuid, v.node LIMIT 1000",
+		[]any{r.now(), jsonStrings(digests), node, jsonStrings(own)}, readVM)
+	if err != nil {
+		return nil, fmt.Errorf("VMs by EK: %w", err)
+	}
+	return all, nil
+}
+
 // SharedEKs gives the EK digests that more than one UUID has, on nodes that are
 // not revoked; at most 1000.
 func (r reads) SharedEKs(ctx context.Context) ([]string, error) {

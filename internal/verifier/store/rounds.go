@@ -89,10 +89,9 @@ type Completion struct {
 // prepared is what can be known of a Completion before the transaction.
 type prepared struct {
 	Completion
-	lasting  []byte            // JSON of the result but for its times and changes
-	digest   [sha256.Size]byte // of that
-	result   []byte            // lasting and Evidence compressed, where they will surely be kept:
-	evidence []byte            // nobody else has to wait for that
+	digest   [sha256.Size]byte // of the result but for its times and changes
+	result   []byte            // that as JSON, and Evidence, compressed, where they will surely be
+	evidence []byte            // kept: nobody else has to wait for that
 	affirmed bool
 	codes    []string
 	vms      []appraise.VM
@@ -106,13 +105,7 @@ func prepare(c Completion) (*prepared, error) {
 		return nil, fmt.Errorf("%w: round", ErrInvalid)
 	}
 	p := &prepared{Completion: c, affirmed: c.Result.Host.Tier == appraise.Affirming}
-	lasting := *c.Result
-	lasting.Received, lasting.Expires, lasting.Changes = time.Time{}, time.Time{}, nil
-	var err error
-	if p.lasting, err = json.Marshal(&lasting); err != nil {
-		return nil, fmt.Errorf("result: %w", err)
-	}
-	p.digest = sha256.Sum256(p.lasting)
+	p.digest = c.Result.Digest()
 	for _, r := range c.Result.Host.Reasons {
 		p.codes = append(p.codes, r.Code)
 	}
@@ -135,9 +128,22 @@ func prepare(c Completion) (*prepared, error) {
 		p.evidence = pack(c.Evidence)
 	}
 	if p.evidence != nil || len(c.Result.Changes) > 0 {
-		p.result = pack(p.lasting)
+		if err := p.packResult(); err != nil {
+			return nil, err
+		}
 	}
 	return p, nil
+}
+
+func (p *prepared) packResult() error {
+	lasting := *p.Result
+	lasting.Received, lasting.Expires, lasting.Changes = time.Time{}, time.Time{}, nil
+	b, err := json.Marshal(&lasting)
+	if err != nil {
+		return fmt.Errorf("result: %w", err)
+	}
+	p.result = pack(b)
+	return nil
 }
 
 // CompleteRound is Tx.CompleteRound alone.
@@ -257,7 +263,9 @@ func (tx *Tx) putCheckpoint(ctx context.Context, node string, data []byte) error
 
 func (tx *Tx) addRound(ctx context.Context, p *prepared) (int64, error) {
 	if p.result == nil {
-		p.result = pack(p.lasting)
+		if err := p.packResult(); err != nil {
+			return 0, err
+		}
 	}
 	var changes []byte
 	if len(p.Result.Changes) > 0 {

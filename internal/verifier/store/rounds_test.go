@@ -279,6 +279,29 @@ func TestVMs(t *testing.T) {
 		if got := must[[]fleet.VM](t)(b.VMsByEK(ctx, r.VMs[0].EK, r.VMs[1].EK)); len(got) != 4 {
 			t.Errorf("%+v", got)
 		}
+		for _, c := range []struct {
+			node string
+			own  []VMKey
+			want []string // UUID and node
+		}{
+			{n.ID, []VMKey{{r.VMs[0].UUID, r.VMs[0].EK}}, []string{other.VMs[0].UUID + m.ID}},
+			{n.ID, []VMKey{{r.VMs[0].UUID, r.VMs[0].EK}, {r.VMs[1].UUID, r.VMs[1].EK}, {r.VMs[2].UUID, r.VMs[2].EK}}, []string{other.VMs[0].UUID + m.ID, r.VMs[1].UUID + m.ID}},
+			{n.ID, []VMKey{{r.VMs[3].UUID, r.VMs[2].EK}}, []string{r.VMs[2].UUID + n.ID}}, // its own, of another VM
+			{"", []VMKey{{r.VMs[2].UUID, r.VMs[2].EK}}, []string{r.VMs[2].UUID + n.ID}},
+			{n.ID, []VMKey{{r.VMs[2].UUID, r.VMs[2].EK}}, nil},
+			{n.ID, []VMKey{{r.VMs[2].UUID, ""}}, nil},
+			{n.ID, nil, nil},
+		} {
+			var got []string
+			for _, v := range must[[]fleet.VM](t)(b.OthersByEK(ctx, c.node, c.own)) {
+				got = append(got, v.UUID+v.Node)
+			}
+			slices.Sort(got)
+			slices.Sort(c.want)
+			if !slices.Equal(got, c.want) {
+				t.Errorf("others of %v on %q: %q, not %q", c.own, c.node, got, c.want)
+			}
+		}
 		moving, _, err := b.VMs(ctx, VMFilter{UUID: r.VMs[1].UUID}, Page{})
 		if err != nil || len(moving) != 2 || moving[0].NodeName != n.Name || moving[1].NodeName != m.Name {
 			t.Errorf("%+v %v", moving, err)

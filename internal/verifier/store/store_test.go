@@ -129,7 +129,7 @@ func (b *bench) addNode(i int) fleet.Node {
 // testResult is of a host with some VMs, all of one tier.
 func (b *bench) testResult(node string, vms int, tier appraise.Tier) *appraise.Result {
 	now := b.clock.Now()
-	r := &appraise.Result{Node: node, Received: now, Expires: now.Add(2 * time.Minute), Host: appraise.Appraisal{Tier: tier}, HostName: "h", PCRs: map[string]string{"sha256:0": "00"}}
+	r := &appraise.Result{Node: node, Received: now, Expires: now.Add(2 * time.Minute), Host: appraise.Appraisal{Tier: tier}, HostName: "h", PCRs: appraise.NewPCRs(map[string]string{"sha256:0": "00"})}
 	if tier != appraise.Affirming {
 		r.Host.Reasons = []appraise.Reason{{Code: "pcr-mismatch", Tier: tier, What: "PCR 0"}}
 	}

@@ -108,7 +108,7 @@ func PCRs(name string) map[string]string {
 func VM(id, name string) appraise.VM {
 	return appraise.VM{
 		UUID: id, Name: name, Running: true, Appraisal: appraise.Appraisal{Tier: appraise.Affirming, Vector: affirmed},
-		EK: Digest("ek " + id), EKCertificate: ekCertificate(id), PCRs: PCRs("debian guest"), Started: 1_800_000_000,
+		EK: Digest("ek " + id), EKCertificate: ekCertificate(id), PCRs: appraise.NewPCRs(PCRs("debian guest")), Started: 1_800_000_000,
 		Launchers: []appraise.Launcher{
 			{Role: "emulator", Path: "/usr/bin/qemu-system-x86_64", SHA256: Digest("qemu"), By: "package qemu-system-x86 1:7.2+dfsg-7+deb12u16"},
 			{Role: "firmware", Path: "/usr/share/OVMF/OVMF_CODE_4M.ms.fd", SHA256: Digest("ovmf"), By: "package ovmf 2022.11-6+deb12u2"},
@@ -122,7 +122,7 @@ func VM(id, name string) appraise.VM {
 // Result gives one of a node that is as it should be.
 func Result(node, name string, vms ...appraise.VM) appraise.Result {
 	return appraise.Result{
-		Node: node, Host: appraise.Appraisal{Tier: appraise.Affirming, Vector: affirmed}, VMs: vms, PCRs: PCRs("debian host"), HostName: name,
+		Node: node, Host: appraise.Appraisal{Tier: appraise.Affirming, Vector: affirmed}, VMs: vms, PCRs: appraise.NewPCRs(PCRs("debian host")), HostName: name,
 		Software: "0.3.0", Kernel: "6.1.0-39-amd64", BootID: ID("boot "+node, 1),
 	}
 }
@@ -203,12 +203,13 @@ func (b *Builder) mischief(ctx context.Context, id string, res appraise.Result, 
 			{Subject: Vault, Kind: "tier", What: "affirming, now contraindicated"},
 		}
 		v := &vms[1]
-		v.PCRs = PCRs("debian guest")
-		v.PCRs["sha256:9"], v.PCRs["sha256:4"] = Digest("evil initrd"), Digest("evil loader")
+		pcrs := PCRs("debian guest")
+		v.PCRs = appraise.NewPCRs(pcrs)
+		pcrs["sha256:9"], pcrs["sha256:4"] = Digest("evil initrd"), Digest("evil loader")
 		v.Vector.Executables, v.Vector.Configuration = 33, 2
 		worsen(&v.Appraisal,
-			appraise.Reason{Code: appraise.CodeVMPCR, Tier: appraise.Contraindicated, What: "PCR 4 of the vTPM is not what its Reference Values say: another boot loader ran", PCR: at(uint(4)), Path: "sha256:4", Digest: v.PCRs["sha256:4"], Expected: Digest("debian guest 4")},
-			appraise.Reason{Code: appraise.CodeVMPCR, Tier: appraise.Contraindicated, What: "PCR 9 of the vTPM is not what its Reference Values say: another kernel or initrd ran", PCR: at(uint(9)), Path: "sha256:9", Digest: v.PCRs["sha256:9"], Expected: Digest("debian guest 9")})
+			appraise.Reason{Code: appraise.CodeVMPCR, Tier: appraise.Contraindicated, What: "PCR 4 of the vTPM is not what its Reference Values say: another boot loader ran", PCR: at(uint(4)), Path: "sha256:4", Digest: pcrs["sha256:4"], Expected: Digest("debian guest 4")},
+			appraise.Reason{Code: appraise.CodeVMPCR, Tier: appraise.Contraindicated, What: "PCR 9 of the vTPM is not what its Reference Values say: another kernel or initrd ran", PCR: at(uint(9)), Path: "sha256:9", Digest: pcrs["sha256:9"], Expected: Digest("debian guest 9")})
 		later = func() {
 			v := &vms[2]
 			v.Launchers = append([]appraise.Launcher(nil), v.Launchers...)
@@ -217,8 +218,9 @@ func (b *Builder) mischief(ctx context.Context, id string, res appraise.Result, 
 			worsen(&v.Appraisal, appraise.Reason{Code: appraise.CodeLauncherUnknown, Tier: appraise.Warning, What: "QEMU ran in a version that no Reference Value has", Log: report.LaunchLog, Entry: at(17), Path: "/usr/bin/qemu-system-x86_64", Digest: Digest("other qemu")})
 		}
 	case BadHost:
-		res.BootID, res.PCRs = ID("boot", 99), PCRs("debian host")
-		res.PCRs["sha256:4"] = Digest("other shim")
+		pcrs := PCRs("debian host")
+		pcrs["sha256:4"] = Digest("other shim")
+		res.BootID, res.PCRs = ID("boot", 99), appraise.NewPCRs(pcrs)
 		res.Host.Vector.Executables = 96
 		res.Changes = []appraise.Change{
 			{Subject: "host", Kind: "reboot", What: "the host was started anew"},
