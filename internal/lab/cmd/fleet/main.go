@@ -50,6 +50,7 @@ func main() {
 	flag.IntVar(&s.vms, "vms", 20, "running VMs of each")
 	flag.IntVar(&s.files, "files", 1000, "entries of each host's measurement list")
 	flag.DurationVar(&s.period, "period", time.Minute, "time between two rounds of a node")
+	flag.DurationVar(&s.ramp, "ramp", 5*time.Minute, "over how long the nodes come, each at first with all of its logs")
 	flag.DurationVar(&s.time, "for", 3*time.Minute, "how long, after every node's first round")
 	flag.StringVar(&s.program, "verifier", "bin/virt-trust-verifier", "the program")
 	flag.StringVar(&s.database, "database", "", "postgres://…; SQLite in a temporary folder if empty")
@@ -66,6 +67,7 @@ func main() {
 type simulation struct {
 	nodes, vms, files int
 	period, time      time.Duration
+	ramp              time.Duration
 	program, database string
 
 	dir, address string
@@ -122,7 +124,7 @@ func (s *simulation) run(ctx context.Context) (err error) {
 		done.Go(func() {
 			once := sync.OnceFunc(first.Done)
 			defer once()
-			if !sleep(ctx, time.Duration(i)*s.period/time.Duration(s.nodes)) {
+			if !sleep(ctx, time.Duration(i)*s.ramp/time.Duration(s.nodes)) {
 				return
 			}
 			s.live(ctx, n, once)
