@@ -232,10 +232,13 @@ func (s *simulation) prepare(ctx context.Context) error {
 	})
 }
 
+// settled is how long a host's VMs have been up: what they have booted counts then.
+const settled = 5 * time.Minute
+
 var launchers = [][3]string{{"emulator", "/usr/bin/qemu-system-x86_64", "qemu"}, {"swtpm", "/usr/bin/swtpm", "swtpm"}, {"firmware", "/usr/share/OVMF/OVMF_CODE.fd", "ovmf"}}
 
 func (s *simulation) node(i int) (*node, error) {
-	h := forge.NewHost("sha256", nil, time.Now())
+	h := forge.NewHost("sha256", nil, time.Now().Add(-settled))
 	h.MeasureMany(s.files)
 	numbers := h.Launchers(launchers...)
 	for v := range s.vms {
@@ -281,6 +284,7 @@ func (n *node) record() fleet.Node {
 // values are Reference Values for all: the nodes are alike.
 func (s *simulation) values() []fleet.Value {
 	n := s.all[0]
+	n.host.Tick(time.Since(n.host.Now))
 	nonce := make([]byte, report.NonceSize)
 	rand.Read(nonce)
 	in := appraise.Input{
@@ -357,7 +361,7 @@ func (s *simulation) round(ctx context.Context, n *node) (took time.Duration, er
 			return 0, err
 		}
 	}
-	n.host.Tick(time.Millisecond)
+	n.host.Tick(time.Since(n.host.Now))
 	evidence := n.host.Evidence(n.next.Nonce, forge.Options{HaveBoot: n.next.HaveBoot, Have: n.next.Have})
 	var o nodeapi.Outcome
 	began := time.Now()
