@@ -348,7 +348,8 @@ func (a *Agent) after(ctx context.Context, err error) time.Duration {
 	wait := jitter(a.backoff())
 	state := Unreachable
 	if errors.As(err, &answer) {
-		wait = max(wait, answer.after)
+		// Those who were sent away together must not come back together.
+		wait = max(wait, answer.after+jitter(answer.after))
 		state = Active // the Verifier is there
 		switch answer.Code {
 		case ca.NodeUnknown:

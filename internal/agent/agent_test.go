@@ -6,6 +6,7 @@ import (
 	cryptorand "crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -13,6 +14,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/sirupsen/logrus"
 
 	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/fleet"
@@ -429,7 +432,7 @@ func TestVerifyServer(t *testing.T) {
 
 // A Verifier that is away, or says no to everything, is not asked without end.
 func TestPace(t *testing.T) {
-	a := &Agent{pace: usualPace}
+	a := &Agent{pace: usualPace, changed: func(Status) {}}
 	for a.tries = 1; a.tries < 100; a.tries++ {
 		d := a.backoff()
 		if d < time.Second || d > time.Minute || a.tries > 7 && d != time.Minute {
@@ -438,6 +441,19 @@ func TestPace(t *testing.T) {
 		if j := jitter(d); j < d/2 || j > d {
 			t.Fatalf("%s of %s", j, d)
 		}
+	}
+	// Nor do those whom it sent away at one moment come back at one moment.
+	a.log = logrus.NewEntry(logrus.New())
+	a.log.Logger.SetOutput(io.Discard)
+	busy := &answerError{Problem: nodeapi.Problem{Code: ca.Failed}, after: 30 * time.Second}
+	least, most := time.Hour, time.Duration(0)
+	for range 100 {
+		a.tries = 0
+		wait := a.after(t.Context(), busy)
+		least, most = min(least, wait), max(most, wait)
+	}
+	if least < 30*time.Second || most > time.Minute || most-least < 5*time.Second {
+		t.Errorf("sent away for 30 s, nodes come back after %s to %s", least, most)
 	}
 	for _, c := range []struct {
 		seconds float64

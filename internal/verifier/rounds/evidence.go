@@ -100,6 +100,10 @@ func (h *Handler) evidence(r *http.Request, id ca.Identity) (int, any, error) {
 	if readErr == errFull || readErr != nil && ctx.Err() != nil {
 		return 0, nil, readErr
 	}
+	if err := h.places.take(ctx, patience); err != nil {
+		return 0, nil, err
+	}
+	defer h.places.give()
 	// From here on there is a result, whatever happens, also when the node has gone
 	// meanwhile: None, if nothing better.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), completeTime)

@@ -2,6 +2,7 @@ package rounds
 
 import (
 	"compress/gzip"
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -80,6 +81,36 @@ func (b *budget) give(n int64) {
 	b.left += n
 	b.mu.Unlock()
 }
+
+// places is how many Evidences are appraised at once. Those who come then wait in
+// the order in which they came: when more comes than the processors can do, the
+// first are done in time, instead of all of them too late.
+type places chan struct{}
+
+// patience is how long Evidence waits for a place, well within the time that an
+// agent waits for its answer.
+const patience = 15 * time.Second
+
+// take reports errFull after so long without a place, or the context's error.
+func (p places) take(ctx context.Context, patience time.Duration) error {
+	select {
+	case p <- struct{}{}:
+		return nil
+	default:
+	}
+	t := time.NewTimer(patience)
+	defer t.Stop()
+	select {
+	case p <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		return errFull
+	}
+}
+
+func (p places) give() { <-p }
 
 // readJSON reads a body into v. Fields that are not known are left out: an agent
 // may be newer.

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"runtime"
 	"sync"
 	"time"
 
@@ -43,6 +44,7 @@ type Options struct {
 	Interval  time.Duration    // between two rounds of a node [1 min]
 	Anonymous int              // requests a minute of one address without identity [120]
 	InFlight  int64            // bytes of Evidence that are held at once [256 MiB]
+	AtOnce    int              // Evidences that are appraised at once [4 for each processor]
 	Now       func() time.Time // [time.Now]
 	Random    io.Reader        // [crypto/rand]
 	Observe   Observer         // [nobody]
@@ -70,6 +72,7 @@ type Handler struct {
 	mux       *http.ServeMux
 	anonymous *addresses
 	budget    budget
+	places    places
 	busy      sync.Map // IDs of nodes whose Evidence is at work
 	nodes     nodes    // caches
 	shown     shown
@@ -89,6 +92,9 @@ func New(o Options) (*Handler, error) {
 	if o.InFlight <= 0 {
 		o.InFlight = 4 * report.MaxEvidence
 	}
+	if o.AtOnce <= 0 {
+		o.AtOnce = 4 * runtime.GOMAXPROCS(0) // some wait for the database
+	}
 	if o.Now == nil {
 		o.Now = time.Now
 	}
@@ -98,7 +104,7 @@ func New(o Options) (*Handler, error) {
 	if o.Observe == nil {
 		o.Observe = nobody{}
 	}
-	h := &Handler{Options: o, mux: http.NewServeMux(), anonymous: newAddresses(o.Anonymous)}
+	h := &Handler{Options: o, mux: http.NewServeMux(), anonymous: newAddresses(o.Anonymous), places: make(places, o.AtOnce)}
 	h.budget.left = o.InFlight
 	h.mux.HandleFunc("POST /v1/enrolments", h.unknown(h.begin))
 	h.mux.HandleFunc("POST /v1/enrolments/{id}", h.unknown(h.finish))

@@ -1,8 +1,10 @@
 package rounds
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -218,6 +220,42 @@ func TestHostileBodies(t *testing.T) {
 				t.Errorf("%s %.20q: %d %s", path, body, a.status, a.body)
 			}
 		}
+	}
+}
+
+// More Evidence than can be appraised waits in its order; what waits in vain, or is
+// no longer waited for, has cost the node nothing.
+func TestPlaces(t *testing.T) {
+	b := newBench(t, func(o *Options) { o.AtOnce = 1 })
+	m := b.join("host-a", b.newHost("one"))
+	m.round(forge.Options{})
+	evidence := m.evidence(m.next(), forge.Options{})
+
+	if err := b.h.places.take(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.h.places.take(t.Context(), time.Millisecond); err != errFull {
+		t.Errorf("without a place: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	r := must[*http.Request](t)(http.NewRequestWithContext(ctx, http.MethodPost, b.address+"/v1/nodes/"+m.id+"/evidence", bytes.NewReader(evidence)))
+	r.Header.Set("Content-Type", report.MediaType)
+	if _, err := m.http.Do(r); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("a node that waits for a place: %v", err)
+	}
+	if before := m.result(); before.Host.Tier != appraise.Affirming {
+		t.Errorf("who went away is %s", before.Host.Tier)
+	}
+	time.AfterFunc(100*time.Millisecond, b.h.places.give)
+	var a answer
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		if a = m.send(evidence); a.status != http.StatusConflict { // until the Verifier has seen that the first has gone
+			break
+		}
+	}
+	if o := m.outcome(a); o.Tier != appraise.Affirming {
+		t.Errorf("the same Evidence, with a place: %+v", o)
 	}
 }
 

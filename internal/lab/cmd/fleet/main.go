@@ -18,6 +18,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -75,6 +76,7 @@ type simulation struct {
 	all          []*node
 
 	missed, bad atomic.Int64
+	failed      atomic.Int64 // rounds, also before it counts
 	mu          sync.Mutex
 	took        []time.Duration // of each round since all had their first
 	counting    atomic.Bool
@@ -134,7 +136,7 @@ func (s *simulation) run(ctx context.Context) (err error) {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	fmt.Printf("every node had its first round, with all of its logs, after %.0f s\n", time.Since(began).Seconds())
+	fmt.Printf("every node had its first round, with all of its logs, after %.0f s; %d had to be tried again\n", time.Since(began).Seconds(), s.failed.Load())
 	s.counting.Store(true)
 	cpu, at := processor(pid), time.Now()
 	sleep(ctx, s.time)
@@ -341,9 +343,11 @@ func (s *simulation) live(ctx context.Context, n *node, first func()) {
 			s.mu.Unlock()
 		}
 		if err != nil {
-			fmt.Fprintln(os.Stderr, n.name(), err)
+			if s.failed.Add(1) <= 10 { // one says as much as a thousand
+				fmt.Fprintln(os.Stderr, n.name(), err)
+			}
 			n.next = nodeapi.Round{}
-			due = time.Now().Add(s.period)
+			due = time.Now().Add(s.period/2 + mathrand.N(s.period/2)) // as agents do, not all at one moment
 		} else {
 			first()
 			due = due.Add(time.Duration(n.next.Interval * float64(time.Second)))
