@@ -14,6 +14,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"virt-trust/internal/bus"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/imagefile"
 	"virt-trust/internal/vtpm/label"
 	"virt-trust/internal/vtpm/reason"
@@ -259,7 +260,7 @@ func TestReleased(t *testing.T) {
 
 func TestLabel(t *testing.T) {
 	if _, err := exec.LookPath("qemu-img"); err != nil {
-		missing(t, "%v", err)
+		testkit.Missing(t, "%v", err)
 	}
 	image := filepath.Join(t.TempDir(), "web.qcow2")
 	if out, err := exec.Command("qemu-img", "create", "-q", "-f", "qcow2", image, "1M").CombinedOutput(); err != nil {

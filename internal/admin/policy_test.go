@@ -16,6 +16,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"virt-trust/internal/bus"
+	"virt-trust/internal/testkit"
 )
 
 // asUser makes this test binary a client on the bus: TestMain hands over to it
@@ -129,7 +130,7 @@ func uid(t *testing.T, name string) *syscall.Credential {
 	t.Helper()
 	u, err := user.Lookup(name)
 	if err != nil {
-		missing(t, "%v", err)
+		testkit.Missing(t, "%v", err)
 	}
 	id, _ := strconv.Atoi(u.Uid)
 	gid, _ := strconv.Atoi(u.Gid)
@@ -140,12 +141,12 @@ func uid(t *testing.T, name string) *syscall.Credential {
 // of caller.
 func TestPolicy(t *testing.T) {
 	if os.Getuid() != 0 {
-		missing(t, "calling as several users needs root")
+		testkit.Missing(t, "calling as several users needs root")
 	}
 	newFake().serve(t, startBus(t))
 	group, err := user.LookupGroup(standIn)
 	if err != nil {
-		missing(t, "%v", err)
+		testkit.Missing(t, "%v", err)
 	}
 	gid, _ := strconv.Atoi(group.Gid)
 	member := uid(t, "nobody")
@@ -210,13 +211,13 @@ func TestPolicy(t *testing.T) {
 // TestPolicySignals: refusals name VMs, so not everybody hears them.
 func TestPolicySignals(t *testing.T) {
 	if os.Getuid() != 0 {
-		missing(t, "listening as several users needs root")
+		testkit.Missing(t, "listening as several users needs root")
 	}
 	f := newFake()
 	f.serve(t, startBus(t))
 	group, err := user.LookupGroup(standIn)
 	if err != nil {
-		missing(t, "%v", err)
+		testkit.Missing(t, "%v", err)
 	}
 	gid, _ := strconv.Atoi(group.Gid)
 	member := uid(t, "nobody")
@@ -257,7 +258,7 @@ func TestPolicySignals(t *testing.T) {
 // same, and lets everybody else do what they may.
 func TestPolicyWithoutAgent(t *testing.T) {
 	if os.Getuid() != 0 {
-		missing(t, "calling as several users needs root")
+		testkit.Missing(t, "calling as several users needs root")
 	}
 	const none = "virt-trust-test-none"
 	if _, err := user.Lookup(none); err == nil {
@@ -279,7 +280,7 @@ func TestPolicyWithoutAgent(t *testing.T) {
 // it otherwise, godbus would end this test with a panic.
 func TestPolicyDescriptors(t *testing.T) {
 	if os.Getuid() != 0 {
-		missing(t, "calling as several users needs root")
+		testkit.Missing(t, "calling as several users needs root")
 	}
 	f := newFake()
 	f.serve(t, startBus(t))

@@ -19,6 +19,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"virt-trust/internal/bus"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/reason"
 )
 
@@ -41,7 +42,7 @@ func startBusFor(t *testing.T, agent string) (address string) {
 	t.Helper()
 	daemon, err := exec.LookPath("dbus-daemon")
 	if err != nil {
-		missing(t, "dbus-daemon: %v", err)
+		testkit.Missing(t, "dbus-daemon: %v", err)
 	}
 	policy, err := os.ReadFile("../../dbus/org.virttrust1.conf")
 	if err != nil {
@@ -110,15 +111,6 @@ const systemConf = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Co
   </policy>
   <include>%s</include>
 </busconfig>`
-
-// missing skips on a laptop and fails where the tests must be whole.
-func missing(t *testing.T, format string, args ...any) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatalf(format, args...)
-	}
-	t.Skipf(format, args...)
-}
 
 func write(t *testing.T, path, text string) {
 	t.Helper()

@@ -17,6 +17,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/nodeapi"
@@ -58,12 +59,12 @@ func TestEnrolAndRounds(t *testing.T) {
 		t.Error("the audit log does not know")
 	}
 	// The certifier's chain came along, and is one that virt-trustd takes.
-	chain := must[[]*x509.Certificate](t)(ekcert.ParseChain(m.chain))
+	chain := testkit.Must[[]*x509.Certificate](t)(ekcert.ParseChain(m.chain))
 	if err := ekcert.VerifyChain(chain, m.tpm.CertifierPublic(), time.Now()); err != nil || !chain[1].Equal(v.ca.Certificate()) {
 		t.Error(err)
 	}
 	goes(t, a, "three rounds", func() bool { return m.rounds() >= 3 })
-	if s := must[store.RoundState](t)(v.store.RoundState(t.Context(), st.Node)); s.Round == 0 {
+	if s := testkit.Must[store.RoundState](t)(v.store.RoundState(t.Context(), st.Node)); s.Round == 0 {
 		t.Errorf("%+v", s)
 	}
 	r, err := v.store.Result(t.Context(), st.Node)
@@ -111,7 +112,7 @@ func TestRefusedEnrolments(t *testing.T) {
 	}
 	used := v.token("", time.Hour)
 	a := newTestAgent(t, m, "")
-	st := must[Status](t)(a.Enrol(t.Context(), v.url(), EnrolOptions{Token: used}))
+	st := testkit.Must[Status](t)(a.Enrol(t.Context(), v.url(), EnrolOptions{Token: used}))
 	wantCode(t, enrol(other, EnrolOptions{Token: used}), ca.TokenUsed)
 	if !v.audited("node.refuse", string(ca.TokenUsed)) {
 		t.Error("a used token that came again is not in the audit log")
@@ -149,7 +150,7 @@ func TestActivation(t *testing.T) {
 	m, other := newMachine(t, "a"), newMachine(t, "b")
 	v := newVerifier(t)
 	c := rawClient(t, v, nil)
-	i := must[*Identity](t)(m.Identity(t.Context()))
+	i := testkit.Must[*Identity](t)(m.Identity(t.Context()))
 	request := func(i *Identity) nodeapi.EnrolmentRequest {
 		secret, _, _ := ca.ParseToken(v.token("", time.Hour))
 		return nodeapi.EnrolmentRequest{
@@ -168,7 +169,7 @@ func TestActivation(t *testing.T) {
 		_, err = c.call(t.Context(), "/v1/enrolments/"+id, a, &m)
 		return m, err
 	}
-	key := must[*tlsKey](t)(newKey())
+	key := testkit.Must[*tlsKey](t)(newKey())
 	answer := func(m *machine, secret []byte) nodeapi.EnrolmentAnswer {
 		attest, sig, err := m.QuoteKey(t.Context(), secret, key.spki)
 		if err != nil {
@@ -179,7 +180,7 @@ func TestActivation(t *testing.T) {
 
 	// Another TPM's EK with this one's AK: the credential opens nowhere.
 	mixed := request(i)
-	oi := must[*Identity](t)(other.Identity(t.Context()))
+	oi := testkit.Must[*Identity](t)(other.Identity(t.Context()))
 	mixed.EK, mixed.EKCertificate = oi.EK, oi.EKCertificate
 	e := begin(mixed)
 	for _, host := range []*machine{m, other} {
@@ -193,12 +194,12 @@ func TestActivation(t *testing.T) {
 	wantCode(t, err, ca.Enrolment) // one guess
 
 	e = begin(request(i))
-	secret := must[[]byte](t)(m.ActivateCredential(t.Context(), e.IDObject, e.EncryptedSecret))
+	secret := testkit.Must[[]byte](t)(m.ActivateCredential(t.Context(), e.IDObject, e.EncryptedSecret))
 	_, err = finish(e.ID, answer(other, secret))
 	wantCode(t, err, ca.KeyNotQuoted)
 
 	e = begin(request(i))
-	secret = must[[]byte](t)(m.ActivateCredential(t.Context(), e.IDObject, e.EncryptedSecret))
+	secret = testkit.Must[[]byte](t)(m.ActivateCredential(t.Context(), e.IDObject, e.EncryptedSecret))
 	v.mu.Lock()
 	v.skew = time.Hour
 	v.mu.Unlock()
@@ -209,7 +210,7 @@ func TestActivation(t *testing.T) {
 	v.mu.Unlock()
 
 	e = begin(request(i))
-	secret = must[[]byte](t)(m.ActivateCredential(t.Context(), e.IDObject, e.EncryptedSecret))
+	secret = testkit.Must[[]byte](t)(m.ActivateCredential(t.Context(), e.IDObject, e.EncryptedSecret))
 	member, err := finish(e.ID, answer(m, secret))
 	if err != nil || member.State != fleet.Active {
 		t.Fatal(member, err)
@@ -348,7 +349,7 @@ func TestVerifierFromBackup(t *testing.T) {
 	m := newMachine(t, "a")
 	v := newVerifier(t)
 	v.stop()
-	backup := must[[]byte](t)(os.ReadFile(filepath.Join(v.dir, "db")))
+	backup := testkit.Must[[]byte](t)(os.ReadFile(filepath.Join(v.dir, "db")))
 	v.start()
 	a := enrolled(t, m, v)
 	node := a.Status().Node
@@ -390,7 +391,7 @@ func TestFalseVerifier(t *testing.T) {
 	node := enrolled(t, m, v)
 	cert := *node.certificate()
 	cert.Certificate = append(cert.Certificate, v.ca.Certificate().Raw)
-	l := must[net.Listener](t)(tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{cert}}))
+	l := testkit.Must[net.Listener](t)(tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{cert}}))
 	defer l.Close()
 	go http.Serve(l, v.handler)
 	if _, err := newTestAgent(t, m, "").Enrol(t.Context(), "https://"+l.Addr().String(), EnrolOptions{Token: v.token("", time.Hour)}); err == nil || codeOf(err) != "" {
@@ -401,14 +402,14 @@ func TestFalseVerifier(t *testing.T) {
 // verifyServer's own rules, past the host name.
 func TestVerifyServer(t *testing.T) {
 	v := newVerifier(t)
-	key := must[*tlsKey](t)(newKey())
-	server := must[*x509.Certificate](t)(v.ca.Server([]string{"verifier.test"}, key.spki, time.Now()))
-	old := must[*x509.Certificate](t)(v.ca.Server([]string{"verifier.test"}, key.spki, time.Now().Add(-30*24*time.Hour)))
+	key := testkit.Must[*tlsKey](t)(newKey())
+	server := testkit.Must[*x509.Certificate](t)(v.ca.Server([]string{"verifier.test"}, key.spki, time.Now()))
+	old := testkit.Must[*x509.Certificate](t)(v.ca.Server([]string{"verifier.test"}, key.spki, time.Now().Add(-30*24*time.Hour)))
 	name := append([]byte{0, 0x0b}, make([]byte, 32)...)
-	node := must[*x509.Certificate](t)(v.ca.Node(ca.Identity{Node: "11111111-1111-4111-8111-111111111111", Name: "verifier.test", EK: make([]byte, 32), AK: name, Bind: name}, key.spki, time.Now()))
+	node := testkit.Must[*x509.Certificate](t)(v.ca.Node(ca.Identity{Node: "11111111-1111-4111-8111-111111111111", Name: "verifier.test", EK: make([]byte, 32), AK: name, Bind: name}, key.spki, time.Now()))
 	root := v.ca.Certificate()
 	other := newVerifier(t).ca
-	foreign := must[*x509.Certificate](t)(other.Server([]string{"verifier.test"}, key.spki, time.Now()))
+	foreign := testkit.Must[*x509.Certificate](t)(other.Server([]string{"verifier.test"}, key.spki, time.Now()))
 	for name, c := range map[string]struct {
 		chain []*x509.Certificate
 		host  string

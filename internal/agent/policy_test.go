@@ -16,6 +16,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"virt-trust/internal/bus"
+	"virt-trust/internal/testkit"
 )
 
 const busConf = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN"
@@ -44,13 +45,13 @@ const busConf = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Confi
 // The packaged bus policy, with users and a group that every Debian has: daemon is
 // virt-trust-agent, games is the group virt-trust.
 func TestBusPolicy(t *testing.T) {
-	need(t, "dbus-daemon", "busctl")
+	testkit.Need(t, "dbus-daemon", "busctl")
 	if os.Getuid() != 0 {
 		t.Skip("as root: several users have to ask")
 	}
-	policy := must[[]byte](t)(os.ReadFile("../../dbus/org.virttrust1.Agent.conf"))
+	policy := testkit.Must[[]byte](t)(os.ReadFile("../../dbus/org.virttrust1.Agent.conf"))
 	text := strings.NewReplacer(`user="virt-trust-agent"`, `user="daemon"`, `group="virt-trust"`, `group="games"`).Replace(string(policy))
-	dir := tempDir(t)
+	dir := testkit.Folder(t)
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -89,8 +90,8 @@ func TestBusPolicy(t *testing.T) {
 		out, err := c.CombinedOutput()
 		return fmt.Sprintf("%s %v", bytes.TrimSpace(out), err)
 	}
-	games := must[*user.Group](t)(user.LookupGroup("games"))
-	gid := must[uint64](t)(strconv.ParseUint(games.Gid, 10, 32))
+	games := testkit.Must[*user.Group](t)(user.LookupGroup("games"))
+	gid := testkit.Must[uint64](t)(strconv.ParseUint(games.Gid, 10, 32))
 	call := func(iface, member string, args ...string) []string {
 		return append([]string{"call", bus.AgentName, string(bus.AgentPath), iface, member}, args...)
 	}

@@ -31,6 +31,7 @@ import (
 	"virt-trust/internal/evidence/report"
 	"virt-trust/internal/hook/bustest"
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/ca"
 )
 
@@ -38,14 +39,14 @@ import (
 func onBus(t *testing.T, a *Agent) *dbus.Conn {
 	t.Helper()
 	bustest.Start(t)
-	conn := must[*dbus.Conn](t)(dbus.ConnectSystemBus())
+	conn := testkit.Must[*dbus.Conn](t)(dbus.ConnectSystemBus())
 	t.Cleanup(func() { conn.Close() })
 	s := &service{conn: conn, agent: a, version: "1", log: quiet(), slots: make(chan struct{}, maxCalls)}
 	a.changed = s.changed
 	if err := s.export(); err != nil {
 		t.Fatal(err)
 	}
-	caller := must[*dbus.Conn](t)(dbus.ConnectSystemBus())
+	caller := testkit.Must[*dbus.Conn](t)(dbus.ConnectSystemBus())
 	t.Cleanup(func() { caller.Close() })
 	return caller
 }
@@ -119,7 +120,7 @@ func TestService(t *testing.T) {
 
 // What the agent says of itself is the contract, and is what it has.
 func TestContract(t *testing.T) {
-	a := &Agent{dir: tempDir(t), log: quiet(), wake: make(chan struct{}, 1), changed: func(Status) {}}
+	a := &Agent{dir: testkit.Folder(t), log: quiet(), wake: make(chan struct{}, 1), changed: func(Status) {}}
 	conn := onBus(t, a)
 	var text string
 	if err := conn.Object(bus.AgentName, bus.AgentPath).Call("org.freedesktop.DBus.Introspectable.Introspect", 0).Store(&text); err != nil {
@@ -211,12 +212,12 @@ func TestPull(t *testing.T) {
 	a := enrolled(t, m, v)
 	const token = "a-token-of-some-length"
 	digest := sha256.Sum256([]byte(token))
-	dir := tempDir(t)
+	dir := testkit.Folder(t)
 	clientCA := filepath.Join(dir, "ca.pem")
 	if err := os.WriteFile(clientCA, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: v.ca.Certificate().Raw}), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	probe := must[net.Listener](t)(net.Listen("tcp", "127.0.0.1:0"))
+	probe := testkit.Must[net.Listener](t)(net.Listen("tcp", "127.0.0.1:0"))
 	address := probe.Addr().String()
 	probe.Close()
 	cfg := config.AgentPull{Listen: address, ClientCA: clientCA, Tokens: []string{hex.EncodeToString(digest[:])}, PerMinute: 12}
@@ -241,7 +242,7 @@ func TestPull(t *testing.T) {
 		}}
 		c := http.Client{Transport: &http.Transport{TLSClientConfig: tc, DisableKeepAlives: true}, Timeout: 10 * time.Second}
 		for i := 0; ; i++ {
-			q := must[*http.Request](t)(http.NewRequest(http.MethodPost, "https://"+address+"/v1/evidence", bytes.NewReader(body)))
+			q := testkit.Must[*http.Request](t)(http.NewRequest(http.MethodPost, "https://"+address+"/v1/evidence", bytes.NewReader(body)))
 			if bearer != "" {
 				q.Header.Set("Authorization", "Bearer "+bearer)
 			}
@@ -254,11 +255,11 @@ func TestPull(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer r.Body.Close()
-			return r.StatusCode, must[[]byte](t)(io.ReadAll(r.Body))
+			return r.StatusCode, testkit.Must[[]byte](t)(io.ReadAll(r.Body))
 		}
 	}
 	nonce := bytes.Repeat([]byte{9}, 32)
-	body := must[[]byte](t)(json.Marshal(EvidenceRequest{nonce}))
+	body := testkit.Must[[]byte](t)(json.Marshal(EvidenceRequest{nonce}))
 	for name, c := range map[string]struct {
 		bearer string
 		body   []byte
@@ -302,10 +303,10 @@ func TestPullNeedsSomebody(t *testing.T) {
 	if _, err := newPuller(config.AgentPull{Listen: "x", PerMinute: 1}, nil, quiet()); err == nil {
 		t.Error("anybody may ask")
 	}
-	if _, err := pullTLS(config.AgentPull{ClientCA: filepath.Join(tempDir(t), "none")}, nil); err == nil {
+	if _, err := pullTLS(config.AgentPull{ClientCA: filepath.Join(testkit.Folder(t), "none")}, nil); err == nil {
 		t.Error("a client CA that is not there")
 	}
-	c := must[*tls.Config](t)(pullTLS(config.AgentPull{}, func() *tls.Certificate { return nil }))
+	c := testkit.Must[*tls.Config](t)(pullTLS(config.AgentPull{}, func() *tls.Certificate { return nil }))
 	if _, err := c.GetCertificate(nil); err == nil {
 		t.Error("a node without a certificate")
 	}

@@ -19,7 +19,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -29,42 +28,14 @@ import (
 	"virt-trust/internal/bus"
 	"virt-trust/internal/evidence/report"
 	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/hosttpm/tpmtest"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/cakey"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/rounds"
 	"virt-trust/internal/verifier/store"
 )
-
-func must[T any](t testing.TB) func(T, error) T {
-	return func(v T, err error) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
-
-func need(t testing.TB, programs ...string) {
-	t.Helper()
-	for _, p := range programs {
-		if _, err := exec.LookPath(p); err != nil {
-			if os.Getenv("CI") == "true" {
-				t.Fatal(err)
-			}
-			t.Skip(err)
-		}
-	}
-}
-
-// tempDir has a short name, which a socket's path needs.
-func tempDir(t testing.TB) string {
-	t.Helper()
-	dir := must[string](t)(os.MkdirTemp("", "vta"))
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
 
 // foundry made three TPMs, each with an EK certificate by one manufacturer
 // (swtpm_setup's own local CA) and with a host's keys. Tests work on copies.
@@ -130,7 +101,7 @@ type machine struct {
 	t     testing.TB
 	dir   string
 	name  string
-	swtpm *exec.Cmd
+	swtpm *tpmtest.TPM
 	tpm   *hosttpm.Host
 
 	mu     sync.Mutex
@@ -145,7 +116,7 @@ type machine struct {
 // newMachine gives a copy of TPM "a", "b" or "c".
 func newMachine(t testing.TB, which string) *machine {
 	t.Helper()
-	need(t, "swtpm", "swtpm_setup", "swtpm_localca")
+	testkit.Need(t, "swtpm", "swtpm_setup", "swtpm_localca")
 	foundry.once.Do(func() {
 		if foundry.dir, foundry.err = os.MkdirTemp("", "vtf"); foundry.err == nil {
 			foundry.err = manufacture(foundry.dir)
@@ -162,7 +133,7 @@ func newMachine(t testing.TB, which string) *machine {
 	if foundry.err != nil {
 		t.Fatal(foundry.err)
 	}
-	dir := tempDir(t)
+	dir := testkit.Folder(t)
 	if err := os.CopyFS(dir, os.DirFS(filepath.Join(foundry.dir, which))); err != nil {
 		t.Fatal(err)
 	}
@@ -174,41 +145,22 @@ func newMachine(t testing.TB, which string) *machine {
 
 func (m *machine) start() {
 	m.t.Helper()
-	sock := filepath.Join(m.dir, "sock")
-	m.swtpm = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+filepath.Join(m.dir, "tpm"), "--server", "type=unixio,path="+sock,
-		"--ctrl", "type=unixio,path="+sock+".ctrl", "--flags", "not-need-init,startup-clear")
-	m.swtpm.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	m.swtpm.WaitDelay = time.Second
-	if err := m.swtpm.Start(); err != nil {
-		m.t.Fatal(err)
-	}
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-		if c, err := net.Dial("unix", sock); err == nil {
-			c.Close()
-			break
-		}
-		if time.Now().After(deadline) {
-			m.t.Fatal("swtpm does not come up")
-		}
+	if m.swtpm == nil {
+		m.swtpm = tpmtest.In(m.t, filepath.Join(m.dir, "tpm"))
+	} else {
+		m.swtpm.Start()
 	}
 	m.openTPM("keys")
 }
 
 func (m *machine) openTPM(keys string) {
 	m.t.Helper()
-	m.tpm = must[*hosttpm.Host](m.t)(hosttpm.Open(hosttpm.Config{Device: filepath.Join(m.dir, "sock"), Dir: filepath.Join(m.dir, keys), PCRs: []uint{0, 7}, Bank: "sha256"}))
+	m.tpm = testkit.Must[*hosttpm.Host](m.t)(hosttpm.Open(hosttpm.Config{Device: m.swtpm.Socket, Dir: filepath.Join(m.dir, keys), PCRs: []uint{0, 7}, Bank: "sha256"}))
 }
 
 func (m *machine) stop() {
-	if m.swtpm != nil {
-		m.tpm.Close()
-		m.swtpm.Process.Kill()
-		m.swtpm.Wait()
-		m.swtpm = nil
-		for _, f := range []string{"sock", "sock.ctrl", "tpm/.lock"} {
-			os.Remove(filepath.Join(m.dir, f))
-		}
-	}
+	m.tpm.Close()
+	m.swtpm.Stop()
 }
 
 // newKeys has the TPM make other keys, as after virt-trust was installed anew.
@@ -324,18 +276,18 @@ type verifier struct {
 
 func newVerifier(t testing.TB) *verifier {
 	t.Helper()
-	v := &verifier{t: t, dir: tempDir(t), log: quiet()}
+	v := &verifier{t: t, dir: testkit.Folder(t), log: quiet()}
 	v.db = "sqlite:" + filepath.Join(v.dir, "db")
 	if err := cakey.Init(filepath.Join(v.dir, "ca.pem"), filepath.Join(v.dir, "key.pem"), "test CA", time.Now()); err != nil {
 		t.Fatal(err)
 	}
 	if b, err := os.ReadFile(filepath.Join(foundry.dir, "ca", "swtpm-localca-rootca-cert.pem")); err == nil {
 		block, _ := pem.Decode(b)
-		v.roots = append(v.roots, must[*x509.Certificate](t)(x509.ParseCertificate(block.Bytes)))
+		v.roots = append(v.roots, testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(block.Bytes)))
 	}
 	if b, err := os.ReadFile(filepath.Join(foundry.dir, "ca", "issuercert.pem")); err == nil {
 		block, _ := pem.Decode(b)
-		v.roots = append(v.roots, must[*x509.Certificate](t)(x509.ParseCertificate(block.Bytes)))
+		v.roots = append(v.roots, testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(block.Bytes)))
 	}
 	v.start()
 	t.Cleanup(v.stop)
@@ -361,11 +313,11 @@ func (v *verifier) now() time.Time {
 // start brings the Verifier up, at the address that it had.
 func (v *verifier) start() {
 	v.t.Helper()
-	v.store = must[*store.Store](v.t)(store.Open(context.Background(), v.db, store.Options{Now: v.now, Challenge: store.ChallengeLimits{PerSource: 1000, Total: 10000}}))
-	v.ca = must[*ca.Authority](v.t)(cakey.Open(filepath.Join(v.dir, "ca.pem"), filepath.Join(v.dir, "key.pem")))
+	v.store = testkit.Must[*store.Store](v.t)(store.Open(context.Background(), v.db, store.Options{Now: v.now, Challenge: store.ChallengeLimits{PerSource: 1000, Total: 10000}}))
+	v.ca = testkit.Must[*ca.Authority](v.t)(cakey.Open(filepath.Join(v.dir, "ca.pem"), filepath.Join(v.dir, "key.pem")))
 	policy := appraise.DefaultPolicy()
-	v.handler = must[*rounds.Handler](v.t)(rounds.New(rounds.Options{
-		Store: v.store, CA: v.ca, Manufacturers: must[*ca.Manufacturers](v.t)(ca.NewManufacturers(v.roots)), Rules: v.rules, Log: v.log,
+	v.handler = testkit.Must[*rounds.Handler](v.t)(rounds.New(rounds.Options{
+		Store: v.store, CA: v.ca, Manufacturers: testkit.Must[*ca.Manufacturers](v.t)(ca.NewManufacturers(v.roots)), Rules: v.rules, Log: v.log,
 		Policy: func(context.Context) (rounds.Policy, error) {
 			return rounds.Policy{Appraisal: policy, Learn: true}, nil
 		},
@@ -426,7 +378,7 @@ func (v *verifier) token(name string, expires time.Duration) string {
 
 func (v *verifier) node(id string) fleet.Node {
 	v.t.Helper()
-	return must[fleet.Node](v.t)(v.store.Node(context.Background(), id))
+	return testkit.Must[fleet.Node](v.t)(v.store.Node(context.Background(), id))
 }
 
 // set changes a node as an operator would.
@@ -459,9 +411,9 @@ var hasty = pace{least: 10 * time.Millisecond, most: 50 * time.Millisecond, appr
 func newTestAgent(t testing.TB, m *machine, dir string) *Agent {
 	t.Helper()
 	if dir == "" {
-		dir = tempDir(t)
+		dir = testkit.Folder(t)
 	}
-	return must[*Agent](t)(newAgent(dir, m, quiet(), hasty))
+	return testkit.Must[*Agent](t)(newAgent(dir, m, quiet(), hasty))
 }
 
 // goes has the loop run until the condition holds.
@@ -491,7 +443,7 @@ func wantCode(t testing.TB, err error, code ca.Code) {
 // rawClient speaks to the Verifier past the agent, with a certificate or none.
 func rawClient(t testing.TB, v *verifier, cert *tls.Certificate) *client {
 	t.Helper()
-	c := newClient(must[*url.URL](t)(parseURL(v.url())), v.ca.Pin(), cert)
+	c := newClient(testkit.Must[*url.URL](t)(parseURL(v.url())), v.ca.Pin(), cert)
 	t.Cleanup(c.close)
 	return c
 }

@@ -3,65 +3,20 @@ package appraise
 import (
 	"bytes"
 	"crypto/sha256"
-	"net"
-	"os"
-	"os/exec"
-	"path/filepath"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
-	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 
 	"virt-trust/internal/evidence/eventlog"
 	"virt-trust/internal/evidence/forge"
 	"virt-trust/internal/evidence/ima"
 	"virt-trust/internal/evidence/quote"
 	"virt-trust/internal/evidence/report"
+	"virt-trust/internal/hosttpm/tpmtest"
 	"virt-trust/internal/launcher/launchlog"
 )
-
-// swtpm starts one that is new.
-func swtpm(t testing.TB) transport.TPM {
-	t.Helper()
-	if _, err := exec.LookPath("swtpm"); err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	dir, err := os.MkdirTemp("", "appraise") // short: it is in a socket's path
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	sock := filepath.Join(dir, "sock")
-	c := exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+dir, "--server", "type=unixio,path="+sock,
-		"--ctrl", "type=unixio,path="+sock+".ctrl", "--flags", "not-need-init,startup-clear")
-	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	c.WaitDelay = time.Second
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Process.Kill(); c.Wait() })
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-		if conn, err := net.Dial("unix", sock); err == nil {
-			conn.Close()
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatal("swtpm does not come up")
-		}
-	}
-	tpm, err := linuxudstpm.Open(sock)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { tpm.Close() })
-	return tpm
-}
 
 // realHost is a host whose PCRs are in swtpm, and which that quotes.
 type realHost struct {
@@ -132,7 +87,7 @@ func (r *realHost) input(b *bench) Input {
 // TPM2_PCR_Extend.
 func TestRealTPM(t *testing.T) {
 	b := newBench(t)
-	r := &realHost{t: t, tpm: swtpm(t), host: b.host}
+	r := &realHost{t: t, tpm: tpmtest.New(t).Open(), host: b.host}
 	template, err := tpm2.Unmarshal[tpm2.TPMTPublic](b.host.TPM.AK())
 	if err != nil {
 		t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 	"virt-trust/internal/bus"
 	"virt-trust/internal/domain"
 	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/reason"
 )
 
@@ -51,7 +52,7 @@ func TestHostAnnounced(t *testing.T) {
 	}
 
 	dir := t.TempDir()
-	tpm := exec.Command(need(t, "swtpm"), "socket", "--tpm2", "--tpmstate", "dir="+dir, "--flags", "not-need-init,startup-clear",
+	tpm := exec.Command(testkit.Need(t, "swtpm"), "socket", "--tpm2", "--tpmstate", "dir="+dir, "--flags", "not-need-init,startup-clear",
 		"--server", "type=unixio,path="+filepath.Join(o.root, "no-tpm"))
 	tpm.SysProcAttr, tpm.WaitDelay = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, time.Second
 	if err := tpm.Start(); err != nil {

@@ -36,6 +36,7 @@ import (
 	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/introspect"
 	"virt-trust/internal/launcher/launchlog"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/ekcert"
 	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/liststore"
@@ -95,10 +96,10 @@ func entry(path, content string) (line []byte, extend [32]byte) {
 // measures plays the kernel.
 func (s *site) measures(paths ...string) {
 	s.t.Helper()
-	tpm := must[interface {
+	tpm := testkit.Must[interface {
 		Send([]byte) ([]byte, error)
 	}](s.t)(linuxudstpm.Open(s.m.socket()))
-	f := must[*os.File](s.t)(os.OpenFile(s.ima, os.O_CREATE, 0o600))
+	f := testkit.Must[*os.File](s.t)(os.OpenFile(s.ima, os.O_CREATE, 0o600))
 	f.Close()
 	for _, p := range paths {
 		line, d := entry(p, p)
@@ -206,15 +207,15 @@ func (s *site) take(have bus.Have) (*report.Evidence, *report.Report) {
 func (s *site) client() *bus.Client {
 	s.t.Helper()
 	s.t.Setenv("DBUS_SYSTEM_BUS_ADDRESS", s.address)
-	c := must[*bus.Client](s.t)(bus.DialForDescriptors(background))
+	c := testkit.Must[*bus.Client](s.t)(bus.DialForDescriptors(background))
 	s.t.Cleanup(func() { c.Close() })
 	return c
 }
 
 func (s *site) verified(b, nonce []byte) (*report.Evidence, *report.Report) {
 	s.t.Helper()
-	e := must[*report.Evidence](s.t)(report.UntrustedParse(b))
-	r := must[*report.Report](s.t)(report.UntrustedParseReport(e.Report))
+	e := testkit.Must[*report.Evidence](s.t)(report.UntrustedParse(b))
+	r := testkit.Must[*report.Report](s.t)(report.UntrustedParseReport(e.Report))
 	if !bytes.Equal(e.Nonce, nonce) || !bytes.Equal(r.AK, s.s.host.AKName()) {
 		s.t.Fatal("another nonce, or another AK's")
 	}
@@ -272,8 +273,8 @@ func TestEvidence(t *testing.T) {
 	e, rep := s.take(bus.Have{})
 	values := e.PCRs[0].Values
 	boot := logOf(t, e, report.EventLog)
-	l := must[*eventlog.Log](t)(eventlog.UntrustedParse(boot.Data))
-	for pcr, v := range must[map[uint][]byte](t)(l.Replay("sha256")) {
+	l := testkit.Must[*eventlog.Log](t)(eventlog.UntrustedParse(boot.Data))
+	for pcr, v := range testkit.Must[map[uint][]byte](t)(l.Replay("sha256")) {
 		if pcr < 15 && pcr != 10 && !bytes.Equal(values[pcr], v) { // the others have logs of their own
 			t.Errorf("the event log does not lead to PCR %d", pcr)
 		}
@@ -281,7 +282,7 @@ func TestEvidence(t *testing.T) {
 	if list := logOf(t, e, report.IMA); !bytes.Equal(replayIMA(t, list.Data), values[10]) || list.More || list.Problem != "" {
 		t.Errorf("the measurement list does not lead to PCR 10: %+v", list)
 	}
-	launch := must[*launchlog.Log](t)(launchlog.Parse(logOf(t, e, report.LaunchLog).Data))
+	launch := testkit.Must[*launchlog.Log](t)(launchlog.Parse(logOf(t, e, report.LaunchLog).Data))
 	if !bytes.Equal(launch.Values["sha256"], values[15]) {
 		t.Error("the launch log does not lead to PCR 15")
 	}
@@ -348,7 +349,7 @@ func TestEvidenceOfDeletedVMs(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.s.ended(background, uuidA, "the VM was undefined")
-	must[string](t)(s.g.Release(background, off(s.facts(uuidB)), s.facts(uuidB)))
+	testkit.Must[string](t)(s.g.Release(background, off(s.facts(uuidB)), s.facts(uuidB)))
 	want := []string{f.UUID + " the VM was undefined", uuidB + " released to plain libvirt"}
 	for _, when := range []string{"at once", "after a restart"} {
 		_, r := s.take(bus.Have{})
@@ -370,13 +371,13 @@ func TestEvidenceOfDeletedVMs(t *testing.T) {
 	}
 	// A folder that cannot be written keeps no VM from being deleted, and nothing is
 	// forgotten while virt-trustd runs.
-	g := must[*gone](t)(openGone(t.TempDir()))
+	g := testkit.Must[*gone](t)(openGone(t.TempDir()))
 	for i := range maxGone + 10 {
 		if err := g.add(goneVM{UUID: uuidA, Time: int64(i)}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	again := must[*gone](t)(openGone(filepath.Dir(g.path)))
+	again := testkit.Must[*gone](t)(openGone(filepath.Dir(g.path)))
 	if n := len(g.deleted()); n != report.MaxDeleted || g.deleted()[n-1].Time != maxGone+9 || !slices.Equal(again.deleted()[n-3:], g.deleted()[n-3:]) {
 		t.Errorf("of %d there are %d", maxGone+10, n)
 	}
@@ -391,7 +392,7 @@ func TestEvidenceOfDeletedVMs(t *testing.T) {
 func TestEvidenceMissesNoVM(t *testing.T) {
 	s := openSite(t)
 	store := s.g.peek()
-	id := must[[16]byte](t)(binaryUUID(uuidA))
+	id := testkit.Must[[16]byte](t)(binaryUUID(uuidA))
 	in := list.Record{UUID: uuidA, Name: "a", Instance: s.dir(uuidA), State: list.Stored, KeyOwner: list.Ours}
 	for range 60 {
 		if err := store.Commit(liststore.Change{Put: &in}); err != nil {
@@ -411,7 +412,7 @@ func TestEvidenceMissesNoVM(t *testing.T) {
 				}
 			default:
 			}
-			r := must[*report.Report](t)(s.s.report(background, make([]byte, 32)))
+			r := testkit.Must[*report.Report](t)(s.s.report(background, make([]byte, 32)))
 			listed := slices.ContainsFunc(r.VMs, func(v report.VM) bool { return v.UUID == id })
 			told := slices.ContainsFunc(r.Deleted, func(d report.Deleted) bool { return d.UUID == id })
 			if !listed && !told {
@@ -577,7 +578,7 @@ func TestIdentityAndCertifier(t *testing.T) {
 	get := func(key string) []byte { b, _ := id[key].Value().([]byte); return b }
 	objects := map[string]*quote.Object{}
 	for _, key := range []string{"ek", "ak", "bind", "certifier"} {
-		objects[key] = must[*quote.Object](t)(quote.ParsePublic(get(key)))
+		objects[key] = testkit.Must[*quote.Object](t)(quote.ParsePublic(get(key)))
 	}
 	ak, err := objects["ak"].AK()
 	if err != nil || objects["ek"].EK() != nil {
@@ -603,18 +604,18 @@ func TestIdentityAndCertifier(t *testing.T) {
 
 	// The CA's certificate over the certifier.
 	certifier := s.s.host.CertifierPublic()
-	caKey := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	caKey := testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	ca := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign, MaxPathLen: 1, SubjectKeyId: []byte{1}}
 	ca.Subject.CommonName = "CA"
 	issue := func(key *ecdsa.PublicKey) *x509.Certificate {
-		tmpl := must[*x509.Certificate](t)(ekcert.IssuerTemplate(certifier))
+		tmpl := testkit.Must[*x509.Certificate](t)(ekcert.IssuerTemplate(certifier))
 		tmpl.SerialNumber, tmpl.NotAfter = big.NewInt(2), time.Now().Add(time.Hour)
-		return must[*x509.Certificate](t)(x509.ParseCertificate(must[[]byte](t)(x509.CreateCertificate(rand.Reader, tmpl, ca, key, caKey))))
+		return testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(testkit.Must[[]byte](t)(x509.CreateCertificate(rand.Reader, tmpl, ca, key, caKey))))
 	}
 	set := func(chain []byte) error {
 		return c.Attest(background, "SetCertifierCertificate", []any{chain, dict{}})
 	}
-	root := must[*x509.Certificate](t)(x509.ParseCertificate(must[[]byte](t)(x509.CreateCertificate(rand.Reader, ca, ca, &caKey.PublicKey, caKey))))
+	root := testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(testkit.Must[[]byte](t)(x509.CreateCertificate(rand.Reader, ca, ca, &caKey.PublicKey, caKey))))
 	first := issue(certifier)
 	if err := set(ekcert.EncodeChain([]*x509.Certificate{first, root})); err != nil {
 		t.Fatal(err)
@@ -637,8 +638,8 @@ func TestIdentityAndCertifier(t *testing.T) {
 func TestQuoteKey(t *testing.T) {
 	s := openSite(t)
 	c := s.client()
-	key := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	spki := must[[]byte](t)(x509.MarshalPKIXPublicKey(&key.PublicKey))
+	key := testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	spki := testkit.Must[[]byte](t)(x509.MarshalPKIXPublicKey(&key.PublicKey))
 	nonce := bytes.Repeat([]byte{8}, 32)
 	var attest, signature []byte
 	ask := func(nonce, spki []byte) error {
@@ -653,7 +654,7 @@ func TestQuoteKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, r := s.take(bus.Have{})
-	forged := must[[]byte](t)(r.Encode())
+	forged := testkit.Must[[]byte](t)(r.Encode())
 	for what, a := range map[string][2][]byte{
 		"a report as a key":      {nonce, forged},
 		"a key and more":         {nonce, append(bytes.Clone(spki), 0)},

@@ -27,6 +27,7 @@ import (
 	"virt-trust/internal/domain"
 	"virt-trust/internal/domain/emulator"
 	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/imagefile"
 	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/liststore"
@@ -60,9 +61,9 @@ func openOffice(t testing.TB) *office {
 	os.Chmod(o.programs, 0o755)
 	socket := filepath.Join(o.programs, "socket")
 	os.WriteFile(filepath.Join(o.programs, "bus.conf"), fmt.Appendf(nil, busConfig, socket), 0o644)
-	c := exec.Command(need(t, "dbus-daemon"), "--nofork", "--nopidfile", "--config-file", filepath.Join(o.programs, "bus.conf"), "--print-address=1")
+	c := exec.Command(testkit.Need(t, "dbus-daemon"), "--nofork", "--nopidfile", "--config-file", filepath.Join(o.programs, "bus.conf"), "--print-address=1")
 	c.SysProcAttr, c.WaitDelay = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, time.Second
-	out := must[io.ReadCloser](t)(c.StdoutPipe())
+	out := testkit.Must[io.ReadCloser](t)(c.StdoutPipe())
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -70,7 +71,7 @@ func openOffice(t testing.TB) *office {
 	out.Read(make([]byte, 1000))
 	o.address = "unix:path=" + socket
 
-	self := must[string](t)(os.Executable())
+	self := testkit.Must[string](t)(os.Executable())
 	for _, p := range []string{"hook", "wrapper", "emulator", "ekcert", "libvirtd", "other"} {
 		to := filepath.Join(o.programs, p)
 		if os.Link(self, to) != nil {
@@ -82,11 +83,11 @@ func openOffice(t testing.TB) *office {
 	os.Mkdir(dir, 0o755)
 	os.Symlink(filepath.Join(o.programs, "wrapper"), filepath.Join(dir, "swtpm"))
 
-	host := must[*hosttpm.Host](t)(hosttpm.Open(hosttpm.Config{Device: filepath.Join(o.root, "no-tpm"), Dir: filepath.Join(o.root, "tpm"), PCRs: []uint{7}, Bank: "sha256"}))
+	host := testkit.Must[*hosttpm.Host](t)(hosttpm.Open(hosttpm.Config{Device: filepath.Join(o.root, "no-tpm"), Dir: filepath.Join(o.root, "tpm"), PCRs: []uint{7}, Bank: "sha256"}))
 	t.Cleanup(func() { host.Close() })
 	l := logrus.New()
 	l.Out = o.house
-	own := must[*dbus.Conn](t)(dbus.Connect(o.address))
+	own := testkit.Must[*dbus.Conn](t)(dbus.Connect(o.address))
 	t.Cleanup(func() { own.Close() })
 	o.s = newService(own, Options{
 		Config: configIn(o.root), Version: "1", Log: logrus.NewEntry(l),
@@ -102,7 +103,7 @@ func openOffice(t testing.TB) *office {
 	if err := o.s.export(); err != nil {
 		t.Fatal(err)
 	}
-	o.conn = must[*dbus.Conn](t)(dbus.Connect(o.address))
+	o.conn = testkit.Must[*dbus.Conn](t)(dbus.Connect(o.address))
 	t.Cleanup(func() { o.conn.Close() })
 	return o
 }
@@ -530,7 +531,7 @@ func TestMethods(t *testing.T) {
 	if err := o.call(bus.Path, m+"GetVM", "none\nof\x1bthem").Err; !errors.As(err, &e) || e.Name != bus.ErrorNotFound || strings.ContainsAny(fmt.Sprint(e.Body), "\n\x1b") {
 		t.Errorf("%v", err)
 	}
-	payload := must[[]byte](t)(imagefile.ReadLabel(o.image(uuidA)))
+	payload := testkit.Must[[]byte](t)(imagefile.ReadLabel(o.image(uuidA)))
 	for want, p := range map[string][]byte{"right": payload, "other": append([]byte{1}, payload...)} {
 		var got dict
 		if err := o.call(bus.Path, m+"CheckLabel", p, dict{}).Store(&got); err != nil || got["verdict"].Value() != want {
@@ -568,7 +569,7 @@ func TestMethods(t *testing.T) {
 func TestDeniedFlood(t *testing.T) {
 	t.Parallel()
 	o := openOffice(t)
-	o.s.programs.Wrapper = must[string](t)(os.Executable())
+	o.s.programs.Wrapper = testkit.Must[string](t)(os.Executable())
 	o.g.report(uuidA, "vm-a", "prepare", refused, reason.VTPMChanged, "remember this", "")
 	for range 200 {
 		if err := o.call(bus.Path, bus.ManagerInterface+".RedeemGrant", "swtpm", o.dir(uuidB), dict{}).Err; err == nil {
@@ -587,7 +588,7 @@ func TestDeniedFlood(t *testing.T) {
 func TestWatchdog(t *testing.T) {
 	o := openOffice(t)
 	socket := filepath.Join(o.root, "notify")
-	l := must[*net.UnixConn](t)(net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"}))
+	l := testkit.Must[*net.UnixConn](t)(net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"}))
 	defer l.Close()
 	t.Setenv("NOTIFY_SOCKET", socket)
 	fed := func(within time.Duration) bool {

@@ -12,6 +12,7 @@ import (
 	"virt-trust/internal/bus"
 	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/recovery"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/reason"
 )
 
@@ -24,9 +25,9 @@ func TestConversation(t *testing.T) {
 		t.Skip("as root there is no need of polkit")
 	}
 	f, _, _ := o.ran(uuidA)
-	c := must[*bus.Client](t)(bus.DialForDescriptors(background))
+	c := testkit.Must[*bus.Client](t)(bus.DialForDescriptors(background))
 	defer c.Close()
-	k := must[*recovery.Key](t)(recovery.NewKey())
+	k := testkit.Must[*recovery.Key](t)(recovery.NewKey())
 	var said []string
 	hear := func(l bus.Line) error { said = append(said, l.Say); return nil }
 	set := func(options dict) error {
@@ -49,7 +50,7 @@ func TestConversation(t *testing.T) {
 		_, err := c.Converse(background, "Recover", []any{"", dict{}}, []byte(text), hear)
 		return err
 	}
-	refuses0(t, recover(must[*recovery.Key](t)(recovery.NewKey()).Text()), reason.KeyNotReleased)
+	refuses0(t, recover(testkit.Must[*recovery.Key](t)(recovery.NewKey()).Text()), reason.KeyNotReleased)
 	if err := recover("nonsense"); err == nil || reason.As(err) != nil {
 		t.Error(err)
 	}

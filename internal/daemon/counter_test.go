@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/liststore"
 )
@@ -75,7 +76,7 @@ func TestKilledWhileCounting(t *testing.T) {
 		}
 	}
 	sock := filepath.Join(root, "tpm", "sock")
-	swtpm := exec.Command(need(t, "swtpm"), "socket", "--tpm2", "--tpmstate", "dir="+filepath.Join(root, "tpm"), "--server", "type=unixio,path="+sock, "--flags", "not-need-init,startup-clear")
+	swtpm := exec.Command(testkit.Need(t, "swtpm"), "socket", "--tpm2", "--tpmstate", "dir="+filepath.Join(root, "tpm"), "--server", "type=unixio,path="+sock, "--flags", "not-need-init,startup-clear")
 	swtpm.SysProcAttr, swtpm.WaitDelay = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, time.Second
 	if err := swtpm.Start(); err != nil {
 		t.Fatal(err)
@@ -93,7 +94,7 @@ func TestKilledWhileCounting(t *testing.T) {
 	var older [][]byte
 	raised := uint64(0)
 	for i := range 25 {
-		c := exec.Command(must[string](t)(os.Executable()), root)
+		c := exec.Command(testkit.Must[string](t)(os.Executable()), root)
 		c.Env = append(os.Environ(), childMode+"=count")
 		c.SysProcAttr, c.WaitDelay = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, time.Second
 		var words strings.Builder
@@ -117,7 +118,7 @@ func TestKilledWhileCounting(t *testing.T) {
 		}
 		os.Remove(filepath.Join(root, "run", "list-generation"))
 		// What lies there is at most one raise behind the counter.
-		b := must[[]byte](t)(os.ReadFile(path))
+		b := testkit.Must[[]byte](t)(os.ReadFile(path))
 		host, store, err := countedIn(root, true)
 		if err != nil {
 			t.Fatalf("kill %d: %v", i, err)
@@ -131,7 +132,7 @@ func TestKilledWhileCounting(t *testing.T) {
 		host.Close()
 		older = append(older, b)
 	}
-	newest := must[[]byte](t)(os.ReadFile(path))
+	newest := testkit.Must[[]byte](t)(os.ReadFile(path))
 	for i, b := range older {
 		os.Remove(filepath.Join(root, "run", "list-generation"))
 		if err := os.WriteFile(path, b, 0o600); err != nil {

@@ -19,6 +19,7 @@ import (
 
 	"virt-trust/internal/domain"
 	"virt-trust/internal/recovery"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/imagefile"
 	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/liststore"
@@ -120,7 +121,7 @@ func keyIn(state string) (*recovery.Key, error) {
 // putKey makes a recovery key for keyIn.
 func (h *house) putKey() *recovery.Key {
 	h.t.Helper()
-	k := must[*recovery.Key](h.t)(recovery.NewKey())
+	k := testkit.Must[*recovery.Key](h.t)(recovery.NewKey())
 	if err := os.WriteFile(filepath.Join(h.root, "recovery.key"), []byte(k.Text()), 0o600); err != nil {
 		h.t.Fatal(err)
 	}
@@ -159,7 +160,7 @@ type cutAt struct {
 func (h *house) inChild(op string, options ...string) (stderr string, err error) {
 	h.t.Helper()
 	var words bytes.Buffer
-	c := exec.Command(need(h.t, "strace"), append(append([]string{"-f", "-qq"}, options...), must[string](h.t)(os.Executable()), h.root)...)
+	c := exec.Command(testkit.Need(h.t, "strace"), append(append([]string{"-f", "-qq"}, options...), testkit.Must[string](h.t)(os.Executable()), h.root)...)
 	c.Env = append(os.Environ(), childMode+"="+op)
 	c.SysProcAttr, c.WaitDelay = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, time.Second
 	c.Stderr = &words
@@ -175,7 +176,7 @@ func (h *house) steps(op string) (all []cutAt) {
 		h.t.Fatalf("%s: %v: %s", op, err, words)
 	}
 	main, count := "", map[string]int{}
-	for line := range strings.Lines(string(must[[]byte](h.t)(os.ReadFile(trace)))) {
+	for line := range strings.Lines(string(testkit.Must[[]byte](h.t)(os.ReadFile(trace)))) {
 		pid, rest, _ := strings.Cut(line, " ")
 		call, _, ok := strings.Cut(strings.TrimSpace(rest), "(")
 		if main == "" {
@@ -236,9 +237,9 @@ var scenes = []scene{
 		return f
 	}, func(h *house, f *domain.Facts) {
 		// The power goes while swtpm writes once more.
-		must[any](h.t)(h.g.List(context.Background()))
+		testkit.Must[any](h.t)(h.g.List(context.Background()))
 		written := h.read(uuidA)
-		noted := must[[]list.Past](h.t)(h.g.readJournal(h.g.peek().Get(uuidA)))
+		noted := testkit.Must[[]list.Past](h.t)(h.g.readJournal(h.g.peek().Get(uuidA)))
 		h.put(uuidA, make([]byte, len(written)))
 		guarded(h, f)
 		if noted[len(noted)-1].Digest == statedir.Digest("tpm2-00.permall", written) && !bytes.Equal(h.read(uuidA), written) {
@@ -309,16 +310,16 @@ var scenes = []scene{
 		return f
 	}, func(h *house, f *domain.Facts) {
 		guarded(h, f)
-		k := must[*recovery.Key](h.t)(keyIn(h.g.dirs.State))
-		must[string](h.t)(h.g.SetRecovery(background, k.Recipient(), quietly))
+		k := testkit.Must[*recovery.Key](h.t)(keyIn(h.g.dirs.State))
+		testkit.Must[string](h.t)(h.g.SetRecovery(background, k.Recipient(), quietly))
 		h.otherTPM()
-		must[string](h.t)(h.g.Recover(background, k, quietly))
+		testkit.Must[string](h.t)(h.g.Recover(background, k, quietly))
 		h.tpm = nil // the next case has the first TPM
 		h.start(f)
 	}},
 	{"a recovery", "recover", func(h *house) *domain.Facts {
 		f, _, _ := h.ran(uuidA)
-		must[string](h.t)(h.g.SetRecovery(background, h.putKey().Recipient(), quietly))
+		testkit.Must[string](h.t)(h.g.SetRecovery(background, h.putKey().Recipient(), quietly))
 		os.Remove(liststore.Path(h.g.dirs.State))
 		return f
 	}, func(h *house, f *domain.Facts) {
@@ -326,12 +327,12 @@ var scenes = []scene{
 			if reason.As(err) == nil {
 				h.t.Fatal(err)
 			}
-			must[string](h.t)(h.g.Recover(background, must[*recovery.Key](h.t)(keyIn(h.g.dirs.State)), quietly))
+			testkit.Must[string](h.t)(h.g.Recover(background, testkit.Must[*recovery.Key](h.t)(keyIn(h.g.dirs.State)), quietly))
 		}
 		guarded(h, f)
 	}},
 	{"release", "release", func(h *house) *domain.Facts { f, _, _ := h.ran(uuidA); return f }, func(h *house, f *domain.Facts) {
-		store := must[interface{ Get(string) *list.Record }](h.t)(h.listed())
+		store := testkit.Must[interface{ Get(string) *list.Record }](h.t)(h.listed())
 		if r := store.Get(uuidA); r == nil || r.State != list.Released {
 			guarded(h, f)
 			if _, err := h.g.Release(context.Background(), off(f), f); err != nil {

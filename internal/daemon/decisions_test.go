@@ -6,13 +6,15 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"virt-trust/internal/testkit"
 )
 
 func TestDecisions(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "decisions.jsonl")
 	open := func() *decisions {
 		t.Helper()
-		return must[*decisions](t)(openDecisions(path))
+		return testkit.Must[*decisions](t)(openDecisions(path))
 	}
 	d := open()
 	for i := range 3 {
@@ -21,7 +23,7 @@ func TestDecisions(t *testing.T) {
 	d.Close()
 
 	// Power goes while a line is written: it alone is lost.
-	b := must[[]byte](t)(os.ReadFile(path))
+	b := testkit.Must[[]byte](t)(os.ReadFile(path))
 	os.WriteFile(path, b[:len(b)-10], 0o600)
 	d = open()
 	d.add(Decision{Operation: "after"})

@@ -30,6 +30,7 @@ import (
 	"virt-trust/internal/launcher/measure"
 	"virt-trust/internal/launcher/pkgdb"
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/ek"
 	profile "virt-trust/internal/vtpm/ekcert"
 	"virt-trust/internal/vtpm/list"
@@ -84,7 +85,7 @@ func openFactory(t testing.TB, change ...func(*config.Config)) *factory {
 
 func ownCgroup(t testing.TB) string {
 	t.Helper()
-	return string(must[[]byte](t)(os.ReadFile("/proc/self/cgroup")))
+	return string(testkit.Must[[]byte](t)(os.ReadFile("/proc/self/cgroup")))
 }
 
 // setup runs swtpm_setup as libvirt 9.0 does.
@@ -133,14 +134,14 @@ func (o *factory) redeemed(f *domain.Facts) {
 // plain gives a VM's state in the clear.
 func (o *factory) plain(uuid string) []byte {
 	o.t.Helper()
-	keys := must[[]byte](o.t)(o.tpm.UnwrapKeys(background, o.g.peek().Get(uuid).WrappedKeys))
-	return must[[]byte](o.t)(statefile.Decrypt(o.read(uuid), keys[:32]))
+	keys := testkit.Must[[]byte](o.t)(o.tpm.UnwrapKeys(background, o.g.peek().Get(uuid).WrappedKeys))
+	return testkit.Must[[]byte](o.t)(statefile.Decrypt(o.read(uuid), keys[:32]))
 }
 
 // inside runs tpm2-tools in a shell on a copy of a VM's vTPM.
 func (o *factory) inside(uuid, script string) []byte {
 	o.t.Helper()
-	need(o.t, "tpm2_nvread")
+	testkit.Need(o.t, "tpm2_nvread")
 	dir := o.t.TempDir()
 	os.WriteFile(filepath.Join(dir, "tpm2-00.permall"), o.plain(uuid), 0o600)
 	c := exec.Command("sh", "-c", `swtpm socket --tpm2 --tpmstate dir=. --server type=unixio,path=s --ctrl type=unixio,path=s.ctrl --flags not-need-init,startup-clear &
@@ -164,7 +165,7 @@ func opensslVerifies(t *testing.T, chain, der []byte) {
 	ca, leaf := filepath.Join(dir, "ca.pem"), filepath.Join(dir, "leaf.der")
 	os.WriteFile(ca, chain, 0o600)
 	os.WriteFile(leaf, der, 0o600)
-	if out, err := exec.Command(need(t, "openssl"), "verify", "-x509_strict", "-policy_check", "-CAfile", ca, leaf).CombinedOutput(); err != nil {
+	if out, err := exec.Command(testkit.Need(t, "openssl"), "verify", "-x509_strict", "-policy_check", "-CAfile", ca, leaf).CombinedOutput(); err != nil {
 		t.Errorf("openssl verify: %v: %s", err, out)
 	}
 }
@@ -184,7 +185,7 @@ func TestManufacture(t *testing.T) {
 	if err != nil || said.VM != uuidA || said.Origin != profile.Manufactured || said.KeyID != r.EKDigest.String() {
 		t.Fatalf("%+v, %v; EK %s\n%s", said, err, r.EKDigest, o.logged())
 	}
-	chain := profile.EncodeChain(must[[]*x509.Certificate](t)(o.g.certifierChain(background)))
+	chain := profile.EncodeChain(testkit.Must[[]*x509.Certificate](t)(o.g.certifierChain(background)))
 	nv := o.inside(uuidA, nvCertificates)
 	for _, kind := range []string{"RSA EK", "ECC EK", "platform"} {
 		line, rest, _ := bytes.Cut(nv, []byte("\n"))
@@ -320,14 +321,14 @@ var libtpms = profile.TPM{Manufacturer: "id:00001014", Version: "id:20191023", F
 
 func rsaKey(t *testing.T) []byte {
 	t.Helper()
-	k := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
-	return must[[]byte](t)(x509.MarshalPKIXPublicKey(k.Public()))
+	k := testkit.Must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	return testkit.Must[[]byte](t)(x509.MarshalPKIXPublicKey(k.Public()))
 }
 
 func eccKey(t *testing.T) []byte {
 	t.Helper()
-	k := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P384(), rand.Reader))
-	return must[[]byte](t)(x509.MarshalPKIXPublicKey(k.Public()))
+	k := testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P384(), rand.Reader))
+	return testkit.Must[[]byte](t)(x509.MarshalPKIXPublicKey(k.Public()))
 }
 
 // process is a swtpm_setup that runs as long as the test.
@@ -501,28 +502,28 @@ func TestCertifierChain(t *testing.T) {
 	}
 	pid := process(t)
 	h.mkdir(uuidA)
-	must[*Redemption](t)(h.g.Redeem("swtpm_setup", h.dir(uuidA), &caller{pid: pid, cgroup: cgroup}))
-	der := must[[]byte](t)(h.g.CertifyEK(background, "ek", rsaKey(t), uuidA, libtpms, &caller{parent: pid, cgroup: cgroup}))
-	own := must[[]*x509.Certificate](t)(h.g.certifierChain(background))
+	testkit.Must[*Redemption](t)(h.g.Redeem("swtpm_setup", h.dir(uuidA), &caller{pid: pid, cgroup: cgroup}))
+	der := testkit.Must[[]byte](t)(h.g.CertifyEK(background, "ek", rsaKey(t), uuidA, libtpms, &caller{parent: pid, cgroup: cgroup}))
+	own := testkit.Must[[]*x509.Certificate](t)(h.g.certifierChain(background))
 	opensslVerifies(t, profile.EncodeChain(own), der)
-	if again := must[[]*x509.Certificate](t)(h.g.certifierChain(background)); !again[0].Equal(own[0]) {
+	if again := testkit.Must[[]*x509.Certificate](t)(h.g.certifierChain(background)); !again[0].Equal(own[0]) {
 		t.Error("made anew")
 	}
 
-	root := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	root := testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	now := h.g.now()
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1), NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}
 	template.Subject.CommonName = "CA"
-	rootDER := must[[]byte](t)(x509.CreateCertificate(rand.Reader, template, template, root.Public(), root))
-	ca := must[*x509.Certificate](t)(x509.ParseCertificate(rootDER))
+	rootDER := testkit.Must[[]byte](t)(x509.CreateCertificate(rand.Reader, template, template, root.Public(), root))
+	ca := testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(rootDER))
 	issue := func(change func(*x509.Certificate)) []byte {
-		c := must[*x509.Certificate](t)(profile.IssuerTemplate(h.tpm.CertifierPublic()))
+		c := testkit.Must[*x509.Certificate](t)(profile.IssuerTemplate(h.tpm.CertifierPublic()))
 		c.SerialNumber, c.NotBefore, c.NotAfter = big.NewInt(2), now.Add(-time.Minute), now.Add(time.Minute)
 		change(c)
-		der := must[[]byte](t)(x509.CreateCertificate(rand.Reader, c, ca, h.tpm.CertifierPublic(), root))
-		return profile.EncodeChain([]*x509.Certificate{must[*x509.Certificate](t)(x509.ParseCertificate(der)), ca})
+		der := testkit.Must[[]byte](t)(x509.CreateCertificate(rand.Reader, c, ca, h.tpm.CertifierPublic(), root))
+		return profile.EncodeChain([]*x509.Certificate{testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(der)), ca})
 	}
 	refuses(t, h.g.SetCertifierChain(background, issue(func(c *x509.Certificate) { c.Subject.CommonName = "me" })), reason.PolicyForbids)
 	good := issue(func(*x509.Certificate) {})
@@ -532,20 +533,20 @@ func TestCertifierChain(t *testing.T) {
 	if h.g.chainText() != string(good) {
 		t.Error("another chain is kept")
 	}
-	opensslVerifies(t, profile.EncodeChain([]*x509.Certificate{ca, must[[]*x509.Certificate](t)(h.g.certifierChain(background))[0]}), der)
+	opensslVerifies(t, profile.EncodeChain([]*x509.Certificate{ca, testkit.Must[[]*x509.Certificate](t)(h.g.certifierChain(background))[0]}), der)
 
 	// It outlives virt-trustd; when it has expired, or the file is none, the certifier's own comes back.
 	h.g.certifier.chain = nil
-	if c := must[[]*x509.Certificate](t)(h.g.certifierChain(background)); len(c) != 2 {
+	if c := testkit.Must[[]*x509.Certificate](t)(h.g.certifierChain(background)); len(c) != 2 {
 		t.Errorf("%d certificates", len(c))
 	}
 	h.later(2 * time.Minute)
-	if c := must[[]*x509.Certificate](t)(h.g.certifierChain(background)); len(c) != 1 {
+	if c := testkit.Must[[]*x509.Certificate](t)(h.g.certifierChain(background)); len(c) != 1 {
 		t.Errorf("%d certificates", len(c))
 	}
 	os.WriteFile(h.g.chainPath(), []byte("rubbish"), 0o600)
 	h.g.certifier.chain = nil
-	if c := must[[]*x509.Certificate](t)(h.g.certifierChain(background)); len(c) != 1 {
+	if c := testkit.Must[[]*x509.Certificate](t)(h.g.certifierChain(background)); len(c) != 1 {
 		t.Errorf("%d certificates", len(c))
 	}
 }
@@ -578,7 +579,7 @@ func TestAdoptedAndCopied(t *testing.T) {
 		if err != nil || said.Origin != profile.TakenIn || said.VM != id || said.KeyID != r.EKDigest.String() || !strings.Contains(what, "not in the vTPM") {
 			t.Errorf("%+v, %v, %q", said, err, what)
 		}
-		opensslVerifies(t, profile.EncodeChain(must[[]*x509.Certificate](t)(o.g.certifierChain(background))), r.EKCertificate)
+		opensslVerifies(t, profile.EncodeChain(testkit.Must[[]*x509.Certificate](t)(o.g.certifierChain(background))), r.EKCertificate)
 		if what, err = o.g.IssueEK(background, off(f), f); err != nil || !strings.Contains(what, "already") {
 			t.Errorf("again: %q, %v", what, err)
 		}
@@ -608,7 +609,7 @@ func TestAdoptedAndCopied(t *testing.T) {
 // with the AK besides (which is made when swtpm's grant is redeemed). The host's
 // TPM is a fake here: add what three signatures take.
 func BenchmarkManufacture(b *testing.B) {
-	localca := need(b, "swtpm_localca")
+	localca := testkit.Need(b, "swtpm_localca")
 	for _, by := range []string{"virt-trust-ekcert", "swtpm_localca", "virt-trust-ekcert and AK"} {
 		b.Run(by, func(b *testing.B) {
 			o := openFactory(b, func(c *config.Config) {

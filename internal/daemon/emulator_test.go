@@ -16,6 +16,7 @@ import (
 	"virt-trust/internal/domain/emulator"
 	"virt-trust/internal/domain/libvirt"
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/reason"
 )
 
@@ -25,9 +26,9 @@ const qemu = "qemu-system-x86_64"
 // QEMU behind it.
 func underOurs(t *testing.T, f *domain.Facts) []byte {
 	t.Helper()
-	need(t, qemu)
+	testkit.Need(t, qemu)
 	f.Emulator = filepath.Join(emulator.Dir, qemu)
-	d := sha256.Sum256(must[[]byte](t)(os.ReadFile(emulator.Real(qemu))))
+	d := sha256.Sum256(testkit.Must[[]byte](t)(os.ReadFile(emulator.Real(qemu))))
 	return d[:]
 }
 
@@ -175,7 +176,7 @@ func (l *definitions) Redefine(_ context.Context, _ string, edit func([]byte, bo
 
 func TestAdoptEmulator(t *testing.T) {
 	t.Parallel()
-	need(t, qemu)
+	testkit.Need(t, qemu)
 	h := newHouse(t)
 	with := func(path, tpm string) string {
 		return "<domain type='kvm'>\n  <name>vm-a</name><uuid>" + uuidA + "</uuid>\n<metadata><x:y xmlns:x='z'/></metadata><devices><emulator>" + path + "</emulator>" + tpm + "</devices><!-- more -->\n</domain>\n"
@@ -217,7 +218,7 @@ func TestAdoptEmulator(t *testing.T) {
 		if what := ok(restore(l)); !strings.Contains(what, "not virt-trust's") {
 			t.Errorf("again: %s", what)
 		}
-		if all := must[map[string]string](t)(h.g.readEmulators()); len(all) != 0 {
+		if all := testkit.Must[map[string]string](t)(h.g.readEmulators()); len(all) != 0 {
 			t.Errorf("remembered: %v", all)
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"virt-trust/internal/evidence/report"
 	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/introspect"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/liststore"
 )
@@ -23,7 +24,7 @@ import (
 // running puts n VMs into the list, each with a swtpm that runs.
 func (s *site) running(n int) {
 	s.t.Helper()
-	swtpm := need(s.t, "swtpm")
+	swtpm := testkit.Need(s.t, "swtpm")
 	memory := introspect.NewMemory(introspect.Config{Swtpm: swtpm, Dir: s.g.dirs.Run, UID: os.Getuid(), GID: os.Getgid()})
 	s.t.Cleanup(func() { memory.Close() })
 	s.s.pcrs = memory

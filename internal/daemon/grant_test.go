@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/reason"
 )
 
@@ -157,7 +158,7 @@ func TestRedemption(t *testing.T) {
 	}
 	defer r.Close()
 	for _, k := range []*os.File{r.State, r.Transfer} {
-		b := must[[]byte](t)(io.ReadAll(k))
+		b := testkit.Must[[]byte](t)(io.ReadAll(k))
 		if len(b) != 64 || strings.Trim(string(b), "0123456789abcdef") != "" {
 			t.Errorf("%d bytes", len(b))
 		}
@@ -186,18 +187,18 @@ func TestGrantForPCRBanks(t *testing.T) {
 			return nil, err
 		}
 		defer r.Close()
-		b := must[[]byte](t)(io.ReadAll(r.State))
-		return must[[]byte](t)(hex.DecodeString(string(b))), nil
+		b := testkit.Must[[]byte](t)(io.ReadAll(r.State))
+		return testkit.Must[[]byte](t)(hex.DecodeString(string(b))), nil
 	}
 	if err := h.prepare(f); err != nil {
 		t.Fatal(err)
 	}
 	h.mkdir(uuidA)
-	key := must[[]byte](t)(setup())
+	key := testkit.Must[[]byte](t)(setup())
 	_, err := setup()
 	refuses(t, err, reason.KeyNotReleased) // nothing was made
 	h.write(uuidA, key)
-	must[[]byte](t)(setup())
+	testkit.Must[[]byte](t)(setup())
 	_, err = setup()
 	refuses(t, err, reason.KeyNotReleased)
 	h.keys(uuidA)
@@ -209,7 +210,7 @@ func TestGrantForPCRBanks(t *testing.T) {
 	if err := h.prepare(f); err != nil {
 		t.Fatal(err)
 	}
-	must[[]byte](t)(setup()) // for what changed in the definition
+	testkit.Must[[]byte](t)(setup()) // for what changed in the definition
 	_, err = setup()
 	refuses(t, err, reason.KeyNotReleased)
 	h.keys(uuidA)

@@ -18,6 +18,7 @@ import (
 	"virt-trust/internal/domain"
 	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/imagefile"
 	"virt-trust/internal/vtpm/label"
 	"virt-trust/internal/vtpm/list"
@@ -40,7 +41,7 @@ func TestNewVM(t *testing.T) {
 	if r.State != list.Stored || r.Open || r.LabelPath != h.image(uuidA) || r.Generation != 1 {
 		t.Errorf("%+v", r)
 	}
-	payload := must[[]byte](t)(imagefile.ReadLabel(h.image(uuidA)))
+	payload := testkit.Must[[]byte](t)(imagefile.ReadLabel(h.image(uuidA)))
 	if l, err := label.Verify(payload, key); err != nil || l.VM != uuidA || l.Instance != h.dir(uuidA) {
 		t.Errorf("%+v, %v", l, err)
 	}
@@ -78,7 +79,7 @@ func TestAdoption(t *testing.T) {
 	t.Parallel()
 	h := newHouse(t)
 	f := h.vm(uuidA, true)
-	old := must[*os.File](t)(os.Open(h.state(uuidA)))
+	old := testkit.Must[*os.File](t)(os.Open(h.state(uuidA)))
 	defer old.Close()
 	key := h.start(f)
 	h.decrypts(uuidA, key)
@@ -98,7 +99,7 @@ func TestAdoptionDiscards(t *testing.T) {
 	f := h.vm(uuidA, true)
 	torn := filepath.Join(h.dir(uuidA), "TMP2-00.permall")
 	copyFile(t, h.state(uuidA), torn)
-	must[string](t)(h.g.Adopt(background, off(f), f, false))
+	testkit.Must[string](t)(h.g.Adopt(background, off(f), f, false))
 	h.noPlain(uuidA)
 	// And what Release left at its last step.
 	copyFile(t, filepath.Join(made.dir, "tpm2", "tpm2-00.permall"), filepath.Join(h.dir(uuidA), ".virt-trust.new"))
@@ -168,7 +169,7 @@ func TestRefusals(t *testing.T) {
 		{"label removed", func(h *house, v [][]byte) { copyFile(h.t, filepath.Join(made.dir, "disk.qcow2"), h.image(uuidA)) }, reason.LabelMissing, repair, false},
 		{"label removed, adopted", func(h *house, v [][]byte) { copyFile(h.t, filepath.Join(made.dir, "disk.qcow2"), h.image(uuidA)) }, reason.LabelMissing, adopt, false},
 		{"label edited", func(h *house, v [][]byte) {
-			p := must[[]byte](h.t)(imagefile.ReadLabel(h.image(uuidA)))
+			p := testkit.Must[[]byte](h.t)(imagefile.ReadLabel(h.image(uuidA)))
 			p[len(p)-1] ^= 1
 			if err := imagefile.WriteLabel(h.image(uuidA), p); err != nil {
 				h.t.Fatal(err)
@@ -181,9 +182,9 @@ func TestRefusals(t *testing.T) {
 			copyFile(h.t, h.image(uuidB), h.image(uuidA))
 		}, reason.LabelOtherVM, adopt, false},
 		{"label of another host", func(h *house, v [][]byte) {
-			l := must[*label.Label](h.t)(label.UntrustedParse(must[[]byte](h.t)(imagefile.ReadLabel(h.image(uuidA)))))
+			l := testkit.Must[*label.Label](h.t)(label.UntrustedParse(testkit.Must[[]byte](h.t)(imagefile.ReadLabel(h.image(uuidA)))))
 			l.Recipients[0].BindKeyName[5] ^= 1
-			p := must[[]byte](h.t)(l.Seal(make([]byte, 32)))
+			p := testkit.Must[[]byte](h.t)(l.Seal(make([]byte, 32)))
 			if err := imagefile.WriteLabel(h.image(uuidA), p); err != nil {
 				h.t.Fatal(err)
 			}
@@ -196,13 +197,13 @@ func TestRefusals(t *testing.T) {
 		{"image is gone", func(h *house, v [][]byte) { os.Rename(h.image(uuidA), h.image(uuidA)+".x") }, reason.LabelMissing,
 			byHand(func(h *house) { os.Rename(h.image(uuidA)+".x", h.image(uuidA)) }), false},
 		{"list deleted", func(h *house, v [][]byte) { os.Remove(liststore.Path(h.g.dirs.State)) }, reason.ListDamaged,
-			byHand(func(h *house) { must[string](h.t)(h.g.RepairList(background)) }), false},
+			byHand(func(h *house) { testkit.Must[string](h.t)(h.g.RepairList(background)) }), false},
 		{"list edited", func(h *house, v [][]byte) {
 			p := liststore.Path(h.g.dirs.State)
-			b := must[[]byte](h.t)(os.ReadFile(p))
+			b := testkit.Must[[]byte](h.t)(os.ReadFile(p))
 			b[len(b)-1] ^= 1
 			os.WriteFile(p, b, 0o600)
-		}, reason.ListDamaged, byHand(func(h *house) { must[string](h.t)(h.g.RepairList(background)) }), false},
+		}, reason.ListDamaged, byHand(func(h *house) { testkit.Must[string](h.t)(h.g.RepairList(background)) }), false},
 		{"the host's state differs", func(h *house, v [][]byte) { h.tpm.say(&hosttpm.PolicyError{Differing: []uint{7}}) }, reason.HostNotApproved,
 			byHand(func(h *house) { h.tpm.say(nil) }), false},
 		{"TPM cleared", func(h *house, v [][]byte) { h.tpm.say(hosttpm.ErrCleared) }, reason.KeyNotReleased, byHand(func(h *house) { h.tpm.say(nil) }), false},
@@ -322,7 +323,7 @@ func TestWhileItRuns(t *testing.T) {
 		h.put(uuidA, v[1])
 		h.stop(f)
 		refuses(t, h.prepare(f), reason.VTPMRolledBack)
-		must[string](t)(h.g.Repair(background, off(f), f))
+		testkit.Must[string](t)(h.g.Repair(background, off(f), f))
 		h.start(f)
 		if !bytes.Equal(h.read(uuidA), good) {
 			t.Error("what was put back is not the newest")
@@ -335,7 +336,7 @@ func TestWhileItRuns(t *testing.T) {
 		h.write(uuidA, bytes.Repeat([]byte{9}, 32))
 		h.stop(f)
 		refuses(t, h.prepare(f), reason.VTPMChanged)
-		must[string](t)(h.g.Repair(background, off(f), f))
+		testkit.Must[string](t)(h.g.Repair(background, off(f), f))
 		h.start(f)
 	})
 	t.Run("replaced between prepare and QEMU", func(t *testing.T) {
@@ -456,7 +457,7 @@ func TestRestartWithoutTPM(t *testing.T) {
 	end()
 	h.stop(f)
 	refuses(t, h.prepare(f), reason.VTPMChanged)
-	must[string](t)(h.g.Repair(background, off(f), f))
+	testkit.Must[string](t)(h.g.Repair(background, off(f), f))
 	h.start(f)
 }
 
@@ -516,7 +517,7 @@ func TestPowerCut(t *testing.T) {
 			h.stop(f) // must not take for right what was refused
 			refuses(t, h.prepare(f), reason.VTPMRolledBack)
 		})
-		must[string](t)(h.g.Accept(background, off(f), f))
+		testkit.Must[string](t)(h.g.Accept(background, off(f), f))
 		h.start(f)
 		h.decrypts(uuidA, key)
 	})
@@ -529,7 +530,7 @@ func TestPowerCut(t *testing.T) {
 				h.stop(f)
 				refuses(t, h.prepare(f), reason.VTPMRolledBack)
 			})
-			must[string](t)(h.g.Repair(background, off(f), f))
+			testkit.Must[string](t)(h.g.Repair(background, off(f), f))
 			h.start(f)
 			if !bytes.Equal(h.read(uuidA), v[3]) {
 				t.Error("what was put back is not the newest")
@@ -556,7 +557,7 @@ func TestPowerCut(t *testing.T) {
 
 func TestTPMSaysNoToANewVM(t *testing.T) {
 	h := newHouse(t)
-	must[*liststore.Store](t)(h.g.List(background))
+	testkit.Must[*liststore.Store](t)(h.g.List(background))
 	f := h.vm(uuidA, true)
 	h.tpm.say(&hosttpm.PolicyError{Differing: []uint{4, 7}})
 	h.untouched(func() {
@@ -584,12 +585,12 @@ func TestRepairList(t *testing.T) {
 		f := h.vm(uuidA, true)
 		h.start(f)
 		h.stop(f)
-		old := must[[]byte](t)(os.ReadFile(p))
+		old := testkit.Must[[]byte](t)(os.ReadFile(p))
 		h.start(f)
 		h.stop(f)
 		os.WriteFile(p, old, 0o600)
 		h.untouched(func() { refuses(t, h.prepare(f), reason.ListRolledBack) })
-		must[string](t)(h.g.RepairList(background))
+		testkit.Must[string](t)(h.g.RepairList(background))
 		h.start(f)
 	})
 	t.Run("from labels", func(t *testing.T) {
@@ -603,7 +604,7 @@ func TestRepairList(t *testing.T) {
 		os.WriteFile(liststore.Path(h.g.dirs.State), []byte("garbage"), 0o600)
 		h.boot()
 		h.untouched(func() { refuses(t, h.prepare(a), reason.ListDamaged) })
-		what := must[string](t)(h.g.RepairList(background))
+		what := testkit.Must[string](t)(h.g.RepairList(background))
 		if !strings.Contains(what, "2 VMs") {
 			t.Error(what)
 		}
@@ -615,7 +616,7 @@ func TestRepairList(t *testing.T) {
 		h.belongs(a)
 		// A missing state must not become a blank vTPM in silence.
 		refuses(t, h.prepare(b), reason.VTPMMissing)
-		must[string](t)(h.g.Repair(background, off(b), b))
+		testkit.Must[string](t)(h.g.Repair(background, off(b), b))
 		h.decrypts(uuidB, h.start(b))
 	})
 	t.Run("nothing to do", func(t *testing.T) {
@@ -644,7 +645,7 @@ func TestRelease(t *testing.T) {
 		if _, err := os.Stat(h.g.keepDir(uuidA)); err == nil {
 			t.Error("something of it is kept")
 		}
-		must[string](t)(h.g.Adopt(background, off(f), f, false))
+		testkit.Must[string](t)(h.g.Adopt(background, off(f), f, false))
 		h.decrypts(uuidA, h.start(f))
 	})
 	t.Run("never started", func(t *testing.T) {
@@ -709,7 +710,7 @@ func TestRelease(t *testing.T) {
 // useImage locks an image as a QEMU that reads it does.
 func (h *house) useImage(uuid string) (end func()) {
 	h.t.Helper()
-	f := must[*os.File](h.t)(os.Open(h.image(uuid)))
+	f := testkit.Must[*os.File](h.t)(os.Open(h.image(uuid)))
 	lockAsQEMU(h.t, f)
 	return func() { f.Close() }
 }
@@ -765,12 +766,12 @@ func TestDelete(t *testing.T) {
 		t.Fatal(files)
 	}
 	var st Statement
-	if err := json.Unmarshal(must[[]byte](t)(os.ReadFile(files[0])), &st); err != nil {
+	if err := json.Unmarshal(testkit.Must[[]byte](t)(os.ReadFile(files[0])), &st); err != nil {
 		t.Fatal(err)
 	}
 	signed := st.Signed
 	st.Signed = nil
-	digest := sha256.Sum256(must[[]byte](t)(json.Marshal(st)))
+	digest := sha256.Sum256(testkit.Must[[]byte](t)(json.Marshal(st)))
 	if st.VM != uuidA || !ecdsa.VerifyASN1(&h.tpm.sig.PublicKey, digest[:], signed) {
 		t.Errorf("%+v", st)
 	}
@@ -919,7 +920,7 @@ func TestSweep(t *testing.T) {
 	h.start(f)
 	h.holder(uuidA)
 	h.reboot()
-	must[*liststore.Store](t)(h.g.List(background))
+	testkit.Must[*liststore.Store](t)(h.g.List(background))
 	h.g.sweep(background)
 	if len(h.g.sessions) != 1 {
 		t.Error("it is not watched")

@@ -25,6 +25,7 @@ import (
 	"virt-trust/internal/bus/components"
 	"virt-trust/internal/evidence/eventlog"
 	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/reason"
 )
 
@@ -50,7 +51,7 @@ func (m *machine) off() {
 func (m *machine) boot(l *eventlog.Log) {
 	m.t.Helper()
 	m.off()
-	m.child = exec.Command(need(m.t, "swtpm"), "socket", "--tpm2", "--tpmstate", "dir="+m.dir, "--server", "type=unixio,path="+m.socket(), "--flags", "not-need-init,startup-clear")
+	m.child = exec.Command(testkit.Need(m.t, "swtpm"), "socket", "--tpm2", "--tpmstate", "dir="+m.dir, "--server", "type=unixio,path="+m.socket(), "--flags", "not-need-init,startup-clear")
 	m.child.SysProcAttr, m.child.WaitDelay = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, time.Second
 	if err := m.child.Start(); err != nil {
 		m.t.Fatal(err)
@@ -62,8 +63,8 @@ func (m *machine) boot(l *eventlog.Log) {
 		}
 		time.Sleep(2 * time.Millisecond)
 	}
-	tpm := must[transport.TPM](m.t)(linuxudstpm.Open(m.socket()))
-	one := must[*eventlog.Log](m.t)(l.Bank("sha256"))
+	tpm := testkit.Must[transport.TPM](m.t)(linuxudstpm.Open(m.socket()))
+	one := testkit.Must[*eventlog.Log](m.t)(l.Bank("sha256"))
 	for _, e := range one.Events {
 		if e.Type == eventlog.NoAction {
 			continue
@@ -84,14 +85,14 @@ func (m *machine) boot(l *eventlog.Log) {
 // bootLog is a log of real boots, see evidence/eventlog/testdata.
 func bootLog(t testing.TB, name string) *eventlog.Log {
 	t.Helper()
-	return must[*eventlog.Log](t)(eventlog.UntrustedParse(must[[]byte](t)(os.ReadFile("../evidence/eventlog/testdata/" + name + ".bin"))))
+	return testkit.Must[*eventlog.Log](t)(eventlog.UntrustedParse(testkit.Must[[]byte](t)(os.ReadFile("../evidence/eventlog/testdata/" + name + ".bin"))))
 }
 
 // bootedOffice is an office on a machine that has booted.
 func bootedOffice(t testing.TB, l *eventlog.Log) (*office, *machine) {
 	t.Helper()
 	o := openOffice(t)
-	m := &machine{t: t, dir: must[string](t)(os.MkdirTemp("", "machine"))}
+	m := &machine{t: t, dir: testkit.Must[string](t)(os.MkdirTemp("", "machine"))}
 	t.Cleanup(func() { m.off(); os.RemoveAll(m.dir) })
 	m.boot(l)
 	o.s.g.cfg.TPM.EventLog, o.s.g.cfg.TPM.PCRs = m.log(), []uint{0, 4, 7, 9, 11, 12, 14}
@@ -110,7 +111,7 @@ func bootedOffice(t testing.TB, l *eventlog.Log) (*office, *machine) {
 func (o *office) starts(m *machine) {
 	m.t.Helper()
 	o.s.host.Close()
-	o.s.host = must[*hosttpm.Host](m.t)(hosttpm.Open(hosttpm.Config{Device: m.socket(), Dir: filepath.Join(o.root, "tpm"), PCRs: o.s.g.cfg.TPM.PCRs, Bank: "sha256", Timeout: 20 * time.Second}))
+	o.s.host = testkit.Must[*hosttpm.Host](m.t)(hosttpm.Open(hosttpm.Config{Device: m.socket(), Dir: filepath.Join(o.root, "tpm"), PCRs: o.s.g.cfg.TPM.PCRs, Bank: "sha256", Timeout: 20 * time.Second}))
 	m.t.Cleanup(func() { o.s.host.Close() })
 	o.s.settleHost(background)
 }
@@ -149,7 +150,7 @@ func (o *office) events(t *testing.T) (names []string) {
 func files(t *testing.T) map[string]eventlog.File {
 	t.Helper()
 	var all struct{ Files map[string]eventlog.File }
-	if err := json.Unmarshal(must[[]byte](t)(os.ReadFile("../evidence/eventlog/testdata/boots.json")), &all); err != nil {
+	if err := json.Unmarshal(testkit.Must[[]byte](t)(os.ReadFile("../evidence/eventlog/testdata/boots.json")), &all); err != nil {
 		t.Fatal(err)
 	}
 	return all.Files
@@ -267,7 +268,7 @@ func TestHostNextBoot(t *testing.T) {
 func TestHostPCRLock(t *testing.T) {
 	t.Parallel()
 	o, m := bootedOffice(t, bootLog(t, "uki"))
-	values := must[map[uint][]byte](t)(bootLog(t, "uki2").Replay("sha256"))
+	values := testkit.Must[map[uint][]byte](t)(bootLog(t, "uki2").Replay("sha256"))
 	prediction := fmt.Sprintf(`{"pcrBank":"sha256","pcrValues":[{"pcr":4,"values":["%064x","%x"]},{"pcr":9,"values":["%x"]},{"pcr":11,"values":["%x"]}]}`, 1, values[4], values[9], values[11])
 	d, err := o.ask(t, "Approve", "pcrlock", []dict{}, dict{"prediction": dbus.MakeVariant(prediction)})
 	if err != nil || len(d["states"].Value().([]string)) != 2 || d["what"].Value() != "what systemd-pcrlock predicts for PCR 4, 9, 11" {
@@ -298,7 +299,7 @@ func TestHostHistory(t *testing.T) {
 	h := &history{path: filepath.Join(t.TempDir(), "history")}
 	count := func() int {
 		t.Helper()
-		return len(must[[]HostEvent](t)(h.all()))
+		return len(testkit.Must[[]HostEvent](t)(h.all()))
 	}
 	if count() != 0 {
 		t.Error("events of nothing")
@@ -308,7 +309,7 @@ func TestHostHistory(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	b := must[[]byte](t)(os.ReadFile(h.path))
+	b := testkit.Must[[]byte](t)(os.ReadFile(h.path))
 	if err := os.WriteFile(h.path, b[:len(b)-5], 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -322,8 +323,8 @@ func TestHostHistory(t *testing.T) {
 	if err := h.add(HostEvent{Event: eventApproved}); err != nil {
 		t.Fatal(err)
 	}
-	all := must[[]HostEvent](t)(h.all())
-	if st := must[os.FileInfo](t)(os.Stat(h.path)); st.Size() > maxHistory/2+maxHistory/8 || len(all) < maxHistory/len(line)/2 {
+	all := testkit.Must[[]HostEvent](t)(h.all())
+	if st := testkit.Must[os.FileInfo](t)(os.Stat(h.path)); st.Size() > maxHistory/2+maxHistory/8 || len(all) < maxHistory/len(line)/2 {
 		t.Errorf("%d bytes, %d events", st.Size(), len(all))
 	}
 
@@ -331,7 +332,7 @@ func TestHostHistory(t *testing.T) {
 	if err := l.save("id", bootLog(t, "sd")); err != nil {
 		t.Fatal(err)
 	}
-	if got := must[*eventlog.Log](t)(l.load("id")); !bytes.Equal(got.Marshal(), bootLog(t, "sd").Marshal()) {
+	if got := testkit.Must[*eventlog.Log](t)(l.load("id")); !bytes.Equal(got.Marshal(), bootLog(t, "sd").Marshal()) {
 		t.Error("another log comes back")
 	}
 	var bomb bytes.Buffer

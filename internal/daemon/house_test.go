@@ -37,6 +37,7 @@ import (
 	"virt-trust/internal/hosttpm/policy"
 	"virt-trust/internal/launcher/measure"
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/lifecycle"
 	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/liststore"
@@ -93,29 +94,6 @@ func holdLock(path string) {
 	os.Exit(0)
 }
 
-// need finds a program that a test runs. Only a laptop may lack it.
-func need(t testing.TB, name string) string {
-	t.Helper()
-	p, err := exec.LookPath(name)
-	if err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	return p
-}
-
-func must[T any](t testing.TB) func(T, error) T {
-	return func(v T, err error) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
-
 // made is what takes long to make and is the same for all tests: a vTPM's
 // plain state, a qcow2 image, a fake TPM.
 var made struct {
@@ -126,8 +104,8 @@ var made struct {
 
 func makings(t testing.TB) string {
 	t.Helper()
-	need(t, "swtpm")
-	setup, qemuImg := need(t, "swtpm_setup"), need(t, "qemu-img")
+	testkit.Need(t, "swtpm")
+	setup, qemuImg := testkit.Need(t, "swtpm_setup"), testkit.Need(t, "qemu-img")
 	made.once.Do(func() {
 		if made.dir, made.err = os.MkdirTemp("", "daemon"); made.err != nil {
 			return
@@ -569,7 +547,7 @@ func (h *house) mkdir(uuid string) {
 
 func plainState(t testing.TB) []byte {
 	t.Helper()
-	return must[[]byte](t)(os.ReadFile(filepath.Join(makings(t), "tpm2", "tpm2-00.permall")))
+	return testkit.Must[[]byte](t)(os.ReadFile(filepath.Join(makings(t), "tpm2", "tpm2-00.permall")))
 }
 
 func copyFile(t testing.TB, from, to string) {
@@ -599,8 +577,8 @@ func (h *house) keys(uuid string) (state, transfer []byte) {
 		return nil, nil
 	}
 	read := func(f *os.File) []byte {
-		b := must[[]byte](h.t)(io.ReadAll(f))
-		return must[[]byte](h.t)(hex.DecodeString(string(b)))
+		b := testkit.Must[[]byte](h.t)(io.ReadAll(f))
+		return testkit.Must[[]byte](h.t)(hex.DecodeString(string(b)))
 	}
 	return read(r.State), read(r.Transfer)
 }
@@ -610,7 +588,7 @@ func (h *house) write(uuid string, key []byte) {
 	h.t.Helper()
 	iv := make([]byte, 32)
 	rand.Read(iv)
-	h.put(uuid, must[[]byte](h.t)(statefile.Encrypt(plainState(h.t), key, iv)))
+	h.put(uuid, testkit.Must[[]byte](h.t)(statefile.Encrypt(plainState(h.t), key, iv)))
 }
 
 func (h *house) put(uuid string, b []byte) {
@@ -623,7 +601,7 @@ func (h *house) put(uuid string, b []byte) {
 
 func (h *house) read(uuid string) []byte {
 	h.t.Helper()
-	return must[[]byte](h.t)(os.ReadFile(h.state(uuid)))
+	return testkit.Must[[]byte](h.t)(os.ReadFile(h.state(uuid)))
 }
 
 // noted waits until what lies there is kept and in the journal.
@@ -749,11 +727,11 @@ func off(f *domain.Facts) libvirt.Domain {
 // holder is a process that holds a VM's lock as swtpm does.
 func (h *house) holder(uuid string) (end func()) {
 	h.t.Helper()
-	c := exec.Command(must[string](h.t)(os.Executable()), filepath.Join(h.dir(uuid), ".lock"))
+	c := exec.Command(testkit.Must[string](h.t)(os.Executable()), filepath.Join(h.dir(uuid), ".lock"))
 	c.Env = append(os.Environ(), childMode+"=hold")
 	c.SysProcAttr, c.WaitDelay = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, time.Second
-	in := must[io.WriteCloser](h.t)(c.StdinPipe())
-	out := must[io.ReadCloser](h.t)(c.StdoutPipe())
+	in := testkit.Must[io.WriteCloser](h.t)(c.StdinPipe())
+	out := testkit.Must[io.ReadCloser](h.t)(c.StdoutPipe())
 	if err := c.Start(); err != nil {
 		h.t.Fatal(err)
 	}
@@ -793,7 +771,7 @@ func (h *house) belongs(f *domain.Facts) {
 	if err != nil || !l.Present || l.Damaged != "" || l.Digest != r.LabelDigest || len(r.PendingLabel) > 0 {
 		h.t.Errorf("the label is %+v, %v; the record has %s, %d waiting", l, err, r.LabelDigest, len(r.PendingLabel))
 	}
-	dir := must[*statedir.Seen](h.t)(statedir.Look(h.dir(f.UUID)))
+	dir := testkit.Must[*statedir.Seen](h.t)(statedir.Look(h.dir(f.UUID)))
 	if dir.Exists() && dir.Digest != r.Baseline {
 		h.t.Error("the baseline is not that of the state")
 	}

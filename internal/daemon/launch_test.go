@@ -19,6 +19,7 @@ import (
 	"virt-trust/internal/launcher/measure"
 	"virt-trust/internal/launcher/pkgdb"
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/ek"
 	"virt-trust/internal/vtpm/reason"
 )
@@ -92,7 +93,7 @@ func (c *chain) refused() *reason.Refusal {
 
 func (c *chain) logged() *launchlog.Log {
 	c.t.Helper()
-	names := must[[]string](c.t)(logNames(c.g.launchLogs()))
+	names := testkit.Must[[]string](c.t)(logNames(c.g.launchLogs()))
 	l, _, err := replay(filepath.Join(c.g.launchLogs(), names[len(names)-1]))
 	if err != nil {
 		c.t.Fatal(err)
@@ -127,15 +128,15 @@ func TestLauncherFirstUse(t *testing.T) {
 	if _, err := c.g.ApproveLauncher(background, c.emulator, hexOf("qemu 3")); reason.As(err) == nil {
 		t.Errorf("another digest than was named is approved: %v", err)
 	}
-	must[any](t)(c.g.ApproveLauncher(background, c.emulator, hexOf("qemu 2")))
+	testkit.Must[any](t)(c.g.ApproveLauncher(background, c.emulator, hexOf("qemu 2")))
 	c.starts()
-	must[any](t)(c.g.RevokeLauncher(background, c.emulator))
+	testkit.Must[any](t)(c.g.RevokeLauncher(background, c.emulator))
 	if r := c.refused(); !strings.Contains(r.What, "revoked") {
 		t.Errorf("%s", r)
 	}
 	c.replace("qemu 1") // which ran before
 	c.starts()
-	must[any](t)(c.g.RevokeLauncher(background, hexOf("qemu 1")))
+	testkit.Must[any](t)(c.g.RevokeLauncher(background, hexOf("qemu 1")))
 	c.refused()
 	c.again(c.with(config.FirstUse))
 	c.refused()
@@ -168,7 +169,7 @@ func TestLauncherPackage(t *testing.T) {
 	// By hand before anything was known.
 	c = newChain(t)
 	c.again(both)
-	must[any](t)(c.g.List(background)) // which makes its file
+	testkit.Must[any](t)(c.g.List(background)) // which makes its file
 	c.packaged("qemu 1")
 	c.replace("qemu by hand")
 	c.refused()
@@ -213,7 +214,7 @@ func TestLaunchLog(t *testing.T) {
 	c.again()
 	c.starts()
 	c.stands(launchlog.Replays)
-	if n := len(must[[]string](t)(logNames(c.g.launchLogs()))); n != 1 {
+	if n := len(testkit.Must[[]string](t)(logNames(c.g.launchLogs()))); n != 1 {
 		t.Errorf("%d logs in one boot", n)
 	}
 
@@ -234,7 +235,7 @@ func TestLaunchLogCrash(t *testing.T) {
 		"before the PCR":        func(c *chain, file string, line []byte) { appendTo(c.t, file, append(line, '\n')) },
 		"after the PCR": func(c *chain, file string, line []byte) {
 			appendTo(c.t, file, append(line, '\n'))
-			now := must[hosttpm.PCR](c.t)(c.tpm.ReadPCR(background, 15))
+			now := testkit.Must[hosttpm.PCR](c.t)(c.tpm.ReadPCR(background, 15))
 			c.tpm.ExtendPCR(background, hosttpm.Extension{PCR: 15, Digests: launchlog.Digests(line, now.Values)})
 		},
 	} {
@@ -243,8 +244,8 @@ func TestLaunchLogCrash(t *testing.T) {
 			c.t = t
 			c.starts()
 			l := c.logged()
-			file := filepath.Join(c.g.launchLogs(), must[[]string](t)(logNames(c.g.launchLogs()))[0])
-			line := must[[]byte](t)(launchlog.Encode(launchlog.Entry{Event: launchlog.EventStart, Start: l.Last}))
+			file := filepath.Join(c.g.launchLogs(), testkit.Must[[]string](t)(logNames(c.g.launchLogs()))[0])
+			line := testkit.Must[[]byte](t)(launchlog.Encode(launchlog.Entry{Event: launchlog.EventStart, Start: l.Last}))
 			c.g.Close()
 			cut(c, file, line)
 			c.again()
@@ -283,7 +284,7 @@ func TestLaunchLogBroken(t *testing.T) {
 		},
 		"altered": func(c *chain) {
 			file := filepath.Join(c.g.launchLogs(), "00000001.jsonl")
-			b := must[[]byte](c.t)(os.ReadFile(file))
+			b := testkit.Must[[]byte](c.t)(os.ReadFile(file))
 			os.WriteFile(file, []byte(strings.Replace(string(b), hexOf("qemu 1"), hexOf("qemu 2"), 1)), 0o600)
 		},
 		"removed":           func(c *chain) { os.RemoveAll(c.g.launchLogs()) },
@@ -331,8 +332,8 @@ func TestLauncherValues(t *testing.T) {
 			c := newChain(t)
 			c.t = t
 			c.starts()
-			old := must[[]byte](t)(os.ReadFile(c.g.valuesPath()))
-			must[any](t)(c.g.RevokeLauncher(background, c.emulator)) // which the older file does not know
+			old := testkit.Must[[]byte](t)(os.ReadFile(c.g.valuesPath()))
+			testkit.Must[any](t)(c.g.RevokeLauncher(background, c.emulator)) // which the older file does not know
 			c.g.Close()
 			if err := harm(c, old); err != nil {
 				t.Fatal(err)
@@ -352,7 +353,7 @@ func TestLauncherValues(t *testing.T) {
 }
 
 func TestLauncherManifest(t *testing.T) {
-	need(t, "openssl")
+	testkit.Need(t, "openssl")
 	c := newChain(t)
 	keys := filepath.Join(c.root, "keys.pem")
 	policy := func(cfg *config.Config) {
@@ -378,7 +379,7 @@ func TestLauncherManifest(t *testing.T) {
 		}
 	}
 	take := func() error {
-		_, err := c.g.ImportLaunchers(background, must[[]byte](t)(os.ReadFile(manifest)), must[[]byte](t)(os.ReadFile(filepath.Join(c.root, "sig"))))
+		_, err := c.g.ImportLaunchers(background, testkit.Must[[]byte](t)(os.ReadFile(manifest)), testkit.Must[[]byte](t)(os.ReadFile(filepath.Join(c.root, "sig"))))
 		return err
 	}
 	write(1, hexOf("qemu 1"))

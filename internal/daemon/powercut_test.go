@@ -12,6 +12,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+
+	"virt-trust/internal/testkit"
 )
 
 // A disk as a power cut may leave it. It is told each call of an operation, and
@@ -370,7 +372,7 @@ func (h *house) calls(op string) (all []string) {
 		h.t.Fatalf("%s: %v: %s", op, err, words)
 	}
 	main := ""
-	for line := range strings.Lines(string(must[[]byte](h.t)(os.ReadFile(trace)))) {
+	for line := range strings.Lines(string(testkit.Must[[]byte](h.t)(os.ReadFile(trace)))) {
 		pid, rest, _ := strings.Cut(line, " ")
 		if main == "" {
 			main = pid

@@ -11,6 +11,7 @@ import (
 
 	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/recovery"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/imagefile"
 	"virt-trust/internal/vtpm/label"
 	"virt-trust/internal/vtpm/list"
@@ -23,8 +24,8 @@ func quietly(string) {}
 // withRecovery gives a house a recovery key.
 func (h *house) withRecovery() *recovery.Key {
 	h.t.Helper()
-	k := must[*recovery.Key](h.t)(recovery.NewKey())
-	must[string](h.t)(h.g.SetRecovery(background, k.Recipient(), quietly))
+	k := testkit.Must[*recovery.Key](h.t)(recovery.NewKey())
+	testkit.Must[string](h.t)(h.g.SetRecovery(background, k.Recipient(), quietly))
 	return k
 }
 
@@ -38,7 +39,7 @@ func (h *house) otherTPM() {
 // toRecovery reports whether a VM's label in its image has its keys for a key.
 func (h *house) toRecovery(uuid string, k *recovery.Key) bool {
 	h.t.Helper()
-	l := must[*label.Label](h.t)(label.UntrustedParse(must[[]byte](h.t)(imagefile.ReadLabel(h.image(uuid)))))
+	l := testkit.Must[*label.Label](h.t)(label.UntrustedParse(testkit.Must[[]byte](h.t)(imagefile.ReadLabel(h.image(uuid)))))
 	_, here := l.Recipient(h.tpm.BindKeyName())
 	_, recovery := l.Recipient(k.Recipient().LabelName())
 	if !here {
@@ -74,11 +75,11 @@ func TestSetRecovery(t *testing.T) {
 	// Only who has the key can confirm it.
 	refuses(t, second(h.g.ConfirmRecovery(make([]byte, 32))), reason.KeyNotReleased)
 	h.reboot()
-	must[any](t)(h.g.List(background))
+	testkit.Must[any](t)(h.g.List(background))
 	if h.g.recoveryState() != "unconfirmed" {
 		t.Error("confirmed by a wrong answer")
 	}
-	must[string](t)(h.g.ConfirmRecovery(must[[]byte](t)(k.Unwrap(h.g.recovery.Load().Test))))
+	testkit.Must[string](t)(h.g.ConfirmRecovery(testkit.Must[[]byte](t)(k.Unwrap(h.g.recovery.Load().Test))))
 	if h.g.recoveryState() != "confirmed" {
 		t.Error("not confirmed")
 	}
@@ -100,8 +101,8 @@ func TestRecoveryFileExchanged(t *testing.T) {
 	h := newHouse(t)
 	f, _, _ := h.ran(uuidA)
 	k := h.withRecovery()
-	mine := must[[]byte](t)(os.ReadFile(h.g.recoveryPath()))
-	theirs := must[*recovery.Key](t)(recovery.NewKey())
+	mine := testkit.Must[[]byte](t)(os.ReadFile(h.g.recoveryPath()))
+	theirs := testkit.Must[*recovery.Key](t)(recovery.NewKey())
 	forged := bytes.ReplaceAll(mine, []byte(k.Recipient().String()), []byte(theirs.Recipient().String()))
 	// The key id too, so that the host's own secrets seem to be others.
 	forged = bytes.Replace(forged, []byte(`"list_key_id": "`), []byte(`"list_key_id": "00`), 1)
@@ -109,7 +110,7 @@ func TestRecoveryFileExchanged(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.reboot()
-	must[any](t)(h.g.List(background))
+	testkit.Must[any](t)(h.g.List(background))
 	if err := h.g.keepRecovery(background); err != nil {
 		t.Fatal(err)
 	}
@@ -124,14 +125,14 @@ func TestRecoveryFileExchanged(t *testing.T) {
 			t.Errorf("%s is wrapped to the forger's key", r.Name)
 		}
 	}
-	if b := must[[]byte](t)(os.ReadFile(h.g.recoveryPath())); !bytes.Equal(b, forged) || h.g.recoveryState() != "altered" {
+	if b := testkit.Must[[]byte](t)(os.ReadFile(h.g.recoveryPath())); !bytes.Equal(b, forged) || h.g.recoveryState() != "altered" {
 		t.Errorf("the forged file: %s\n%s", h.g.recoveryState(), b)
 	}
 	if h.g.remind(); !strings.Contains(h.logged(), "does not name the recovery key") {
 		t.Error("nothing says so")
 	}
 	// Who has the real key puts it right.
-	must[string](t)(h.g.Recover(background, k, quietly))
+	testkit.Must[string](t)(h.g.Recover(background, k, quietly))
 	if h.g.recoveryState() == "altered" || !h.toRecovery(uuidA, k) {
 		t.Error("not put right: " + h.g.recoveryState())
 	}
@@ -177,7 +178,7 @@ func TestSetRecoveryWhileRunning(t *testing.T) {
 	}
 	h.belongs(f)
 	h.otherTPM()
-	must[string](t)(h.g.Recover(background, k, quietly))
+	testkit.Must[string](t)(h.g.Recover(background, k, quietly))
 	h.start(f)
 	h.stop(f)
 	h.decrypts(uuidA, key)
@@ -201,7 +202,7 @@ func TestSetRecoverySmallClusters(t *testing.T) {
 	h.start(f)
 	h.stop(f)
 	h.otherTPM()
-	must[string](t)(h.g.Recover(background, k, quietly))
+	testkit.Must[string](t)(h.g.Recover(background, k, quietly))
 	if h.toRecovery(uuidA, k) {
 		t.Error("2 KiB have room for it?")
 	}
@@ -239,11 +240,11 @@ func TestRecover(t *testing.T) {
 				if reason.As(h.prepare(fa)) == nil {
 					t.Fatal("nothing happened")
 				}
-				wrong := must[*recovery.Key](t)(recovery.NewKey())
+				wrong := testkit.Must[*recovery.Key](t)(recovery.NewKey())
 				refuses(t, second(h.g.Recover(background, wrong, quietly)), reason.KeyNotReleased)
 			}
 			var said []string
-			must[string](t)(h.g.Recover(background, k, func(s string) { said = append(said, s) }))
+			testkit.Must[string](t)(h.g.Recover(background, k, func(s string) { said = append(said, s) }))
 			t.Log(said)
 			h.start(fa)
 			h.stop(fa)
@@ -261,7 +262,7 @@ func TestRecover(t *testing.T) {
 			}
 			// And once more, from the start.
 			h.otherTPM()
-			must[string](t)(h.g.Recover(background, k, quietly))
+			testkit.Must[string](t)(h.g.Recover(background, k, quietly))
 			h.start(fa)
 			h.stop(fa)
 			h.decrypts(uuidA, keyA)
@@ -318,7 +319,7 @@ func TestRecoverCutOff(t *testing.T) {
 	}
 	h.tpm.say(nil)
 	h.reboot()
-	must[string](t)(h.g.Recover(background, k, quietly))
+	testkit.Must[string](t)(h.g.Recover(background, k, quietly))
 	h.start(fa)
 	h.stop(fa)
 	h.start(fb)
@@ -353,7 +354,7 @@ func TestRecoverCutOffBeforeTheCount(t *testing.T) {
 	}
 	h.reboot()
 	refuses(t, h.prepare(f), reason.ListRolledBack)
-	must[string](t)(h.g.Recover(background, k, quietly))
+	testkit.Must[string](t)(h.g.Recover(background, k, quietly))
 	h.start(f)
 	h.stop(f)
 	h.decrypts(uuidA, key)
@@ -365,7 +366,7 @@ func TestNoRecoveryKey(t *testing.T) {
 	h := newHouse(t)
 	f, _, _ := h.ran(uuidA)
 	h.otherTPM()
-	k := must[*recovery.Key](t)(recovery.NewKey())
+	k := testkit.Must[*recovery.Key](t)(recovery.NewKey())
 	h.untouched(func() {
 		ref := refuses(t, h.prepare(f), reason.KeyNotReleased)
 		if !strings.Contains(ref.Mend, "there is no recovery key") {
@@ -387,11 +388,11 @@ func TestRecoverVM(t *testing.T) {
 	to.mkdir(uuidA)
 	copyFile(t, from.image(uuidA), to.image(uuidA))
 	copyFile(t, from.state(uuidA), to.state(uuidA))
-	must[any](t)(to.g.List(background))
+	testkit.Must[any](t)(to.g.List(background))
 	refuses(t, to.prepare(there), reason.LabelOtherHost)
-	other := must[*recovery.Key](t)(recovery.NewKey())
+	other := testkit.Must[*recovery.Key](t)(recovery.NewKey())
 	refuses(t, second(to.g.RecoverVM(background, off(f), there, other)), reason.KeyNotReleased)
-	must[string](t)(to.g.RecoverVM(background, off(f), there, k))
+	testkit.Must[string](t)(to.g.RecoverVM(background, off(f), there, k))
 	to.start(there)
 	to.stop(there)
 	to.decrypts(uuidA, key)
@@ -411,9 +412,9 @@ func TestKeysLostBesideAList(t *testing.T) {
 
 func FuzzParseRecovery(f *testing.F) {
 	h := newHouse(f)
-	must[any](f)(h.g.List(background))
+	testkit.Must[any](f)(h.g.List(background))
 	h.withRecovery()
-	f.Add(must[[]byte](f)(os.ReadFile(h.g.recoveryPath())))
+	f.Add(testkit.Must[[]byte](f)(os.ReadFile(h.g.recoveryPath())))
 	f.Add([]byte("{}"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if r, err := parseRecovery(b); err == nil && r.to.String() == "" {
@@ -428,21 +429,21 @@ func (h *house) backup(uuid string, k *recovery.Key, running bool) *recovery.Bac
 	f := h.facts(uuid)
 	d := off(f)
 	d.Active = running
-	sealed := must[[]byte](h.t)(h.g.Backup(background, d, f, []string{k.Recipient().String()}))
-	archive := must[[]byte](h.t)(recovery.Unseal(bytes.NewReader(sealed), []byte(k.Text())))
-	return must[*recovery.Backup](h.t)(recovery.ParseBackup(archive))
+	sealed := testkit.Must[[]byte](h.t)(h.g.Backup(background, d, f, []string{k.Recipient().String()}))
+	archive := testkit.Must[[]byte](h.t)(recovery.Unseal(bytes.NewReader(sealed), []byte(k.Text())))
+	return testkit.Must[*recovery.Backup](h.t)(recovery.ParseBackup(archive))
 }
 
 func TestBackupRestore(t *testing.T) {
 	t.Parallel()
 	h := newHouse(t)
 	f, key, _ := h.ran(uuidA)
-	k := must[*recovery.Key](t)(recovery.NewKey())
+	k := testkit.Must[*recovery.Key](t)(recovery.NewKey())
 	b := h.backup(uuidA, k, false)
 	if !bytes.Equal(b.State, plainState(t)) || b.Running || b.UUID != uuidA {
 		t.Fatalf("%+v", b)
 	}
-	if what := must[string](t)(h.g.Restore(background, off(f), f, b, false)); what != "the VM has this vTPM" {
+	if what := testkit.Must[string](t)(h.g.Restore(background, off(f), f, b, false)); what != "the VM has this vTPM" {
 		t.Error(what)
 	}
 	// Written since.
@@ -460,7 +461,7 @@ func TestBackupRestore(t *testing.T) {
 	h.untouched(func() {
 		refuses(t, second(h.g.Restore(background, off(f), f, b, false)), reason.VTPMRolledBack)
 	})
-	must[string](t)(h.g.Restore(background, off(f), f, b, true))
+	testkit.Must[string](t)(h.g.Restore(background, off(f), f, b, true))
 	if aside, _ := filepath.Glob(filepath.Join(h.g.dirs.State, "set-aside", uuidA+".*")); len(aside) != 1 {
 		t.Errorf("set aside: %v", aside)
 	}
@@ -474,7 +475,7 @@ func TestBackupRestore(t *testing.T) {
 	os.RemoveAll(h.dir(uuidA))
 	os.Remove(h.g.keepDir(uuidA) + "/" + keptState)
 	refuses(t, h.prepare(f), reason.VTPMMissing)
-	must[string](t)(h.g.Restore(background, off(f), f, b, false))
+	testkit.Must[string](t)(h.g.Restore(background, off(f), f, b, false))
 	h.start(f)
 	h.stop(f)
 	h.decrypts(uuidA, key)
@@ -502,11 +503,11 @@ func TestRestoreElsewhere(t *testing.T) {
 	from, to := newHouse(t), newHouse(t)
 	to.tpm.become(newFakeTPM())
 	from.ran(uuidA)
-	k := must[*recovery.Key](t)(recovery.NewKey())
+	k := testkit.Must[*recovery.Key](t)(recovery.NewKey())
 	b := from.backup(uuidA, k, false)
 	f := to.vm(uuidA, false)
 	copyFile(t, from.image(uuidA), to.image(uuidA))
-	must[string](t)(to.g.Restore(background, off(f), f, b, false))
+	testkit.Must[string](t)(to.g.Restore(background, off(f), f, b, false))
 	key := to.start(f)
 	to.stop(f)
 	to.decrypts(uuidA, key)
@@ -518,7 +519,7 @@ func TestBackupRefused(t *testing.T) {
 	t.Parallel()
 	h := newHouse(t)
 	f, _, versions := h.ran(uuidA)
-	to := []string{must[*recovery.Key](t)(recovery.NewKey()).Recipient().String()}
+	to := []string{testkit.Must[*recovery.Key](t)(recovery.NewKey()).Recipient().String()}
 	if _, err := h.g.Backup(background, off(f), f, []string{"age1x"}); err == nil {
 		t.Error("a recipient that is none")
 	}

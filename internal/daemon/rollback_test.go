@@ -12,6 +12,7 @@ import (
 	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/platform/config"
 	"virt-trust/internal/platform/journal"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/liststore"
 	"virt-trust/internal/vtpm/reason"
@@ -92,7 +93,7 @@ func TestOlderVarLib(t *testing.T) {
 	refuses(t, h.prepare(f), reason.ListRolledBack)
 	_, err := h.g.RepairList(background) // which would take every state there is
 	refuses(t, err, reason.ListRolledBack)
-	must[string](t)(h.g.AcceptList(background))
+	testkit.Must[string](t)(h.g.AcceptList(background))
 	h.start(f)
 	h.decrypts(uuidA, key)
 	h.stop(f)
@@ -123,10 +124,10 @@ func TestOlderListNewerState(t *testing.T) {
 	h.raised()
 	h.cutPower(func() { older("state") })
 	refuses(t, h.prepare(f), reason.ListRolledBack)
-	must[string](t)(h.g.AcceptList(background))
+	testkit.Must[string](t)(h.g.AcceptList(background))
 	h.start(b)
 	refuses(t, h.prepare(f), reason.VTPMRolledBack)
-	must[string](t)(h.g.Accept(background, off(f), f))
+	testkit.Must[string](t)(h.g.Accept(background, off(f), f))
 	h.start(f)
 	h.decrypts(uuidA, key)
 }
@@ -163,7 +164,7 @@ func TestOlderStateOfARunningVM(t *testing.T) {
 			// The list alone is the newest.
 			list := filepath.Join(h.root, "state", "vtpm-list")
 			newest("state")
-			b := must[[]byte](t)(os.ReadFile(list))
+			b := testkit.Must[[]byte](t)(os.ReadFile(list))
 			putBack()
 			if err := os.WriteFile(list, b, 0o600); err != nil {
 				t.Fatal(err)
@@ -229,7 +230,7 @@ func (h *house) holding(key []byte, what byte) []byte {
 	plain[len(plain)-1] = what
 	iv := make([]byte, 32)
 	rand.Read(iv)
-	return must[[]byte](h.t)(statefile.Encrypt(plain, key, iv))
+	return testkit.Must[[]byte](h.t)(statefile.Encrypt(plain, key, iv))
 }
 
 // A power cut lets no older state in, however old it is and whatever became of
@@ -250,7 +251,7 @@ func TestVeryOldState(t *testing.T) {
 	newest := h.holding(key, 200)
 	h.put(uuidA, h.holding(key, 199))
 	h.noted(uuidA)
-	first := must[[]byte](t)(h.g.kept(uuidA, keptJournal))
+	first := testkit.Must[[]byte](t)(h.g.kept(uuidA, keptJournal))
 	older := h.read(uuidA)
 	h.put(uuidA, newest)
 	h.noted(uuidA)
@@ -278,7 +279,7 @@ func TestVeryOldState(t *testing.T) {
 	h.put(uuidA, states[0])
 	h.stop(f)
 	refuses(t, h.prepare(f), reason.VTPMRolledBack)
-	must[string](t)(h.g.Accept(background, off(f), f))
+	testkit.Must[string](t)(h.g.Accept(background, off(f), f))
 	h.start(f)
 	h.stop(f)
 	h.belongs(f)
@@ -387,14 +388,14 @@ func TestOlderLabel(t *testing.T) {
 	for _, way := range []string{"repair", "accept"} {
 		h := newHouse(t)
 		f, key, _ := h.ran(uuidA)
-		older := must[[]byte](t)(os.ReadFile(h.image(uuidA)))
-		must[string](t)(h.g.Adopt(background, off(f), f, false)) // gives it a new one
+		older := testkit.Must[[]byte](t)(os.ReadFile(h.image(uuidA)))
+		testkit.Must[string](t)(h.g.Adopt(background, off(f), f, false)) // gives it a new one
 		os.WriteFile(h.image(uuidA), older, 0o600)
 		h.untouched(func() { refuses(t, h.prepare(f), reason.VTPMRolledBack) })
 		if way == "repair" {
-			must[string](t)(h.g.Repair(background, off(f), f))
+			testkit.Must[string](t)(h.g.Repair(background, off(f), f))
 		} else {
-			must[string](t)(h.g.Accept(background, off(f), f))
+			testkit.Must[string](t)(h.g.Accept(background, off(f), f))
 		}
 		h.start(f)
 		h.decrypts(uuidA, key)

@@ -5,6 +5,7 @@ import (
 	"os"
 	"testing"
 
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/imagefile"
 	"virt-trust/internal/vtpm/reason"
 )
@@ -25,7 +26,7 @@ func TestWaysThatMeet(t *testing.T) {
 	_, err := h.g.Repair(background, off(f), f)
 	refuses(t, err, reason.VTPMMissing)
 	refuses(t, h.prepare(f), reason.VTPMRolledBack)
-	must[string](t)(h.g.Accept(background, off(f), f))
+	testkit.Must[string](t)(h.g.Accept(background, off(f), f))
 	h.start(f)
 	h.stop(f)
 	h.belongs(f)
@@ -42,11 +43,11 @@ func TestAdoptAfterACrashedFirstRun(t *testing.T) {
 	written := h.read(uuidA)
 	h.reboot()
 	os.Remove(h.state(uuidA))
-	must[any](t)(h.g.List(background))
+	testkit.Must[any](t)(h.g.List(background))
 	_, err := h.g.Adopt(background, off(f), f, false)
 	refuses(t, err, reason.VTPMMissing)
 	refuses(t, h.prepare(f), reason.VTPMMissing)
-	must[string](t)(h.g.Repair(background, off(f), f))
+	testkit.Must[string](t)(h.g.Repair(background, off(f), f))
 	h.start(f)
 	if !bytes.Equal(h.read(uuidA), written) {
 		t.Error("what came back is not what was written")

@@ -23,6 +23,7 @@ import (
 	"virt-trust/internal/domain"
 	"virt-trust/internal/hook"
 	"virt-trust/internal/hook/bustest"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/reason"
 )
 
@@ -245,8 +246,8 @@ func TestDeadlines(t *testing.T) {
 // TestDescriptors: a stranger's signal with an array of descriptors, at which
 // godbus panics, does not end the hook: at reconnect libvirt would kill the VM.
 func TestDescriptors(t *testing.T) {
-	bustest.Need(t, "go")
-	program := filepath.Join(bustest.Folder(t), "virt-trust-hook")
+	testkit.Need(t, "go")
+	program := filepath.Join(testkit.Folder(t), "virt-trust-hook")
 	bustest.Build(t, "../../hooks/qemu", program, "")
 	bustest.Start(t)
 	conn := make(chan *dbus.Conn, 1)
@@ -285,8 +286,8 @@ func run(t *testing.T, program, op, xml string) (status int, stderr string) {
 }
 
 func TestProgram(t *testing.T) {
-	bustest.Need(t, "go")
-	dir := bustest.Folder(t)
+	testkit.Need(t, "go")
+	dir := testkit.Folder(t)
 	journald, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "journal"), Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)

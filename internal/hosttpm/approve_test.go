@@ -28,9 +28,9 @@ func scalar(t testing.TB, h *Host) []byte {
 func TestApproveWith(t *testing.T) {
 	t.Parallel()
 	e, dir, other := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	key := scalar(t, h)
-	foreign := open(t, e.sock, other)
+	foreign := open(t, e.Socket, other)
 	wrong := scalar(t, foreign)
 	foreign.Close()
 	e.extend(4)
@@ -47,7 +47,7 @@ func TestApproveWith(t *testing.T) {
 	secret.Wipe(key)
 	works(t, h)
 	h.Close()
-	h = open(t, e.sock, dir)
+	h = open(t, e.Socket, dir)
 	works(t, h)
 	s, err := h.States(t.Context())
 	if err != nil || s.Match == nil || s.Match.Note != "recovered" || len(s.Approved) != 2 {

@@ -22,6 +22,8 @@ import (
 	"testing"
 	"time"
 
+	"virt-trust/internal/testkit"
+
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -172,8 +174,8 @@ func TestIdentity(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			e, dir, second := startMade(t)
-			cert := c.prepare(t, e.other())
-			h := open(t, e.sock, dir)
+			cert := c.prepare(t, e.Open())
+			h := open(t, e.Socket, dir)
 			id, err := h.Identity(t.Context())
 			if err != nil {
 				t.Fatal(err)
@@ -199,13 +201,13 @@ func TestIdentity(t *testing.T) {
 			}
 			h.hang(t)
 			secret := bytes.Repeat([]byte("s0"), 16)
-			blob, seed := makeCredential(t, e.other(), id.EK, id.AKName, secret)
+			blob, seed := makeCredential(t, e.Open(), id.EK, id.AKName, secret)
 			if got, err := h.ActivateCredential(t.Context(), blob, seed); err != nil || !bytes.Equal(got, secret) {
 				t.Fatalf("ActivateCredential gives %x, %v", got, err)
 			}
 			h.hang(t)
 			// For another AK, of the same TPM too, it gives nothing.
-			other := open(t, e.sock, second)
+			other := open(t, e.Socket, second)
 			if got, err := other.ActivateCredential(t.Context(), blob, seed); !errors.Is(err, ErrCredential) || errors.Is(err, ErrFailed) {
 				t.Errorf("with another AK: %x, %v", got, err)
 			}
@@ -247,7 +249,7 @@ func TestCredentialIsHidden(t *testing.T) {
 	}
 	h.hang(t)
 	secret := bytes.Repeat([]byte("s1"), 16)
-	blob, seed := makeCredential(t, e.other(), id.EK, id.AKName, secret)
+	blob, seed := makeCredential(t, e.Open(), id.EK, id.AKName, secret)
 	var heard bytes.Buffer
 	p.set(func(x *proxied) (err error) {
 		x.response, err = x.tpm(x.command)
@@ -269,7 +271,7 @@ func TestCredentialIsHidden(t *testing.T) {
 // and tpm2_checkquote finds it right.
 func TestQuote(t *testing.T) {
 	t.Parallel()
-	need(t, "tpm2_checkquote")
+	testkit.Need(t, "tpm2_checkquote")
 	e, dir, _ := startMade(t)
 	p := startProxy(t, e)
 	h := open(t, p.sock, dir)
@@ -301,7 +303,7 @@ func TestQuote(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.hang(t)
-	e.reset()
+	e.Reset()
 	after, err := h.Quote(t.Context(), [32]byte{}, "sha256", all)
 	if err != nil || after.ResetCount != before.ResetCount+1 {
 		t.Errorf("before and after a reset: %+v, %+v, %v", before, after, err)
@@ -326,7 +328,7 @@ func TestQuote(t *testing.T) {
 		t.Errorf("PCRs that never rest give %v", err)
 	}
 	p.set(nil)
-	if _, err := open(t, e.sock, t.TempDir()).Quote(t.Context(), [32]byte{}, "sha256", all); !errors.Is(err, ErrNotProvisioned) {
+	if _, err := open(t, e.Socket, t.TempDir()).Quote(t.Context(), [32]byte{}, "sha256", all); !errors.Is(err, ErrNotProvisioned) {
 		t.Errorf("without keys: %v", err)
 	}
 }
@@ -472,7 +474,7 @@ func attestations(t *testing.T, e *emulator, h *Host) []use {
 	}
 	h.hang(t)
 	secret := bytes.Repeat([]byte{0x66}, 32)
-	blob, seed := makeCredential(t, e.other(), first.EK, first.AKName, secret)
+	blob, seed := makeCredential(t, e.Open(), first.EK, first.AKName, secret)
 	ak := h.AKPublic()
 	return []use{
 		{"Identity", func(ctx context.Context, h *Host) error {
@@ -526,7 +528,7 @@ func TestFaultsInAttestation(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			e, dir, _ := startMade(t)
-			writeNV(t, e.other(), c.kind.certificate, certifyEK(t, makeEK(t, e.other(), c.kind, c.keep)), readableNV)
+			writeNV(t, e.Open(), c.kind.certificate, certifyEK(t, makeEK(t, e.Open(), c.kind, c.keep)), readableNV)
 			p := startProxy(t, e)
 			first := open(t, p.sock, dir)
 			all := attestations(t, e, first)
@@ -541,7 +543,7 @@ func TestFaultsInAttestation(t *testing.T) {
 func TestCommandsOfAQuote(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	pcrs := []uint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 	quotes := func() {
 		t.Helper()

@@ -9,7 +9,7 @@ import (
 // connection that is there, and on one that has to be made first.
 func BenchmarkUnwrapKeys(b *testing.B) {
 	e, dir, _ := startMade(b)
-	h := open(b, e.sock, dir)
+	h := open(b, e.Socket, dir)
 	ct := wrapped(b, h)
 	run := func(b *testing.B) {
 		if _, err := h.UnwrapKeys(b.Context(), ct); err != nil {

@@ -26,7 +26,7 @@ func value(t testing.TB, h *Host) uint64 {
 func TestListCounter(t *testing.T) {
 	t.Parallel()
 	e, dir, other := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	if v := value(t, h); v != 0 {
 		t.Fatal(v)
 	}
@@ -51,13 +51,13 @@ func TestListCounter(t *testing.T) {
 	count(t, h, first+2, first+2)
 	// Another process, another boot.
 	h.Close()
-	e.reset()
-	h = open(t, e.sock, dir)
+	e.Reset()
+	h = open(t, e.Socket, dir)
 	if v := value(t, h); v != first+2 {
 		t.Fatal(v)
 	}
 	// Other keys in the same TPM have a counter of their own.
-	o := open(t, e.sock, other)
+	o := open(t, e.Socket, other)
 	if v := value(t, o); v != 0 {
 		t.Fatal(v)
 	}
@@ -76,7 +76,7 @@ func TestListCounter(t *testing.T) {
 func TestListCounterNeverGoesBack(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	first, err := h.FirstCount(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -87,11 +87,11 @@ func TestListCounterNeverGoesBack(t *testing.T) {
 	p := h.counter.Load()
 	owner := tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)}
 	h.Close()
-	tpm := e.other()
+	tpm := e.Open()
 	if _, err := (tpm2.NVUndefineSpace{AuthHandle: owner, NVIndex: counter{p.index, p.name}.handle()}).Execute(tpm); err != nil {
 		t.Fatal(err)
 	}
-	again := open(t, e.sock, dir)
+	again := open(t, e.Socket, dir)
 	if v := value(t, again); v != 0 {
 		t.Fatal(v)
 	}
@@ -140,7 +140,7 @@ func TestListCounterCountsOnce(t *testing.T) {
 func TestListCounterGivesWay(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	first, err := h.FirstCount(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -187,7 +187,7 @@ func TestListCounterGivesWay(t *testing.T) {
 func TestListCounterAmongOthers(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
-	tpm := e.other()
+	tpm := e.Open()
 	owner := tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)}
 	define := func(index tpm2.TPMHandle) {
 		t.Helper()
@@ -199,7 +199,7 @@ func TestListCounterAmongOthers(t *testing.T) {
 	define(firstListIndex)
 	define(firstListIndex + 2)
 	define(lastListIndex + 1)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	first, err := h.FirstCount(t.Context())
 	if err != nil {
 		t.Fatal(err)

@@ -46,7 +46,7 @@ func TestDevice(t *testing.T) {
 	if err := unix.IoctlSetTermios(int(slave.Fd()), unix.TCSETS, raw); err != nil {
 		t.Fatal(err)
 	}
-	tpm, err := net.Dial("unix", e.sock)
+	tpm, err := net.Dial("unix", e.Socket)
 	if err != nil {
 		t.Fatal(err)
 	}

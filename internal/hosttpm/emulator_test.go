@@ -7,43 +7,27 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
 	"sync"
-	"syscall"
 	"testing"
-	"time"
+
+	"virt-trust/internal/hosttpm/tpmtest"
+	"virt-trust/internal/testkit"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
-	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 )
 
 // emulator is a swtpm that plays the host's TPM.
 type emulator struct {
-	t     testing.TB
-	dir   string // state
-	sock  string
-	child *exec.Cmd
+	*tpmtest.TPM
+	t testing.TB
 }
 
 // startEmulator starts one that is new.
 func startEmulator(t testing.TB) *emulator {
 	t.Helper()
-	return startIn(t, tempDir(t))
-}
-
-// tempDir is t.TempDir without the test's name, which swtpm's options and the
-// length of a socket's path do not take.
-func tempDir(t testing.TB) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "hosttpm")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
+	return &emulator{tpmtest.New(t), t}
 }
 
 // An RSA key takes swtpm half a second: most tests begin with a copy of a TPM
@@ -66,7 +50,7 @@ func TestMain(m *testing.M) {
 // made.
 func startMade(t testing.TB) (e *emulator, dir, other string) {
 	t.Helper()
-	need(t, "swtpm")
+	testkit.Need(t, "swtpm")
 	made.once.Do(func() {
 		if made.folder, made.err = os.MkdirTemp("", "hosttpm"); made.err != nil {
 			return
@@ -74,97 +58,26 @@ func startMade(t testing.TB) (e *emulator, dir, other string) {
 		for _, d := range []string{"tpm", "keys", "other"} {
 			made.err = errors.Join(made.err, os.Mkdir(filepath.Join(made.folder, d), 0o700))
 		}
-		e := startIn(t, filepath.Join(made.folder, "tpm"))
+		e := tpmtest.In(t, filepath.Join(made.folder, "tpm"))
 		for _, d := range []string{"keys", "other"} {
-			h := provisioned(t, e.sock, filepath.Join(made.folder, d))
+			h := provisioned(t, e.Socket, filepath.Join(made.folder, d))
 			h.Close()
 		}
-		e.stop()
-		os.Remove(e.sock + ".ctrl")
-		os.Remove(filepath.Join(e.dir, ".lock"))
+		e.Stop()
 	})
 	if made.err != nil {
 		t.Fatal(made.err)
 	}
-	root := tempDir(t)
+	root := testkit.Folder(t)
 	if err := os.CopyFS(root, os.DirFS(made.folder)); err != nil {
 		t.Fatal(err)
 	}
-	return startIn(t, filepath.Join(root, "tpm")), filepath.Join(root, "keys"), filepath.Join(root, "other")
-}
-
-func startIn(t testing.TB, dir string) *emulator {
-	t.Helper()
-	need(t, "swtpm")
-	e := &emulator{t: t, dir: dir, sock: filepath.Join(dir, "sock")}
-	e.start()
-	t.Cleanup(e.stop)
-	return e
-}
-
-func need(t testing.TB, program string) {
-	t.Helper()
-	if _, err := exec.LookPath(program); err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-}
-
-func (e *emulator) start() {
-	e.t.Helper()
-	e.child = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+e.dir, "--server", "type=unixio,path="+e.sock,
-		"--ctrl", "type=unixio,path="+e.sock+".ctrl", "--flags", "not-need-init,startup-clear")
-	e.child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	e.child.WaitDelay = time.Second
-	var words strings.Builder
-	e.child.Stdout, e.child.Stderr = &words, &words
-	if err := e.child.Start(); err != nil {
-		e.t.Fatal(err)
-	}
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-		c, err := net.Dial("unix", e.sock)
-		if err == nil {
-			c.Close()
-			return
-		}
-		if time.Now().After(deadline) {
-			e.child.Process.Kill()
-			e.child.Wait()
-			e.t.Fatalf("swtpm does not come up: %v: %s", err, words.String())
-		}
-	}
-}
-
-func (e *emulator) stop() {
-	if e.child != nil {
-		e.child.Process.Kill()
-		e.child.Wait()
-		e.child = nil
-		os.Remove(e.sock)
-	}
-}
-
-// reset is a power cycle: PCRs, sessions and loaded objects are gone.
-func (e *emulator) reset() {
-	e.stop()
-	e.start()
-}
-
-// other is another user of the TPM, which opens a connection for each command.
-func (e *emulator) other() transport.TPM {
-	e.t.Helper()
-	tpm, err := linuxudstpm.Open(e.sock)
-	if err != nil {
-		e.t.Fatal(err)
-	}
-	return tpm
+	return &emulator{tpmtest.In(t, filepath.Join(root, "tpm")), t}, filepath.Join(root, "keys"), filepath.Join(root, "other")
 }
 
 func (e *emulator) extend(pcr uint) {
 	e.t.Helper()
-	if err := extend(e.other(), pcr); err != nil {
+	if err := extend(e.Open(), pcr); err != nil {
 		e.t.Fatal(err)
 	}
 }
@@ -203,7 +116,7 @@ type proxied struct {
 
 func startProxy(t testing.TB, e *emulator) *proxy {
 	t.Helper()
-	p := &proxy{sock: filepath.Join(tempDir(t), "proxy")}
+	p := &proxy{sock: filepath.Join(testkit.Folder(t), "proxy")}
 	var err error
 	if p.l, err = net.Listen("unix", p.sock); err != nil {
 		t.Fatal(err)
@@ -215,7 +128,7 @@ func startProxy(t testing.TB, e *emulator) *proxy {
 			if err != nil {
 				return
 			}
-			p.serve(c, e.sock)
+			p.serve(c, e.Socket)
 		}
 	}()
 	return p

@@ -12,13 +12,14 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"virt-trust/internal/launcher/launchlog"
+	"virt-trust/internal/testkit"
 )
 
 // TestExtendPCR extends in every bank of a real swtpm with one command, and
 // finds what was computed.
 func TestExtendPCR(t *testing.T) {
 	e := startEmulator(t)
-	h := open(t, e.sock, tempDir(t))
+	h := open(t, e.Socket, testkit.Folder(t))
 	ctx := context.Background()
 	before, err := h.ReadPCR(ctx, 15)
 	if err != nil {
@@ -54,9 +55,9 @@ func TestExtendPCR(t *testing.T) {
 		t.Errorf("the reset count went from %d to %d by itself", before.ResetCount, now.ResetCount)
 	}
 	h.Close()
-	e.stop()
-	e.start()
-	again, err := open(t, e.sock, tempDir(t)).ReadPCR(ctx, 15)
+	e.Stop()
+	e.Start()
+	again, err := open(t, e.Socket, testkit.Folder(t)).ReadPCR(ctx, 15)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +74,7 @@ func TestExtendPCROnce(t *testing.T) {
 	ctx := context.Background()
 	for name, foreign := range map[string]bool{"done": false, "somebody else": true} {
 		t.Run(name, func(t *testing.T) {
-			h := open(t, e.sock, tempDir(t))
+			h := open(t, e.Socket, testkit.Folder(t))
 			before, err := h.ReadPCR(ctx, 14)
 			if err != nil {
 				t.Fatal(err)

@@ -57,7 +57,7 @@ func works(t testing.TB, h *Host) {
 func TestKeys(t *testing.T) {
 	t.Parallel()
 	e, dir := startEmulator(t), t.TempDir()
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	if s, err := h.Status(t.Context()); err != nil || s.State != Unprovisioned {
 		t.Fatalf("Status gives %+v, %v", s, err)
 	}
@@ -81,7 +81,7 @@ func TestKeys(t *testing.T) {
 		}
 	}
 	h.Close()
-	again := open(t, e.sock, dir)
+	again := open(t, e.Socket, dir)
 	works(t, again)
 	if err := again.Provision(context.Background()); err != nil {
 		t.Fatal(err)
@@ -91,7 +91,7 @@ func TestKeys(t *testing.T) {
 func TestOtherState(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	works(t, h)
 	ct, err := h.WrapKeys(make([]byte, 64))
 	if err != nil {
@@ -115,14 +115,14 @@ func TestOtherState(t *testing.T) {
 	if err != nil || s.State != NotApproved || !slices.Equal(s.Differing, []uint{7}) {
 		t.Fatalf("Status gives %+v, %v", s, err)
 	}
-	e.stop()
+	e.Stop()
 	if _, err := h.UnsealListKey(t.Context()); !errors.Is(err, ErrAbsent) {
 		t.Fatalf("without a TPM: %v", err)
 	}
 	if s, err := h.Status(t.Context()); err != nil || s.State != Absent {
 		t.Fatalf("Status gives %+v, %v", s, err)
 	}
-	e.start() // its PCRs are at their first values again
+	e.Start() // its PCRs are at their first values again
 	works(t, h)
 }
 
@@ -132,7 +132,7 @@ func TestOtherState(t *testing.T) {
 func TestCommandsOfAWarmStart(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	ct := wrapped(t, h)
 	unwrap := func() {
 		t.Helper()

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"virt-trust/internal/testkit"
 )
 
 // tpm2-tools load the bind key from its file as it is, find it to be the key
@@ -17,16 +19,16 @@ import (
 func TestToolsLoadBindKey(t *testing.T) {
 	t.Parallel()
 	for _, p := range []string{"tpm2_load", "tpm2_readpublic", "tpm2_rsadecrypt", "tpm2_flushcontext", "openssl"} {
-		need(t, p)
+		testkit.Need(t, p)
 	}
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	ct := wrapped(t, h)
-	tmp := tempDir(t)
+	tmp := testkit.Folder(t)
 	key := filepath.Join(dir, keysDir, "bind.pem")
 	tool := func(name string, args ...string) (string, error) {
 		cmd := exec.Command(name, args...)
-		cmd.Env = append(os.Environ(), "TPM2TOOLS_TCTI=swtpm:path="+e.sock)
+		cmd.Env = append(os.Environ(), "TPM2TOOLS_TCTI=swtpm:path="+e.Socket)
 		cmd.WaitDelay = time.Second
 		out, err := cmd.CombinedOutput()
 		return string(out), err

@@ -17,11 +17,11 @@ import (
 func boot(t testing.TB, e *emulator, h *Host, state int) *Host {
 	t.Helper()
 	h.Close()
-	e.reset()
+	e.Reset()
 	for range state {
 		e.extend(4)
 	}
-	return open(t, e.sock, h.cfg.Dir)
+	return open(t, e.Socket, h.cfg.Dir)
 }
 
 func settles(t testing.TB, h *Host) Settled {
@@ -44,7 +44,7 @@ func shut(t testing.TB, h *Host, when string) {
 func TestWaiver(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	before := h.Timings()
 	if s := settles(t, h); s.Used != nil || s.Revocation || len(h.Timings()) != len(before) {
 		t.Errorf("with nothing to settle: %+v, %v", s, h.Timings())
@@ -129,7 +129,7 @@ func TestWaiverEnds(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
 	file := filepath.Join(dir, waiverFile)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	for name, end := range map[string]func(){
 		"an approved boot": func() {
 			h = boot(t, e, h, 0)
@@ -153,7 +153,7 @@ func TestWaiverEnds(t *testing.T) {
 		"too many resets": func() {
 			h.Close()
 			for range maxResets {
-				e.reset()
+				e.Reset()
 				e.extend(5)
 			}
 		},
@@ -200,7 +200,7 @@ func TestWaiverEnds(t *testing.T) {
 func TestWaiverCutShort(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	stop := errors.New("stopped")
 	for state, at := 1, 1; ; at++ {
 		if err := h.Waive(t.Context(), ""); err != nil {
@@ -216,7 +216,7 @@ func TestWaiverCutShort(t *testing.T) {
 		}
 		_, err := h.Settle(t.Context())
 		h.Close()
-		h = open(t, e.sock, dir)
+		h = open(t, e.Socket, dir)
 		settles(t, h)
 		works(t, h)
 		if w, err := h.Waiver(); w != nil || err != nil {

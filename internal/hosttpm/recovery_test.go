@@ -8,6 +8,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"virt-trust/internal/testkit"
 )
 
 // secrets gives copies of what WithSecrets shows.
@@ -28,17 +30,17 @@ func secrets(t testing.TB, h *Host) (listKey, policyKey []byte) {
 func TestReprovision(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	listKey, policyKey := secrets(t, h)
 	if err := h.Waive(t.Context(), "an update"); err != nil {
 		t.Fatal(err)
 	}
 	bind, policyName := h.BindKeyName(), h.PolicyKeyName()
 	h.Close()
-	e.stop()
+	e.Stop()
 
 	e = startEmulator(t)
-	h = open(t, e.sock, dir)
+	h = open(t, e.Socket, dir)
 	if err := h.WithSecrets(t.Context(), func(_, _ []byte) error { return nil }); !errors.Is(err, ErrCleared) {
 		t.Fatalf("with another TPM: %v", err)
 	}
@@ -60,7 +62,7 @@ func TestReprovision(t *testing.T) {
 		t.Error("old keys go on")
 	}
 	h.Close()
-	h = open(t, e.sock, dir)
+	h = open(t, e.Socket, dir)
 	works(t, h)
 	if old, _ := filepath.Glob(filepath.Join(dir, setAsideDir, "*", keysDir, "bind.pem")); len(old) != 1 {
 		t.Errorf("set aside: %v", old)
@@ -71,13 +73,13 @@ func TestReprovision(t *testing.T) {
 func TestReprovisionDamaged(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	listKey, _ := secrets(t, h)
 	h.Close()
 	if err := (store{dir: dir}).write(filepath.Join(dir, keysDir, "bind.pem"), []byte("x")); err != nil {
 		t.Fatal(err)
 	}
-	h = open(t, e.sock, dir)
+	h = open(t, e.Socket, dir)
 	if _, err := h.UnsealListKey(t.Context()); !errors.Is(err, ErrFailed) {
 		t.Fatal(err)
 	}
@@ -103,7 +105,7 @@ func TestExchangeCrash(t *testing.T) {
 	crash := errors.New("crash")
 	var cut []string
 	for n := 1; ; n++ {
-		s, steps := store{dir: filepath.Join(tempDir(t), "keys")}, 0
+		s, steps := store{dir: filepath.Join(testkit.Folder(t), "keys")}, 0
 		if err := os.CopyFS(s.dir, os.DirFS(dir)); err != nil {
 			t.Fatal(err)
 		}

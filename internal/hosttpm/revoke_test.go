@@ -27,7 +27,7 @@ func state(t testing.TB, e *emulator, h *Host, n int) policy.State {
 func approvedHost(t testing.TB) (*emulator, *Host, [3]policy.State) {
 	t.Helper()
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	var s [3]policy.State
 	for i := range s {
 		s[i] = state(t, e, h, i)
@@ -74,7 +74,7 @@ func TestRevoke(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.Close()
-	old := open(t, e.sock, dir+"2")
+	old := open(t, e.Socket, dir+"2")
 	shut(t, old, "with the old files")
 	old.Close()
 	entries, err := os.ReadDir(filepath.Join(saved, policiesDir))
@@ -90,7 +90,7 @@ func TestRevoke(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	h = open(t, e.sock, dir)
+	h = open(t, e.Socket, dir)
 	settles(t, h)
 	shut(t, h, "with the old files put back")
 	h = boot(t, e, h, 0)
@@ -157,7 +157,7 @@ func TestRevokeCutShort(t *testing.T) {
 			return
 		}
 		h.Close()
-		h = open(t, e.sock, dir)
+		h = open(t, e.Socket, dir)
 		settles(t, h)
 		works(t, h)
 		if now, err := h.States(t.Context()); err != nil || len(now.Approved) != 3 && len(now.Approved) != 2 {
@@ -194,7 +194,7 @@ func TestRevokeCutShort(t *testing.T) {
 		if len(back) == 0 {
 			t.Fatalf("step %d: no file of a revoked state was kept", at)
 		}
-		h = boot(t, e, open(t, e.sock, dir), 2)
+		h = boot(t, e, open(t, e.Socket, dir), 2)
 		settles(t, h)
 		shut(t, h, "in the revoked state")
 		for _, name := range back {

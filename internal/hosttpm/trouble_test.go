@@ -71,7 +71,7 @@ func TestProvisionAfterCut(t *testing.T) {
 		works(t, provisioned(t, p.sock, dir))
 	}
 	for i := firstEpochIndex + 1; i <= lastEpochIndex; i++ {
-		if _, err := (tpm2.NVReadPublic{NVIndex: i}).Execute(e.other()); err == nil {
+		if _, err := (tpm2.NVReadPublic{NVIndex: i}).Execute(e.Open()); err == nil {
 			t.Errorf("a second counter was defined at %#x", i)
 		}
 	}
@@ -81,7 +81,7 @@ func TestProvisionAfterCut(t *testing.T) {
 func TestProvisionStopped(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	k := h.keys.Load()
 	stop := errors.New("stopped")
 	for at := 1; ; at++ {
@@ -158,7 +158,7 @@ func TestDamagedFiles(t *testing.T) {
 			} else if err := os.WriteFile(f, bad, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			h := open(t, e.sock, dir)
+			h := open(t, e.Socket, dir)
 			if err := h.Provision(t.Context()); !errors.Is(err, ErrFailed) {
 				t.Errorf("%s %s: Provision gives %v", filepath.Base(f), what, err)
 			}
@@ -174,7 +174,7 @@ func TestDamagedFiles(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	works(t, open(t, e.sock, dir))
+	works(t, open(t, e.Socket, dir))
 }
 
 func TestCleared(t *testing.T) {
@@ -185,35 +185,35 @@ func TestCleared(t *testing.T) {
 		k := h.keys.Load()
 		_, err := tpm2.EvictControl{
 			Auth: owner, PersistentHandle: srkHandle, ObjectHandle: &tpm2.NamedHandle{Handle: srkHandle, Name: tpm2.TPM2BName{Buffer: k.srk.name}},
-		}.Execute(e.other())
+		}.Execute(e.Open())
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
 	for name, clear := range map[string]func(*testing.T, *emulator, *Host){
 		"cleared": func(t *testing.T, e *emulator, _ *Host) {
-			if _, err := (tpm2.Clear{AuthHandle: lockout}).Execute(e.other()); err != nil {
+			if _, err := (tpm2.Clear{AuthHandle: lockout}).Execute(e.Open()); err != nil {
 				t.Fatal(err)
 			}
 		},
 		"another TPM": func(t *testing.T, e *emulator, _ *Host) {
-			e.stop()
-			if err := os.Remove(filepath.Join(e.dir, "tpm2-00.permall")); err != nil {
+			e.Stop()
+			if err := os.Remove(filepath.Join(filepath.Dir(e.Socket), "tpm2-00.permall")); err != nil {
 				t.Fatal(err)
 			}
-			e.start()
+			e.Start()
 		},
 		"another TPM, set up": func(t *testing.T, e *emulator, _ *Host) {
-			e.stop()
-			if err := os.Remove(filepath.Join(e.dir, "tpm2-00.permall")); err != nil {
+			e.Stop()
+			if err := os.Remove(filepath.Join(filepath.Dir(e.Socket), "tpm2-00.permall")); err != nil {
 				t.Fatal(err)
 			}
-			e.start()
-			provisioned(t, e.sock, t.TempDir()).Close() // with keys of its own
+			e.Start()
+			provisioned(t, e.Socket, t.TempDir()).Close() // with keys of its own
 		},
 		"counter deleted": func(t *testing.T, e *emulator, h *Host) {
 			k := h.keys.Load()
-			_, err := tpm2.NVUndefineSpace{AuthHandle: owner, NVIndex: tpm2.NamedHandle{Handle: k.epochIndex, Name: tpm2.TPM2BName{Buffer: k.epochName}}}.Execute(e.other())
+			_, err := tpm2.NVUndefineSpace{AuthHandle: owner, NVIndex: tpm2.NamedHandle{Handle: k.epochIndex, Name: tpm2.TPM2BName{Buffer: k.epochName}}}.Execute(e.Open())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -222,7 +222,7 @@ func TestCleared(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			e, dir, _ := startMade(t)
-			h := open(t, e.sock, dir)
+			h := open(t, e.Socket, dir)
 			works(t, h)
 			ct := wrapped(t, h)
 			clear(t, e, h)
@@ -244,7 +244,7 @@ func TestCleared(t *testing.T) {
 					t.Errorf("Status gives %+v, %v", s, err)
 				}
 				h.Close()
-				h = open(t, e.sock, dir)
+				h = open(t, e.Socket, dir)
 			}
 		})
 	}
@@ -257,7 +257,7 @@ func second[T any](_ T, err error) error { return err }
 func TestApprovals(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	ct := wrapped(t, h)
 	e.extend(4)
 	next, err := h.PCRs(t.Context())
@@ -267,7 +267,7 @@ func TestApprovals(t *testing.T) {
 	if err := h.Approve(t.Context(), "new kernel", next); !errors.Is(err, ErrPolicy) {
 		t.Fatalf("a state that is not approved approves itself: %v", err)
 	}
-	e.reset()
+	e.Reset()
 	works(t, h)
 	if err := h.Approve(t.Context(), "new kernel", next); err != nil {
 		t.Fatal(err)
@@ -276,7 +276,7 @@ func TestApprovals(t *testing.T) {
 	e.extend(4)
 	works(t, h)
 	h.Close()
-	h = open(t, e.sock, dir)
+	h = open(t, e.Socket, dir)
 	works(t, h)
 	e.extend(4)
 	e.extend(9)
@@ -284,13 +284,13 @@ func TestApprovals(t *testing.T) {
 	if _, err := h.UnwrapKeys(t.Context(), ct); !errors.As(err, &p) || !slices.Equal(p.Differing, []uint{4, 9}) {
 		t.Fatalf("UnwrapKeys gives %v", err)
 	}
-	e.reset()
+	e.Reset()
 	works(t, h)
 	k := h.keys.Load()
 	_, err = tpm2.NVIncrement{
 		AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)},
 		NVIndex:    tpm2.NamedHandle{Handle: k.epochIndex, Name: tpm2.TPM2BName{Buffer: k.epochName}},
-	}.Execute(e.other())
+	}.Execute(e.Open())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -307,7 +307,7 @@ func TestApprovals(t *testing.T) {
 func TestForgedApproval(t *testing.T) {
 	t.Parallel()
 	e, dir, second := startMade(t)
-	h, other := open(t, e.sock, dir), open(t, e.sock, second)
+	h, other := open(t, e.Socket, dir), open(t, e.Socket, second)
 	e.extend(4)
 	now, err := h.PCRs(t.Context())
 	if err != nil {
@@ -576,7 +576,7 @@ func TestQueueFull(t *testing.T) {
 func TestWrongCiphertext(t *testing.T) {
 	t.Parallel()
 	e, dir, second := startMade(t)
-	h, other := open(t, e.sock, dir), open(t, e.sock, second)
+	h, other := open(t, e.Socket, dir), open(t, e.Socket, second)
 	changed := wrapped(t, h)
 	changed[100] ^= 1
 	n := h.BindKeyPublic().N
@@ -601,9 +601,9 @@ func TestWrongCiphertext(t *testing.T) {
 func TestLeftovers(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	time.Sleep(2 * idleAfter) // so that it hangs up
-	tpm := e.other()
+	tpm := e.Open()
 	for range 3 {
 		if _, err := (tpm2.CreatePrimary{PrimaryHandle: tpm2.TPMRHNull, InPublic: tpm2.New2B(tpm2.ECCSRKTemplate)}).Execute(tpm); err != nil {
 			t.Fatal(err)
@@ -615,7 +615,7 @@ func TestLeftovers(t *testing.T) {
 	works(t, h)
 	time.Sleep(2 * idleAfter)
 	for _, kind := range []tpm2.TPMHT{tpm2.TPMHTTransient, tpm2.TPMHTLoadedSession} {
-		r, err := tpm2.GetCapability{Capability: tpm2.TPMCapHandles, Property: uint32(kind) << 24, PropertyCount: 9}.Execute(e.other())
+		r, err := tpm2.GetCapability{Capability: tpm2.TPMCapHandles, Property: uint32(kind) << 24, PropertyCount: 9}.Execute(e.Open())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -632,11 +632,11 @@ func TestTakenHandles(t *testing.T) {
 	owner := tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)}
 	_, err := tpm2.NVDefineSpace{AuthHandle: owner, PublicInfo: tpm2.New2B(tpm2.TPMSNVPublic{
 		NVIndex: firstEpochIndex, NameAlg: tpm2.TPMAlgSHA256, DataSize: 8, Attributes: tpm2.TPMANV{OwnerWrite: true, AuthRead: true, OwnerRead: true, NoDA: true},
-	})}.Execute(e.other())
+	})}.Execute(e.Open())
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := provisioned(t, e.sock, t.TempDir())
+	h := provisioned(t, e.Socket, t.TempDir())
 	works(t, h)
 	if k := h.keys.Load(); k.epochIndex != firstEpochIndex+1 {
 		t.Errorf("the counter is at %#x", k.epochIndex)
@@ -656,7 +656,7 @@ func TestSRKOfOthers(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			e := startEmulator(t)
-			tpm := e.other()
+			tpm := e.Open()
 			r, err := tpm2.CreatePrimary{PrimaryHandle: owner, InPublic: tpm2.New2B(c.template)}.Execute(tpm)
 			if err != nil {
 				t.Fatal(err)
@@ -665,7 +665,7 @@ func TestSRKOfOthers(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			h := open(t, e.sock, t.TempDir())
+			h := open(t, e.Socket, t.TempDir())
 			err = h.Provision(t.Context())
 			if c.good {
 				if err != nil {
@@ -683,10 +683,10 @@ func TestSRKOfOthers(t *testing.T) {
 func TestPolicyDigests(t *testing.T) {
 	t.Parallel()
 	e, dir, _ := startMade(t)
-	h := open(t, e.sock, dir)
+	h := open(t, e.Socket, dir)
 	k := h.keys.Load()
 	time.Sleep(2 * idleAfter)
-	tpm := e.other()
+	tpm := e.Open()
 	for i, pcrs := range [][]uint{{7}, testPCRs, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 23}} {
 		for _, bank := range []string{"sha256", "sha384"} {
 			state, err := do(t.Context(), h, func(c *client) (policy.State, error) { return c.readPCRs(bank, pcrs) })
@@ -698,7 +698,7 @@ func TestPolicyDigests(t *testing.T) {
 				t.Fatal(err)
 			}
 			h.Close()
-			h = open(t, e.sock, h.cfg.Dir)
+			h = open(t, e.Socket, h.cfg.Dir)
 			trial, end, err := tpm2.PolicySession(tpm, tpm2.TPMAlgSHA256, 16, tpm2.Trial())
 			if err != nil {
 				t.Fatal(err)

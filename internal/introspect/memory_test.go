@@ -28,6 +28,7 @@ import (
 
 	"virt-trust/internal/evidence/report"
 	"virt-trust/internal/introspect/layout"
+	"virt-trust/internal/testkit"
 )
 
 const every = 1<<layout.PCRs - 1
@@ -394,10 +395,7 @@ func TestSameNumber(t *testing.T) {
 			t.Fatal("the number was not to be had again")
 		}
 		if err := os.WriteFile(lastPID, []byte(strconv.Itoa(first-1)), 0); err != nil {
-			if os.Getenv("CI") == "true" {
-				t.Fatal(err)
-			}
-			t.Skip(err)
+			testkit.Missing(t, "%v", err)
 		}
 		v = start(t, c, dir)
 	}

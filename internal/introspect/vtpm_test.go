@@ -14,25 +14,14 @@ import (
 
 	"github.com/google/go-tpm/tpm2/transport"
 
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/statedir"
 )
-
-func need(t testing.TB, program string) string {
-	t.Helper()
-	p, err := exec.LookPath(program)
-	if err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	return p
-}
 
 // config is that of a Memory with a folder of its own.
 func config(t testing.TB) Config {
 	t.Helper()
-	c := Config{Swtpm: need(t, "swtpm"), UID: os.Getuid(), GID: os.Getgid()}
+	c := Config{Swtpm: testkit.Need(t, "swtpm"), UID: os.Getuid(), GID: os.Getgid()}
 	var err error
 	if c.Dir, err = os.MkdirTemp("", "introspect"); err != nil { // whose name another user can pass
 		t.Fatal(err)

@@ -22,6 +22,7 @@ import (
 	"virt-trust/internal/domain/emulator"
 	"virt-trust/internal/hook/bustest"
 	"virt-trust/internal/platform/journal"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/wrap"
 )
 
@@ -75,7 +76,7 @@ func copyOf(t *testing.T, to string, more string) {
 // installEmulator gives a folder with emulator/NAME, real/NAME and open/NAME.
 func installEmulator(t *testing.T) string {
 	t.Helper()
-	dir := bustest.Folder(t)
+	dir := testkit.Folder(t)
 	for _, d := range []string{"emulator", "real", "open"} {
 		if err := os.Mkdir(filepath.Join(dir, d), 0o755); err != nil {
 			t.Fatal(err)

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virt-trust/internal/hook/bustest"
+	"virt-trust/internal/testkit"
 )
 
 const (
@@ -82,8 +83,8 @@ func TestMain(m *testing.M) {
 // real/swtpm and real/swtpm_setup, the fakes.
 func install(t *testing.T) string {
 	t.Helper()
-	bustest.Need(t, "go")
-	dir := bustest.Folder(t)
+	testkit.Need(t, "go")
+	dir := testkit.Folder(t)
 	for _, d := range []string{"bin", "real"} {
 		if err := os.Mkdir(filepath.Join(dir, d), 0o755); err != nil {
 			t.Fatal(err)
@@ -407,7 +408,7 @@ func TestFind(t *testing.T) {
 	if status, out, errs := start(bin+"::.:"+again+":"+bin+":"+filepath.Join(dir, "real"), "swtpm"); status != 42 {
 		t.Errorf("status %d, %q, %q", status, out, errs)
 	}
-	bustest.Need(t, "/usr/bin/swtpm")
+	testkit.Need(t, "/usr/bin/swtpm")
 	for _, path := range []string{"", bin, ".:real", bin + ":" + again} { // the last resort is /usr/bin
 		if status, out, errs := start(path, "swtpm"); status != 0 || !strings.HasPrefix(out, "TPM emulator version") {
 			t.Errorf("PATH=%s: status %d, %q, %q", path, status, out, errs)
@@ -420,12 +421,7 @@ func TestFind(t *testing.T) {
 
 // TestHidden: while keys are held, the wrapper's /proc entries are root's.
 func TestHidden(t *testing.T) {
-	if os.Geteuid() != 0 {
-		if os.Getenv("CI") == "true" {
-			t.Fatal("must run as root")
-		}
-		t.Skip("must run as root")
-	}
+	testkit.Root(t)
 	dir := install(t)
 	bustest.Start(t)
 	owner := make(chan uint32, 1)
@@ -462,7 +458,7 @@ func TestHidden(t *testing.T) {
 
 // TestRealProbes holds the wrapper against Debian's programs byte for byte.
 func TestRealProbes(t *testing.T) {
-	bustest.Need(t, "/usr/bin/swtpm", "/usr/bin/swtpm_setup")
+	testkit.Need(t, "/usr/bin/swtpm", "/usr/bin/swtpm_setup")
 	dir := install(t)
 	t.Setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nonexistent/bus")
 	for _, argv := range [][]string{
@@ -489,9 +485,9 @@ func TestRealProbes(t *testing.T) {
 
 // TestRealSwtpm makes a vTPM and uses it through the wrapper, as libvirt does.
 func TestRealSwtpm(t *testing.T) {
-	bustest.Need(t, "/usr/bin/swtpm", "/usr/bin/swtpm_setup", "/usr/bin/swtpm_localca")
+	testkit.Need(t, "/usr/bin/swtpm", "/usr/bin/swtpm_setup", "/usr/bin/swtpm_localca")
 	dir := install(t)
-	work := bustest.Folder(t)
+	work := testkit.Folder(t)
 	state := filepath.Join(work, uuid, "tpm2")
 	if err := os.MkdirAll(state, 0o700); err != nil {
 		t.Fatal(err)

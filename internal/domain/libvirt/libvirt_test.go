@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"virt-trust/internal/domain"
+	"virt-trust/internal/testkit"
 )
 
 const uuid = "6f1c2d3e-0000-4a5b-8c6d-0000000000aa"
@@ -49,21 +50,8 @@ type libvirtd struct {
 
 func start(t *testing.T) *libvirtd {
 	t.Helper()
-	missing := func(why any) {
-		t.Helper()
-		if os.Getenv("CI") == "true" {
-			t.Fatal(why)
-		}
-		t.Skip(why)
-	}
-	if os.Geteuid() != 0 {
-		missing("must run as root")
-	}
-	for _, p := range []string{"/usr/sbin/libvirtd", "unshare", "virsh"} {
-		if _, err := exec.LookPath(p); err != nil {
-			missing(err)
-		}
-	}
+	testkit.Root(t)
+	testkit.Need(t, "/usr/sbin/libvirtd", "unshare", "virsh")
 	cmd := exec.Command("unshare", "-m", "-p", "-f", "-n", "-i", "--mount-proc", "--kill-child", "bash", "-c", private)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.WaitDelay = 5 * time.Second
@@ -89,7 +77,7 @@ func start(t *testing.T) *libvirtd {
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-	missing("the private libvirtd did not come up")
+	testkit.Missing(t, "the private libvirtd did not come up")
 	return nil
 }
 

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"testing"
 
+	"virt-trust/internal/testkit"
+
 	gotestdata "github.com/google/go-eventlog/testdata"
 )
 
@@ -100,13 +102,7 @@ var strangers = map[string][]byte{
 // does not know the locality of the start (5.4 does not), to what the machine's
 // TPM had, which go-eventlog's tests have on record.
 func TestStrangers(t *testing.T) {
-	program, err := exec.LookPath("tpm2_eventlog")
-	if err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
+	program := testkit.Need(t, "tpm2_eventlog")
 	for name, raw := range strangers {
 		l := parse(t, raw)
 		file := filepath.Join(t.TempDir(), name)

@@ -5,61 +5,15 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"errors"
-	"net"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
-	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 
 	"virt-trust/internal/evidence/quote"
+	"virt-trust/internal/hosttpm/tpmtest"
 )
-
-// swtpm starts one that is new.
-func swtpm(t testing.TB) transport.TPM {
-	t.Helper()
-	if _, err := exec.LookPath("swtpm"); err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	dir, err := os.MkdirTemp("", "quote") // short: it is in a socket's path
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	sock := filepath.Join(dir, "sock")
-	c := exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+dir, "--server", "type=unixio,path="+sock,
-		"--ctrl", "type=unixio,path="+sock+".ctrl", "--flags", "not-need-init,startup-clear")
-	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	c.WaitDelay = time.Second
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Process.Kill(); c.Wait() })
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-		if conn, err := net.Dial("unix", sock); err == nil {
-			conn.Close()
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatal("swtpm does not come up")
-		}
-	}
-	tpm, err := linuxudstpm.Open(sock)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { tpm.Close() })
-	return tpm
-}
 
 func primary(t testing.TB, tpm transport.TPM, hierarchy tpm2.TPMHandle, public tpm2.TPMTPublic) (tpm2.NamedHandle, *quote.Object) {
 	t.Helper()
@@ -113,7 +67,7 @@ func eccHigh() tpm2.TPMTPublic {
 // A TPM opens what MakeCredential made for its EK and an object of its, and for
 // no other object.
 func TestCredentialAgainstSwtpm(t *testing.T) {
-	tpm := swtpm(t)
+	tpm := tpmtest.New(t).Open()
 	akHandle, ak := primary(t, tpm, tpm2.TPMRHOwner, akTemplate())
 	if _, err := ak.AK(); err != nil {
 		t.Error(err)
@@ -174,7 +128,7 @@ func TestCredentialAgainstSwtpm(t *testing.T) {
 
 // A real TPM's quote over two banks, and its certification, are verified.
 func TestQuoteAgainstSwtpm(t *testing.T) {
-	tpm := swtpm(t)
+	tpm := tpmtest.New(t).Open()
 	handle, object := primary(t, tpm, tpm2.TPMRHOwner, akTemplate())
 	key, err := object.AK()
 	if err != nil {

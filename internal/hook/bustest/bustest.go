@@ -15,6 +15,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"virt-trust/internal/bus"
+	"virt-trust/internal/testkit"
 )
 
 const busConfig = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
@@ -31,39 +32,12 @@ const busConfig = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Con
 </busconfig>
 `
 
-// Need ends or skips the test when a program is missing.
-func Need(t testing.TB, programs ...string) {
-	t.Helper()
-	for _, p := range programs {
-		if _, err := exec.LookPath(p); err != nil {
-			if os.Getenv("CI") == "true" {
-				t.Fatal(err)
-			}
-			t.Skip(err)
-		}
-	}
-}
-
-// Folder is a temporary folder that every user may enter.
-func Folder(t testing.TB) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "virt-trust-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	return dir
-}
-
 // Start runs a dbus-daemon and makes it the system bus of this process and its
 // children.
 func Start(t testing.TB) {
 	t.Helper()
-	Need(t, "dbus-daemon")
-	dir := Folder(t)
+	testkit.Need(t, "dbus-daemon")
+	dir := testkit.Folder(t)
 	socket, config := filepath.Join(dir, "bus"), filepath.Join(dir, "bus.conf")
 	if err := os.WriteFile(config, fmt.Appendf(nil, busConfig, socket), 0o644); err != nil {
 		t.Fatal(err)

@@ -9,6 +9,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"virt-trust/internal/testkit"
 )
 
 func sample() *Key {
@@ -59,12 +61,7 @@ func TestGolden(t *testing.T) {
 
 // OpenSSL sees the structure that the draft describes.
 func TestOpenSSL(t *testing.T) {
-	if _, err := exec.LookPath("openssl"); err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
+	testkit.Need(t, "openssl")
 	b, err := sample().Marshal()
 	if err != nil {
 		t.Fatal(err)

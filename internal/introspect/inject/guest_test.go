@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virt-trust/internal/introspect"
+	"virt-trust/internal/testkit"
 )
 
 // A QEMU that can be told what its guest does is this program, run again: it
@@ -55,18 +56,6 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-func need(t testing.TB, program string) string {
-	t.Helper()
-	p, err := exec.LookPath(program)
-	if err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	return p
-}
-
 // vm is a swtpm and a QEMU.
 type vm struct {
 	introspect.Target
@@ -79,7 +68,7 @@ func startSwtpm(t testing.TB) (v *vm, ctrl string) {
 	t.Helper()
 	v = &vm{Target: introspect.Target{UUID: "8b1f3b6e-0f9a-4d7f-9d55-222222222222", StateDir: t.TempDir()}}
 	ctrl = filepath.Join(t.TempDir(), "ctrl")
-	v.swtpm = exec.Command(need(t, "swtpm"), "socket", "--tpm2", "--tpmstate", "dir="+v.StateDir, "--ctrl", "type=unixio,path="+ctrl)
+	v.swtpm = exec.Command(testkit.Need(t, "swtpm"), "socket", "--tpm2", "--tpmstate", "dir="+v.StateDir, "--ctrl", "type=unixio,path="+ctrl)
 	v.swtpm.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := v.swtpm.Start(); err != nil {
 		t.Fatal(err)

@@ -25,6 +25,7 @@ import (
 
 	"virt-trust/internal/evidence/report"
 	"virt-trust/internal/introspect"
+	"virt-trust/internal/testkit"
 )
 
 func quoter() *Quoter {
@@ -34,7 +35,7 @@ func quoter() *Quoter {
 // compare holds a reading against that of swtpm's memory.
 func compare(t *testing.T, v *vm, got *report.Reading) {
 	t.Helper()
-	m := introspect.NewMemory(introspect.Config{Swtpm: need(t, "swtpm"), Dir: t.TempDir()})
+	m := introspect.NewMemory(introspect.Config{Swtpm: testkit.Need(t, "swtpm"), Dir: t.TempDir()})
 	defer m.Close()
 	want, err := m.Read(t.Context(), v.Target)
 	if err != nil {
@@ -250,7 +251,7 @@ func TestStoppedByAnother(t *testing.T) {
 // What a debugger has is left to it.
 func TestTraced(t *testing.T) {
 	v := startVM(t)
-	tracer := exec.Command(need(t, "strace"), "-f", "-e", "trace=none", "-o", "/dev/null", "-p", fmt.Sprint(v.QEMU))
+	tracer := exec.Command(testkit.Need(t, "strace"), "-f", "-e", "trace=none", "-o", "/dev/null", "-p", fmt.Sprint(v.QEMU))
 	tracer.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := tracer.Start(); err != nil {
 		t.Fatal(err)

@@ -9,12 +9,13 @@ import (
 	"time"
 
 	"virt-trust/internal/introspect"
+	"virt-trust/internal/testkit"
 )
 
 // The real QEMU, with as much of a guest as its firmware, which starts the vTPM
 // and measures.
 func TestQEMU(t *testing.T) {
-	qemu := need(t, "qemu-system-x86_64")
+	qemu := testkit.Need(t, "qemu-system-x86_64")
 	v, ctrl := startSwtpm(t)
 	v.qemu = exec.Command(qemu, "-nodefaults", "-display", "none", "-machine", "q35,accel=tcg", "-m", "64",
 		"-chardev", "socket,id=c,path="+ctrl, "-tpmdev", "emulator,id=t,chardev=c", "-device", "tpm-crb,tpmdev=t")
@@ -25,7 +26,7 @@ func TestQEMU(t *testing.T) {
 	defer v.qemu.Wait()
 	defer v.qemu.Process.Kill()
 	v.QEMU = v.qemu.Process.Pid
-	m := introspect.NewMemory(introspect.Config{Swtpm: need(t, "swtpm"), Dir: t.TempDir()})
+	m := introspect.NewMemory(introspect.Config{Swtpm: testkit.Need(t, "swtpm"), Dir: t.TempDir()})
 	defer m.Close()
 
 	// Until the firmware has measured: PCR 0 has its version, and no PCR changes.

@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"virt-trust/internal/testkit"
 )
 
 func zeros() map[string][]byte {
@@ -122,13 +124,7 @@ func TestAltered(t *testing.T) {
 
 // TestEventLog has tpm2-tools read the log.
 func TestEventLog(t *testing.T) {
-	tool, err := exec.LookPath("tpm2_eventlog")
-	if err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
+	tool := testkit.Need(t, "tpm2_eventlog")
 	file := sample(t)
 	b, err := TCG(file)
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"virt-trust/internal/domain"
+	"virt-trust/internal/testkit"
 )
 
 // put writes a file of a test, long enough ago for its digest to be remembered.
@@ -179,13 +180,7 @@ func TestMeasure(t *testing.T) {
 
 // TestSwtpm finds what the real swtpm maps, by what the dynamic loader says.
 func TestSwtpm(t *testing.T) {
-	swtpm, err := exec.LookPath("swtpm")
-	if err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
+	swtpm := testkit.Need(t, "swtpm")
 	out, err := exec.Command("ldd", swtpm).Output()
 	if err != nil {
 		t.Skip(err)

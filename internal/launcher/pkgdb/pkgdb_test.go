@@ -15,19 +15,8 @@ import (
 
 	"virt-trust/internal/launcher/measure"
 	"virt-trust/internal/launcher/refvalues"
+	"virt-trust/internal/testkit"
 )
-
-func need(t *testing.T, program string) string {
-	t.Helper()
-	p, err := exec.LookPath(program)
-	if err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	return p
-}
 
 func put(t *testing.T, name, content string) {
 	t.Helper()
@@ -96,8 +85,8 @@ func TestDpkg(t *testing.T) {
 // TestRealDpkg asks this machine about a program that came with a package, and
 // about its copy.
 func TestRealDpkg(t *testing.T) {
-	need(t, "dpkg")
-	swtpm := need(t, "swtpm")
+	testkit.Need(t, "dpkg")
+	swtpm := testkit.Need(t, "swtpm")
 	b, err := os.ReadFile(swtpm)
 	if err != nil {
 		t.Fatal(err)
@@ -138,7 +127,7 @@ printf 'as it was' > %%{buildroot}%[1]s/altered
 // TestRPM builds a package with the real rpm, and installs it into a database of
 // its own.
 func TestRPM(t *testing.T) {
-	rpm, build := need(t, "rpm"), need(t, "rpmbuild")
+	rpm, build := testkit.Need(t, "rpm"), testkit.Need(t, "rpmbuild")
 	dir := t.TempDir()
 	content, db := filepath.Join(dir, "content"), filepath.Join(dir, "db")
 	put(t, filepath.Join(dir, "t.spec"), fmt.Sprintf(spec, content))

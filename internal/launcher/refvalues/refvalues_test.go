@@ -12,6 +12,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"virt-trust/internal/testkit"
 )
 
 func digest(s string) Digest { return sha256.Sum256([]byte(s)) }
@@ -156,13 +158,7 @@ func TestFile(t *testing.T) {
 
 // TestManifest verifies what openssl signed.
 func TestManifest(t *testing.T) {
-	openssl, err := exec.LookPath("openssl")
-	if err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
+	openssl := testkit.Need(t, "openssl")
 	dir := t.TempDir()
 	in := func(name string) string { return filepath.Join(dir, name) }
 	run := func(args ...string) {

@@ -20,36 +20,27 @@ import (
 	"testing"
 	"time"
 
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/ekcert"
 )
 
 var now = time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
 
-func must[T any](t testing.TB) func(T, error) T {
-	return func(v T, err error) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
-
 func newKey(t testing.TB) *ecdsa.PrivateKey {
 	t.Helper()
-	return must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	return testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 }
 
 func spkiOf(t testing.TB, key any) []byte {
 	t.Helper()
-	return must[[]byte](t)(x509.MarshalPKIXPublicKey(key))
+	return testkit.Must[[]byte](t)(x509.MarshalPKIXPublicKey(key))
 }
 
 func newAuthority(t testing.TB, curve elliptic.Curve) (*Authority, *ecdsa.PrivateKey) {
 	t.Helper()
-	key := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(curve, rand.Reader))
-	cert := must[*x509.Certificate](t)(x509.ParseCertificate(must[[]byte](t)(Root(key, rand.Reader, "test CA", now))))
-	return must[*Authority](t)(New(cert, key, rand.Reader)), key
+	key := testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(curve, rand.Reader))
+	cert := testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(testkit.Must[[]byte](t)(Root(key, rand.Reader, "test CA", now))))
+	return testkit.Must[*Authority](t)(New(cert, key, rand.Reader)), key
 }
 
 func identity() Identity {
@@ -63,9 +54,9 @@ func TestCertificates(t *testing.T) {
 		a, _ := newAuthority(t, curve)
 		key := newKey(t)
 		id := identity()
-		node := must[*x509.Certificate](t)(a.Node(id, spkiOf(t, key.Public()), now))
-		certifier := must[*x509.Certificate](t)(a.Certifier(id, spkiOf(t, key.Public()), now))
-		server := must[*x509.Certificate](t)(a.Server([]string{"verifier.example", "192.0.2.1", "2001:db8::1"}, spkiOf(t, key.Public()), now))
+		node := testkit.Must[*x509.Certificate](t)(a.Node(id, spkiOf(t, key.Public()), now))
+		certifier := testkit.Must[*x509.Certificate](t)(a.Certifier(id, spkiOf(t, key.Public()), now))
+		server := testkit.Must[*x509.Certificate](t)(a.Server([]string{"verifier.example", "192.0.2.1", "2001:db8::1"}, spkiOf(t, key.Public()), now))
 		for _, c := range []*x509.Certificate{node, certifier, server} {
 			if err := CheckTBS(a.cert, c.RawTBSCertificate, now); err != nil {
 				t.Errorf("%s: %v", c.Subject, err)
@@ -105,12 +96,12 @@ func TestCertificates(t *testing.T) {
 func TestVTPMChains(t *testing.T) {
 	a, _ := newAuthority(t, elliptic.P256())
 	certifier, ek := newKey(t), newKey(t)
-	above := must[*x509.Certificate](t)(a.Certifier(identity(), spkiOf(t, certifier.Public()), now))
-	der := must[[]byte](t)(ekcert.Issue(ekcert.Request{
+	above := testkit.Must[*x509.Certificate](t)(a.Certifier(identity(), spkiOf(t, certifier.Public()), now))
+	der := testkit.Must[[]byte](t)(ekcert.Issue(ekcert.Request{
 		Kind: ekcert.EK, Key: ek.Public(), VM: identity().Node, Origin: ekcert.Manufactured, Now: now, Serial: [16]byte{1},
 		TPM: ekcert.TPM{Manufacturer: "id:00001014", Version: "id:20191023", Family: "2.0", Revision: 164},
 	}, certifier))
-	leaf := must[*x509.Certificate](t)(x509.ParseCertificate(der))
+	leaf := testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(der))
 	between := x509.NewCertPool()
 	between.AddCert(above)
 	use := func(u x509.ExtKeyUsage) error {
@@ -124,7 +115,7 @@ func TestVTPMChains(t *testing.T) {
 		t.Error("a vTPM's certificate is good for TLS")
 	}
 	// And even where somebody makes our own CA an anchor, no vTPM is a hardware TPM.
-	m := must[*Manufacturers](t)(NewManufacturers([]*x509.Certificate{a.cert, above}))
+	m := testkit.Must[*Manufacturers](t)(NewManufacturers([]*x509.Certificate{a.cert, above}))
 	if r := AsRefusal(m.VerifyEK(ek.Public(), der, now)); r == nil || r.Code != EKIsVTPM {
 		t.Errorf("%v", r)
 	}
@@ -149,7 +140,7 @@ func (r *recorder) SignMessage(random io.Reader, message []byte, opts crypto.Sig
 func TestCheckTBSRefuses(t *testing.T) {
 	a, key := newAuthority(t, elliptic.P256())
 	other, otherKey := newAuthority(t, elliptic.P256())
-	ext := must[pkix.Extension](t)(identity().extension())
+	ext := testkit.Must[pkix.Extension](t)(identity().extension())
 	subject := newKey(t)
 	node := func() *x509.Certificate {
 		return &x509.Certificate{
@@ -164,7 +155,7 @@ func TestCheckTBSRefuses(t *testing.T) {
 		return c
 	}
 	certifier := func() *x509.Certificate {
-		c := must[*x509.Certificate](t)(ekcert.IssuerTemplate(&subject.PublicKey))
+		c := testkit.Must[*x509.Certificate](t)(ekcert.IssuerTemplate(&subject.PublicKey))
 		c.SerialNumber, c.NotBefore, c.NotAfter, c.UnknownExtKeyUsage = node().SerialNumber, now, now.Add(24*time.Hour), slices.Clone(certifierUses)
 		c.ExtraExtensions = []pkix.Extension{ext}
 		return c
@@ -182,8 +173,8 @@ func TestCheckTBSRefuses(t *testing.T) {
 			t.Fatalf("what has to pass does not: %v", err)
 		}
 	}
-	weak := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 1024))
-	p521 := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P521(), rand.Reader))
+	weak := testkit.Must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 1024))
+	p521 := testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P521(), rand.Reader))
 	change := func(c *x509.Certificate, f func(*x509.Certificate)) []byte {
 		f(c)
 		return tbs(c, a.cert, key, subject.Public())
@@ -225,7 +216,7 @@ func TestCheckTBSRefuses(t *testing.T) {
 		"certifier of nobody":     change(certifier(), func(c *x509.Certificate) { c.ExtraExtensions = nil }),
 		"certifier for ten years": change(certifier(), func(c *x509.Certificate) { c.NotAfter = now.Add(3650 * 24 * time.Hour) }),
 		"with a policy": change(node(), func(c *x509.Certificate) {
-			c.Policies = []x509.OID{must[x509.OID](t)(x509.ParseOID(ekcert.PolicyManufactured))}
+			c.Policies = []x509.OID{testkit.Must[x509.OID](t)(x509.ParseOID(ekcert.PolicyManufactured))}
 		}),
 		"too long": change(server(), func(c *x509.Certificate) {
 			for range 500 {
@@ -236,7 +227,7 @@ func TestCheckTBSRefuses(t *testing.T) {
 			r := &recorder{PrivateKey: key}
 			root := *a.cert
 			root.KeyUsage |= x509.KeyUsageCRLSign
-			must[[]byte](t)(x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: now, NextUpdate: now.Add(time.Hour)}, &root, r))
+			testkit.Must[[]byte](t)(x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: now, NextUpdate: now.Add(time.Hour)}, &root, r))
 			return r.tbs
 		}(),
 	} {
@@ -258,7 +249,7 @@ func mixed(t *testing.T, a, other *Authority, c *x509.Certificate, key *ecdsa.Pr
 	parent := *a.cert
 	parent.SubjectKeyId = other.cert.SubjectKeyId
 	r := &recorder{PrivateKey: key}
-	must[[]byte](t)(x509.CreateCertificate(rand.Reader, c, &parent, subject.Public(), r))
+	testkit.Must[[]byte](t)(x509.CreateCertificate(rand.Reader, c, &parent, subject.Public(), r))
 	return r.tbs
 }
 
@@ -266,7 +257,7 @@ func TestVerifyNode(t *testing.T) {
 	a, _ := newAuthority(t, elliptic.P256())
 	other, _ := newAuthority(t, elliptic.P256())
 	key, certifier := newKey(t), newKey(t)
-	node := must[*x509.Certificate](t)(a.Node(identity(), spkiOf(t, key.Public()), now))
+	node := testkit.Must[*x509.Certificate](t)(a.Node(identity(), spkiOf(t, key.Public()), now))
 	chains := func(c *x509.Certificate, roots *Authority, more ...*x509.Certificate) [][]*x509.Certificate {
 		between := x509.NewCertPool()
 		for _, m := range more {
@@ -279,11 +270,11 @@ func TestVerifyNode(t *testing.T) {
 		t.Error(id, err)
 	}
 	// A compromised host signs with its certifier that it is another node.
-	above := must[*x509.Certificate](t)(a.Certifier(identity(), spkiOf(t, certifier.Public()), now))
+	above := testkit.Must[*x509.Certificate](t)(a.Certifier(identity(), spkiOf(t, certifier.Public()), now))
 	victim := identity()
 	victim.Node = "11111111-1111-4111-8111-111111111111"
-	ext := must[pkix.Extension](t)(victim.extension())
-	forged := must[*x509.Certificate](t)(x509.ParseCertificate(must[[]byte](t)(x509.CreateCertificate(rand.Reader, &x509.Certificate{
+	ext := testkit.Must[pkix.Extension](t)(victim.extension())
+	forged := testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(testkit.Must[[]byte](t)(x509.CreateCertificate(rand.Reader, &x509.Certificate{
 		SerialNumber: big.NewInt(1), NotBefore: now, NotAfter: now.Add(time.Hour), ExtraExtensions: []pkix.Extension{ext}, URIs: []*url.URL{nodeURI(victim.Node)},
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}, above, key.Public(), certifier))))
@@ -294,8 +285,8 @@ func TestVerifyNode(t *testing.T) {
 	}{
 		"none":             {nil, now, NoCertificate},
 		"by a certifier":   {chains(forged, a, above), now, NoCertificate},
-		"of another CA":    {chains(must[*x509.Certificate](t)(other.Node(identity(), spkiOf(t, key.Public()), now)), other), now, NoCertificate},
-		"a server's":       {chains(must[*x509.Certificate](t)(a.Server([]string{"x"}, spkiOf(t, key.Public()), now)), a), now, CertificateNo},
+		"of another CA":    {chains(testkit.Must[*x509.Certificate](t)(other.Node(identity(), spkiOf(t, key.Public()), now)), other), now, NoCertificate},
+		"a server's":       {chains(testkit.Must[*x509.Certificate](t)(a.Server([]string{"x"}, spkiOf(t, key.Public()), now)), a), now, CertificateNo},
 		"a certifier's":    {chains(above, a), now, CertificateNo},
 		"expired meantime": {chains(node, a), now.Add(25 * time.Hour), CertificateNo},
 		"clock went back":  {chains(node, a), now.Add(-time.Hour), CertificateNo},
@@ -327,7 +318,7 @@ func TestNewRefuses(t *testing.T) {
 	if _, err := New(a.cert, otherKey, rand.Reader); err == nil {
 		t.Error("a key of another CA")
 	}
-	leaf := must[*x509.Certificate](t)(a.Server([]string{"x"}, spkiOf(t, otherKey.Public()), now))
+	leaf := testkit.Must[*x509.Certificate](t)(a.Server([]string{"x"}, spkiOf(t, otherKey.Public()), now))
 	if _, err := New(leaf, otherKey, rand.Reader); err == nil {
 		t.Error("a certificate that is no CA's")
 	}
@@ -340,7 +331,7 @@ func TestNewRefuses(t *testing.T) {
 	if _, err := a.Node(identity(), []byte("x"), now); AsRefusal(err) == nil || AsRefusal(err).Code != Malformed {
 		t.Error(err)
 	}
-	bad := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P521(), rand.Reader))
+	bad := testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P521(), rand.Reader))
 	if _, err := Root(bad, rand.Reader, "x", now); err == nil {
 		t.Error("a CA with P-521")
 	}
@@ -409,9 +400,9 @@ func FuzzCheckTBS(f *testing.F) {
 	a, _ := newAuthority(f, elliptic.P256())
 	key := newKey(f)
 	for _, c := range []*x509.Certificate{
-		must[*x509.Certificate](f)(a.Node(identity(), spkiOf(f, key.Public()), now)),
-		must[*x509.Certificate](f)(a.Certifier(identity(), spkiOf(f, key.Public()), now)),
-		must[*x509.Certificate](f)(a.Server([]string{"x"}, spkiOf(f, key.Public()), now)),
+		testkit.Must[*x509.Certificate](f)(a.Node(identity(), spkiOf(f, key.Public()), now)),
+		testkit.Must[*x509.Certificate](f)(a.Certifier(identity(), spkiOf(f, key.Public()), now)),
+		testkit.Must[*x509.Certificate](f)(a.Server([]string{"x"}, spkiOf(f, key.Public()), now)),
 	} {
 		f.Add(c.RawTBSCertificate)
 	}
@@ -420,8 +411,8 @@ func FuzzCheckTBS(f *testing.F) {
 			return
 		}
 		// What would be signed reads as what it was taken for, and is nothing worse.
-		wrapped := must[[]byte](t)(sealWithNothing(b))
-		c := must[*x509.Certificate](t)(x509.ParseCertificate(wrapped))
+		wrapped := testkit.Must[[]byte](t)(sealWithNothing(b))
+		c := testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(wrapped))
 		if c.IsCA && (!c.MaxPathLenZero || slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageAny)) || c.NotAfter.After(now.Add(CertifierLifetime+2*maxSkew)) {
 			t.Errorf("%+v", c)
 		}
@@ -445,7 +436,7 @@ func FuzzParseToken(f *testing.F) {
 }
 
 func FuzzIdentity(f *testing.F) {
-	ext := must[pkix.Extension](f)(identity().extension())
+	ext := testkit.Must[pkix.Extension](f)(identity().extension())
 	f.Add(ext.Value)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		i, err := UntrustedIdentity(&x509.Certificate{Extensions: []pkix.Extension{{Id: OIDNode, Value: b}}})

@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"virt-trust/internal/evidence/quote"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/vtpm/ekcert"
 )
@@ -41,7 +42,7 @@ func newMaker(t *testing.T) *maker {
 		if parent == nil {
 			parent = c
 		}
-		return must[*x509.Certificate](t)(x509.ParseCertificate(must[[]byte](t)(x509.CreateCertificate(rand.Reader, c, parent, key.Public(), by))))
+		return testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(testkit.Must[[]byte](t)(x509.CreateCertificate(rand.Reader, c, parent, key.Public(), by))))
 	}
 	m.root = ca("maker root", nil, m.key, m.key)
 	m.sub = ca("maker EK CA", m.root, m.subKey, m.key)
@@ -50,8 +51,8 @@ func newMaker(t *testing.T) *maker {
 
 // directoryName is the critical SubjectAltName of an EK certificate.
 func directoryName(t *testing.T, model string) pkix.Extension {
-	der := must[[]byte](t)(asn1.Marshal(pkix.RDNSequence{{{Type: asn1.ObjectIdentifier{2, 23, 133, 2, 1}, Value: "id:49465800"}}, {{Type: asn1.ObjectIdentifier{2, 23, 133, 2, 2}, Value: model}}}))
-	san := must[[]byte](t)(asn1.Marshal([]asn1.RawValue{{Class: asn1.ClassContextSpecific, Tag: 4, IsCompound: true, Bytes: der}}))
+	der := testkit.Must[[]byte](t)(asn1.Marshal(pkix.RDNSequence{{{Type: asn1.ObjectIdentifier{2, 23, 133, 2, 1}, Value: "id:49465800"}}, {{Type: asn1.ObjectIdentifier{2, 23, 133, 2, 2}, Value: model}}}))
+	san := testkit.Must[[]byte](t)(asn1.Marshal([]asn1.RawValue{{Class: asn1.ClassContextSpecific, Tag: 4, IsCompound: true, Bytes: der}}))
 	return pkix.Extension{Id: oidSAN, Critical: true, Value: san}
 }
 
@@ -64,21 +65,21 @@ func (m *maker) certify(key any, change func(*x509.Certificate)) []byte {
 	if change != nil {
 		change(c)
 	}
-	return must[[]byte](m.t)(x509.CreateCertificate(rand.Reader, c, m.sub, key, m.subKey))
+	return testkit.Must[[]byte](m.t)(x509.CreateCertificate(rand.Reader, c, m.sub, key, m.subKey))
 }
 
 func TestVerifyEK(t *testing.T) {
 	mk, other := newMaker(t), newMaker(t)
-	ek := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	ek := testkit.Must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
 	ecc, another := newKey(t), newKey(t)
-	m := must[*Manufacturers](t)(NewManufacturers([]*x509.Certificate{mk.root, mk.sub}))
+	m := testkit.Must[*Manufacturers](t)(NewManufacturers([]*x509.Certificate{mk.root, mk.sub}))
 	good := mk.certify(ek.Public(), nil)
-	if c := must[*x509.Certificate](t)(x509.ParseCertificate(good)); len(c.UnhandledCriticalExtensions) == 0 {
+	if c := testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(good)); len(c.UnhandledCriticalExtensions) == 0 {
 		t.Error("crypto/x509 takes a SubjectAltName of a directoryName now: plain is not needed")
 	}
 	for name, ok := range map[string]error{
 		"RSA": m.VerifyEK(ek.Public(), good, now), "ECC": m.VerifyEK(ecc.Public(), mk.certify(ecc.Public(), nil), now),
-		"by an intermediate alone": must[*Manufacturers](t)(NewManufacturers([]*x509.Certificate{mk.sub})).VerifyEK(ek.Public(), good, now),
+		"by an intermediate alone": testkit.Must[*Manufacturers](t)(NewManufacturers([]*x509.Certificate{mk.sub})).VerifyEK(ek.Public(), good, now),
 		"RSAES-OAEP":               m.VerifyEK(ek.Public(), oaep(t, mk, ek), now),
 	} {
 		if ok != nil {
@@ -99,8 +100,8 @@ func TestVerifyEK(t *testing.T) {
 		"of another ECC":  {another.Public(), mk.certify(ecc.Public(), nil), m, now, EKOther},
 		"another's OAEP":  {ecc.Public(), oaep(t, mk, ek), m, now, EKOther},
 		"unknown root":    {ek.Public(), other.certify(ek.Public(), nil), m, now, EKUnknownRoot},
-		"no roots at all": {ek.Public(), good, must[*Manufacturers](t)(NewManufacturers(nil)), now, EKUnknownRoot},
-		"no intermediate": {ek.Public(), good, must[*Manufacturers](t)(NewManufacturers([]*x509.Certificate{mk.root})), now, EKUnknownRoot},
+		"no roots at all": {ek.Public(), good, testkit.Must[*Manufacturers](t)(NewManufacturers(nil)), now, EKUnknownRoot},
+		"no intermediate": {ek.Public(), good, testkit.Must[*Manufacturers](t)(NewManufacturers([]*x509.Certificate{mk.root})), now, EKUnknownRoot},
 		"expired":         {ek.Public(), good, m, now.AddDate(11, 0, 0), EKExpired},
 		"not yet":         {ek.Public(), good, m, now.AddDate(-2, 0, 0), EKExpired},
 		"without its use": {ek.Public(), mk.certify(ek.Public(), func(c *x509.Certificate) { c.UnknownExtKeyUsage = nil }), m, now, EKNotEK},
@@ -110,7 +111,7 @@ func TestVerifyEK(t *testing.T) {
 		"a CA's":         {ek.Public(), mk.certify(ek.Public(), func(c *x509.Certificate) { c.IsCA = true }), m, now, EKNotEK},
 		"a vTPM's model": {ek.Public(), mk.certify(ek.Public(), func(c *x509.Certificate) { c.ExtraExtensions = []pkix.Extension{directoryName(t, ekcert.Model)} }), m, now, EKIsVTPM},
 		"a vTPM's policy": {ek.Public(), mk.certify(ek.Public(), func(c *x509.Certificate) {
-			c.Policies = []x509.OID{must[x509.OID](t)(x509.ParseOID(ekcert.PolicyTakenIn))}
+			c.Policies = []x509.OID{testkit.Must[x509.OID](t)(x509.ParseOID(ekcert.PolicyTakenIn))}
 		}), m, now, EKIsVTPM},
 		"a VM's URN": {ek.Public(), mk.certify(ek.Public(), func(c *x509.Certificate) { c.ExtraExtensions, c.URIs = nil, []*url.URL{nodeURI(identity().Node)} }), m, now, EKIsVTPM},
 		"critical unknown": {ek.Public(), mk.certify(ek.Public(), func(c *x509.Certificate) {
@@ -127,7 +128,7 @@ func TestVerifyEK(t *testing.T) {
 			t.Errorf("%s: doubtful %v", name, !final)
 		}
 	}
-	if _, err := NewManufacturers([]*x509.Certificate{must[*x509.Certificate](t)(x509.ParseCertificate(good))}); err == nil {
+	if _, err := NewManufacturers([]*x509.Certificate{testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(good))}); err == nil {
 		t.Error("an EK certificate is a manufacturer's root")
 	}
 }
@@ -141,8 +142,8 @@ func oaep(t *testing.T, m *maker, key *rsa.PrivateKey) []byte {
 		Algorithm pkix.AlgorithmIdentifier
 		Signature asn1.BitString
 	}
-	good := must[*x509.Certificate](t)(x509.ParseCertificate(m.certify(key.Public(), nil)))
-	spki := must[[]byte](t)(asn1.Marshal(struct {
+	good := testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(m.certify(key.Public(), nil)))
+	spki := testkit.Must[[]byte](t)(asn1.Marshal(struct {
 		Algorithm pkix.AlgorithmIdentifier
 		Key       asn1.BitString
 	}{pkix.AlgorithmIdentifier{Algorithm: oidRSAOAEP}, asn1.BitString{Bytes: x509.MarshalPKCS1PublicKey(&key.PublicKey), BitLength: 8 * len(x509.MarshalPKCS1PublicKey(&key.PublicKey))}}))
@@ -155,15 +156,15 @@ func oaep(t *testing.T, m *maker, key *rsa.PrivateKey) []byte {
 			fields[i] = asn1.RawValue{FullBytes: spki}
 		}
 	}
-	tbs := must[[]byte](t)(asn1.Marshal(fields))
+	tbs := testkit.Must[[]byte](t)(asn1.Marshal(fields))
 	d := sha256.Sum256(tbs)
-	sig := must[[]byte](t)(ecdsa.SignASN1(rand.Reader, m.subKey, d[:]))
+	sig := testkit.Must[[]byte](t)(ecdsa.SignASN1(rand.Reader, m.subKey, d[:]))
 	var c certificate
 	if _, err := asn1.Unmarshal(good.Raw, &c); err != nil {
 		t.Fatal(err)
 	}
 	c.TBS, c.Signature = asn1.RawValue{FullBytes: tbs}, asn1.BitString{Bytes: sig, BitLength: 8 * len(sig)}
-	return must[[]byte](t)(asn1.Marshal(c))
+	return testkit.Must[[]byte](t)(asn1.Marshal(c))
 }
 
 // Public areas as a TPM has them, over keys that are in no TPM.
@@ -210,7 +211,7 @@ type soft struct {
 }
 
 func newSoft(t *testing.T) *soft {
-	s := &soft{t: t, ek: must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)), bind: must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)), ak: newKey(t), certifier: newKey(t)}
+	s := &soft{t: t, ek: testkit.Must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)), bind: testkit.Must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)), ak: newKey(t), certifier: newKey(t)}
 	s.keys = Keys{
 		EK: tpm2.Marshal(ekArea(&s.ek.PublicKey)), AK: tpm2.Marshal(signing(&s.ak.PublicKey, true)),
 		Bind: tpm2.Marshal(bindArea(&s.bind.PublicKey)), Certifier: tpm2.Marshal(signing(&s.certifier.PublicKey, false)),
@@ -222,7 +223,7 @@ func newSoft(t *testing.T) *soft {
 
 // certify is what TPM2_Certify gives.
 func (s *soft) certify(by *ecdsa.PrivateKey, area []byte) (attest, signature []byte) {
-	name := must[*quote.Object](s.t)(quote.ParsePublic(area)).Name
+	name := testkit.Must[*quote.Object](s.t)(quote.ParsePublic(area)).Name
 	a := tpm2.TPMSAttest{
 		Magic: tpm2.TPMGeneratedValue, Type: tpm2.TPMSTAttestCertify,
 		Attested: tpm2.NewTPMUAttest(tpm2.TPMSTAttestCertify, &tpm2.TPMSCertifyInfo{Name: tpm2.TPM2BName{Buffer: name}}),
@@ -330,7 +331,7 @@ func TestVerifyNodeKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	other := spkiOf(t, newKey(t).Public())
-	p521 := spkiOf(t, must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P521(), rand.Reader)).Public())
+	p521 := spkiOf(t, testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P521(), rand.Reader)).Public())
 	evidence, evidenceSig := s.quote(sha256.Sum256(nonce))
 	certified, certifiedSig := s.certify(s.ak, s.keys.Bind)
 	for name, c := range map[string]struct {
@@ -356,7 +357,7 @@ func TestVerifyNodeKey(t *testing.T) {
 
 func TestDecide(t *testing.T) {
 	s, other := newSoft(t), newSoft(t)
-	keys, others := must[*Proven](t)(s.keys.Verify()), must[*Proven](t)(other.keys.Verify())
+	keys, others := testkit.Must[*Proven](t)(s.keys.Verify()), testkit.Must[*Proven](t)(other.keys.Verify())
 	mixed := *keys // the EK is the same, its other keys were made anew
 	mixed.AK, mixed.Bind, mixed.Certifier = others.AK, others.Bind, others.Certifier
 	rebound := *keys
@@ -422,23 +423,23 @@ func TestFormer(t *testing.T) {
 	a, _ := newAuthority(t, elliptic.P256())
 	other, _ := newAuthority(t, elliptic.P256())
 	s := newSoft(t)
-	p := must[*Proven](t)(s.keys.Verify())
+	p := testkit.Must[*Proven](t)(s.keys.Verify())
 	id := identity()
-	digest := must[string](t)(EKDigest(p.EK.Key))
-	id.EK, id.AK, id.Bind = must[[]byte](t)(hex.DecodeString(digest)), p.AK.Name, p.Bind.Name
+	digest := testkit.Must[string](t)(EKDigest(p.EK.Key))
+	id.EK, id.AK, id.Bind = testkit.Must[[]byte](t)(hex.DecodeString(digest)), p.AK.Name, p.Bind.Name
 	key := spkiOf(t, newKey(t).Public())
-	long := must[*x509.Certificate](t)(a.Node(id, key, now.AddDate(-3, 0, 0)))
+	long := testkit.Must[*x509.Certificate](t)(a.Node(id, key, now.AddDate(-3, 0, 0)))
 	if got := a.Former(long.Raw, p); got == nil || got.Node != id.Node {
 		t.Errorf("%+v", got)
 	}
-	stranger := must[*Proven](t)(newSoft(t).keys.Verify())
-	certifier := must[*x509.Certificate](t)(a.Certifier(id, key, now))
+	stranger := testkit.Must[*Proven](t)(newSoft(t).keys.Verify())
+	certifier := testkit.Must[*x509.Certificate](t)(a.Certifier(id, key, now))
 	for name, c := range map[string]struct {
 		der []byte
 		p   *Proven
 	}{
 		"nothing": {nil, p}, "garbage": {[]byte("x"), p}, "other keys": {long.Raw, stranger}, "a certifier's": {certifier.Raw, p},
-		"another CA's": {must[*x509.Certificate](t)(other.Node(id, key, now)).Raw, p},
+		"another CA's": {testkit.Must[*x509.Certificate](t)(other.Node(id, key, now)).Raw, p},
 		"long":         {make([]byte, 2*MaxTBS+1), p},
 	} {
 		if got := a.Former(c.der, c.p); got != nil {

@@ -26,6 +26,7 @@ import (
 	"github.com/chromedp/chromedp"
 
 	"virt-trust/internal/appraise"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/page/pagetest"
 )
@@ -52,11 +53,7 @@ func browser(t *testing.T) context.Context {
 	t.Helper()
 	path, err := exec.LookPath("chromium")
 	if errors.Is(err, exec.ErrNotFound) {
-		const how = "chromium is missing: apt-get install --no-install-recommends chromium fonts-dejavu-core"
-		if os.Getenv("CI") == "true" {
-			t.Fatal(how)
-		}
-		t.Skip(how)
+		testkit.Missing(t, "chromium is missing: apt-get install --no-install-recommends chromium fonts-dejavu-core")
 	}
 	chromium.Do(func() {
 		profile, err := os.MkdirTemp("", "virt-trust-chromium-")

@@ -16,6 +16,7 @@ import (
 	"virt-trust/internal/appraise"
 	"virt-trust/internal/evidence/forge"
 	"virt-trust/internal/evidence/report"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/store"
@@ -239,7 +240,7 @@ func TestPlaces(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
-	r := must[*http.Request](t)(http.NewRequestWithContext(ctx, http.MethodPost, b.address+"/v1/nodes/"+m.id+"/evidence", bytes.NewReader(evidence)))
+	r := testkit.Must[*http.Request](t)(http.NewRequestWithContext(ctx, http.MethodPost, b.address+"/v1/nodes/"+m.id+"/evidence", bytes.NewReader(evidence)))
 	r.Header.Set("Content-Type", report.MediaType)
 	if _, err := m.http.Do(r); !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("a node that waits for a place: %v", err)
@@ -268,7 +269,7 @@ func TestSlowConnections(t *testing.T) {
 	other := b.join("host-b", b.newHost("two"))
 	r := m.next()
 	evidence := m.evidence(r, forge.Options{})
-	conn := must[*tls.Conn](t)(tls.Dial("tcp", b.address[len("https://"):], &tls.Config{RootCAs: b.ca.Pool(), Certificates: []tls.Certificate{*m.cert}}))
+	conn := testkit.Must[*tls.Conn](t)(tls.Dial("tcp", b.address[len("https://"):], &tls.Config{RootCAs: b.ca.Pool(), Certificates: []tls.Certificate{*m.cert}}))
 	defer conn.Close()
 	fmt.Fprintf(conn, "POST /v1/nodes/%s/evidence HTTP/1.1\r\nHost: x\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n", m.id, report.MediaType, len(evidence))
 	conn.Write(evidence[:100])
@@ -285,7 +286,7 @@ func TestSlowConnections(t *testing.T) {
 		t.Errorf("%+v", o)
 	}
 	for range 200 {
-		c := must[net.Conn](t)(net.Dial("tcp", b.address[len("https://"):]))
+		c := testkit.Must[net.Conn](t)(net.Dial("tcp", b.address[len("https://"):]))
 		defer c.Close()
 	}
 	if o := m.round(forge.Options{}); o.Tier != appraise.Affirming {

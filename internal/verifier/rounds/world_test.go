@@ -29,25 +29,16 @@ import (
 	"virt-trust/internal/appraise"
 	"virt-trust/internal/evidence/forge"
 	"virt-trust/internal/evidence/report"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/nodeapi"
 	"virt-trust/internal/verifier/store"
 )
 
-func must[T any](t testing.TB) func(T, error) T {
-	return func(v T, err error) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
-
 func bootLog(t testing.TB, name string) []byte {
 	t.Helper()
-	return must[[]byte](t)(os.ReadFile("../../evidence/eventlog/testdata/" + name + ".bin"))
+	return testkit.Must[[]byte](t)(os.ReadFile("../../evidence/eventlog/testdata/" + name + ".bin"))
 }
 
 // clock is the Verifier's, which jumps where a test says so.
@@ -84,9 +75,9 @@ type bench struct {
 
 func newBench(t testing.TB, options func(*Options)) *bench {
 	t.Helper()
-	key := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	root := must[*x509.Certificate](t)(x509.ParseCertificate(must[[]byte](t)(ca.Root(key, rand.Reader, "test CA", time.Now()))))
-	b := &bench{t: t, dsn: "sqlite:" + filepath.Join(t.TempDir(), "db"), ca: must[*ca.Authority](t)(ca.New(root, key, rand.Reader)), policy: appraise.DefaultPolicy(), options: options}
+	key := testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	root := testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(testkit.Must[[]byte](t)(ca.Root(key, rand.Reader, "test CA", time.Now()))))
+	b := &bench{t: t, dsn: "sqlite:" + filepath.Join(t.TempDir(), "db"), ca: testkit.Must[*ca.Authority](t)(ca.New(root, key, rand.Reader)), policy: appraise.DefaultPolicy(), options: options}
 	b.start()
 	t.Cleanup(b.stop)
 	return b
@@ -94,21 +85,21 @@ func newBench(t testing.TB, options func(*Options)) *bench {
 
 func (b *bench) start() {
 	b.t.Helper()
-	b.store = must[*store.Store](b.t)(store.Open(context.Background(), b.dsn, store.Options{Now: b.clock.now, Challenge: store.ChallengeLimits{PerSource: 1000, Total: 10_000}}))
+	b.store = testkit.Must[*store.Store](b.t)(store.Open(context.Background(), b.dsn, store.Options{Now: b.clock.now, Challenge: store.ChallengeLimits{PerSource: 1000, Total: 10_000}}))
 	l := logrus.New()
 	l.Out = io.Discard
 	if testing.Verbose() {
 		l.Out = os.Stderr
 	}
 	o := Options{
-		Store: b.store, CA: b.ca, Manufacturers: must[*ca.Manufacturers](b.t)(ca.NewManufacturers(nil)), Log: logrus.NewEntry(l), Now: b.clock.now, Anonymous: 100_000,
+		Store: b.store, CA: b.ca, Manufacturers: testkit.Must[*ca.Manufacturers](b.t)(ca.NewManufacturers(nil)), Log: logrus.NewEntry(l), Now: b.clock.now, Anonymous: 100_000,
 		Policy: func(context.Context) (Policy, error) { return Policy{Appraisal: b.policy, Learn: true}, nil },
 	}
 	if b.options != nil {
 		b.options(&o)
 	}
-	b.h = must[*Handler](b.t)(New(o))
-	listener := must[net.Listener](b.t)(net.Listen("tcp", "127.0.0.1:0"))
+	b.h = testkit.Must[*Handler](b.t)(New(o))
+	listener := testkit.Must[net.Listener](b.t)(net.Listen("tcp", "127.0.0.1:0"))
 	b.address = "https://" + listener.Addr().String()
 	b.server = &http.Server{
 		Handler: b.h, TLSConfig: TLSConfig(b.ca, []string{"127.0.0.1"}, time.Now), ReadTimeout: 2 * time.Second, ReadHeaderTimeout: time.Second,
@@ -163,16 +154,16 @@ var firstBind = sync.OnceValue(func() []byte {
 // join makes a host a node, as an enrolment would.
 func (b *bench) join(name string, host *forge.Host) *member {
 	b.t.Helper()
-	id := must[string](b.t)(newID(rand.Reader))
+	id := testkit.Must[string](b.t)(newID(rand.Reader))
 	ek := sha256.Sum256([]byte("EK of host " + name))
 	n := fleet.Node{
 		ID: id, Name: name, State: fleet.Active, EKDigest: hex.EncodeToString(ek[:]), EKTrust: "manufacturer",
 		AK: host.TPM.AK(), AKName: host.TPM.AKName(), BindName: host.TPM.AKName(), Bind: firstBind()[:64], Certifier: host.TPM.AK(), Enrolled: b.clock.now(),
 	}
 	b.do(func(ctx context.Context, tx *store.Tx) error { return tx.PutNode(ctx, n) })
-	key := must[*ecdsa.PrivateKey](b.t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	spki := must[[]byte](b.t)(x509.MarshalPKIXPublicKey(key.Public()))
-	cert := must[*x509.Certificate](b.t)(b.ca.Node(ca.Identity{Node: id, Name: name, EK: ek[:], AK: n.AKName, Bind: n.BindName}, spki, time.Now()))
+	key := testkit.Must[*ecdsa.PrivateKey](b.t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	spki := testkit.Must[[]byte](b.t)(x509.MarshalPKIXPublicKey(key.Public()))
+	cert := testkit.Must[*x509.Certificate](b.t)(b.ca.Node(ca.Identity{Node: id, Name: name, EK: ek[:], AK: n.AKName, Bind: n.BindName}, spki, time.Now()))
 	m := &member{b: b, id: id, host: host, cert: &tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key, Leaf: cert}}
 	m.http = b.client(m.cert)
 	return m
@@ -200,7 +191,7 @@ type answer struct {
 
 func (b *bench) post(c *http.Client, path, kind, encoding string, body []byte) answer {
 	b.t.Helper()
-	q := must[*http.Request](b.t)(http.NewRequest(http.MethodPost, b.address+path, bytes.NewReader(body)))
+	q := testkit.Must[*http.Request](b.t)(http.NewRequest(http.MethodPost, b.address+path, bytes.NewReader(body)))
 	q.Header.Set("Content-Type", kind)
 	if encoding != "" {
 		q.Header.Set("Content-Encoding", encoding)
@@ -260,7 +251,7 @@ func (m *member) outcome(a answer) *nodeapi.Outcome {
 // result is what counts now.
 func (m *member) result() *appraise.Result {
 	m.b.t.Helper()
-	return must[*appraise.Result](m.b.t)(m.b.store.Result(context.Background(), m.id))
+	return testkit.Must[*appraise.Result](m.b.t)(m.b.store.Result(context.Background(), m.id))
 }
 
 func (m *member) vm(name string) appraise.VM {

@@ -21,19 +21,11 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"virt-trust/internal/hosttpm/tpmtest"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/cakey"
 )
-
-func must[T any](t testing.TB) func(T, error) T {
-	return func(v T, err error) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
 
 // TestMain also plays another process, which asks with a request of one byte and
 // prints the answer's status.
@@ -56,36 +48,6 @@ func TestMain(m *testing.M) {
 	fmt.Print(status[0])
 }
 
-// startTPM runs a new swtpm and gives its socket.
-func startTPM(t *testing.T) string {
-	t.Helper()
-	if _, err := exec.LookPath("swtpm"); err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	dir := must[string](t)(os.MkdirTemp("", "vts"))
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	sock := filepath.Join(dir, "sock")
-	c := exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+dir, "--server", "type=unixio,path="+sock,
-		"--ctrl", "type=unixio,path="+sock+".ctrl", "--flags", "not-need-init,startup-clear")
-	c.SysProcAttr, c.WaitDelay = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, time.Second
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Process.Kill(); c.Wait() })
-	for range 1000 {
-		if conn, err := net.Dial("unix", sock); err == nil {
-			conn.Close()
-			return sock
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-	t.Fatal("swtpm does not come up")
-	return ""
-}
-
 func options(t *testing.T, device string, words io.Writer) Options {
 	dir := t.TempDir()
 	l := logrus.New()
@@ -96,11 +58,11 @@ func options(t *testing.T, device string, words io.Writer) Options {
 // serve runs a signer and gives its socket.
 func serve(t *testing.T, o Options) string {
 	t.Helper()
-	s := must[*Server](t)(Open(o))
-	dir := must[string](t)(os.MkdirTemp("", "vts"))
+	s := testkit.Must[*Server](t)(Open(o))
+	dir := testkit.Must[string](t)(os.MkdirTemp("", "vts"))
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	sock := filepath.Join(dir, "signer")
-	l := must[net.Listener](t)(net.Listen("unix", sock))
+	l := testkit.Must[net.Listener](t)(net.Listen("unix", sock))
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(ctx, l) }()
@@ -114,8 +76,8 @@ func serve(t *testing.T, o Options) string {
 }
 
 func spki(t *testing.T) []byte {
-	k := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	return must[[]byte](t)(x509.MarshalPKIXPublicKey(k.Public()))
+	k := testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	return testkit.Must[[]byte](t)(x509.MarshalPKIXPublicKey(k.Public()))
 }
 
 var node = ca.Identity{
@@ -125,7 +87,7 @@ var node = ca.Identity{
 // A CA whose key is in a TPM: made, used through the socket, and of no use to
 // another TPM.
 func TestSigner(t *testing.T) {
-	device := startTPM(t)
+	device := tpmtest.New(t).Socket
 	var words bytes.Buffer
 	o := options(t, device, &words)
 	if err := Init(o, "test CA", time.Now()); err != nil {
@@ -134,13 +96,13 @@ func TestSigner(t *testing.T) {
 	if err := Init(o, "test CA", time.Now()); !errors.Is(err, os.ErrExist) {
 		t.Errorf("a CA was overwritten: %v", err)
 	}
-	key := must[[]byte](t)(os.ReadFile(o.Key))
-	if st := must[os.FileInfo](t)(os.Stat(o.Key)); st.Mode().Perm() != 0o600 || !bytes.Contains(key, []byte("TSS2 PRIVATE KEY")) {
+	key := testkit.Must[[]byte](t)(os.ReadFile(o.Key))
+	if st := testkit.Must[os.FileInfo](t)(os.Stat(o.Key)); st.Mode().Perm() != 0o600 || !bytes.Contains(key, []byte("TSS2 PRIVATE KEY")) {
 		t.Errorf("%s %s", st.Mode(), key)
 	}
 	sock := serve(t, o)
-	a := must[*ca.Authority](t)(cakey.Open(o.Certificate, sock))
-	cert := must[*x509.Certificate](t)(a.Node(node, spki(t), time.Now()))
+	a := testkit.Must[*ca.Authority](t)(cakey.Open(o.Certificate, sock))
+	cert := testkit.Must[*x509.Certificate](t)(a.Node(node, spki(t), time.Now()))
 	if err := cert.CheckSignatureFrom(a.Certificate()); err != nil {
 		t.Error(err)
 	}
@@ -151,10 +113,10 @@ func TestSigner(t *testing.T) {
 		t.Errorf("openssl: %s", out)
 	}
 
-	other := startTPM(t)
+	other := tpmtest.New(t).Socket
 	stolen := o
 	stolen.Device = other
-	b := must[*ca.Authority](t)(cakey.Open(o.Certificate, serve(t, stolen)))
+	b := testkit.Must[*ca.Authority](t)(cakey.Open(o.Certificate, serve(t, stolen)))
 	if c, err := b.Node(node, spki(t), time.Now()); err == nil {
 		t.Errorf("another TPM signs: %v", c)
 	}
@@ -162,14 +124,14 @@ func TestSigner(t *testing.T) {
 
 // A Verifier that was taken over asks for what no CA gives.
 func TestSignerRefuses(t *testing.T) {
-	device := startTPM(t)
+	device := tpmtest.New(t).Socket
 	o := options(t, device, io.Discard)
 	if err := Init(o, "test CA", time.Now()); err != nil {
 		t.Fatal(err)
 	}
 	sock := serve(t, o)
 	s := &cakey.Signer{Socket: sock}
-	root := must[*x509.Certificate](t)(cakey.ReadCertificate(o.Certificate))
+	root := testkit.Must[*x509.Certificate](t)(cakey.ReadCertificate(o.Certificate))
 	for name, tbs := range map[string][]byte{"garbage": []byte("x"), "a digest": make([]byte, 32), "another CA": root.RawTBSCertificate} {
 		if sig, err := s.SignMessage(nil, tbs, nil); err == nil || !strings.Contains(err.Error(), "refuses") {
 			t.Errorf("%s: %x, %v", name, sig, err)
@@ -183,11 +145,11 @@ func TestSignerRefuses(t *testing.T) {
 	}
 	// Half a request, and none, keep nobody from the next.
 	for range maxConnections - 1 {
-		c := must[net.Conn](t)(net.Dial("unix", sock))
+		c := testkit.Must[net.Conn](t)(net.Dial("unix", sock))
 		defer c.Close()
 		c.Write([]byte{0, 0})
 	}
-	a := must[*ca.Authority](t)(cakey.Open(o.Certificate, sock))
+	a := testkit.Must[*ca.Authority](t)(cakey.Open(o.Certificate, sock))
 	if _, err := a.Node(node, spki(t), time.Now()); err != nil {
 		t.Error(err)
 	}
@@ -198,23 +160,23 @@ func TestSignerPeers(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("as root: another user has to ask")
 	}
-	k := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	cert := must[*x509.Certificate](t)(x509.ParseCertificate(must[[]byte](t)(ca.Root(k, rand.Reader, "x", time.Now()))))
+	k := testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	cert := testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(testkit.Must[[]byte](t)(ca.Root(k, rand.Reader, "x", time.Now()))))
 	var words bytes.Buffer
 	o := options(t, "", &words)
 	o.UID = 1
 	s := newServer(cert, k, o)
-	dir := must[string](t)(os.MkdirTemp("", "vts"))
+	dir := testkit.Must[string](t)(os.MkdirTemp("", "vts"))
 	defer os.RemoveAll(dir)
 	os.Chmod(dir, 0o755)
 	sock := filepath.Join(dir, "s")
-	l := must[net.Listener](t)(net.Listen("unix", sock))
+	l := testkit.Must[net.Listener](t)(net.Listen("unix", sock))
 	os.Chmod(sock, 0o777)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(ctx, l) }()
 	self := filepath.Join(dir, "self") // where every user can run it
-	if err := os.WriteFile(self, must[[]byte](t)(os.ReadFile(must[string](t)(os.Executable()))), 0o755); err != nil {
+	if err := os.WriteFile(self, testkit.Must[[]byte](t)(os.ReadFile(testkit.Must[string](t)(os.Executable()))), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	ask := func(uid uint32) []byte {
@@ -241,8 +203,8 @@ func TestSignerPeers(t *testing.T) {
 }
 
 func TestLoadRefuses(t *testing.T) {
-	device := startTPM(t)
-	file := must[[]byte](t)(Make(device))
+	device := tpmtest.New(t).Socket
+	file := testkit.Must[[]byte](t)(Make(device))
 	if _, err := Load(device, file); err != nil {
 		t.Fatal(err)
 	}

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/fleet"
 )
 
@@ -27,7 +28,7 @@ func TestAudit(t *testing.T) {
 				tx.Audit(entry(2*i + 1))
 				return nil
 			})
-			noted = append(noted, must[fleet.AuditHead](t)(b.AuditHead(ctx)))
+			noted = append(noted, testkit.Must[fleet.AuditHead](t)(b.AuditHead(ctx)))
 		}
 		// What did not happen is not in it.
 		wantErr(t, b.Do(ctx, func(tx *Tx) error { tx.Audit(entry(99)); return ErrLimit }), ErrLimit)
@@ -37,15 +38,15 @@ func TestAudit(t *testing.T) {
 		b.do(func(ctx context.Context, tx *Tx) error { tx.Audit(hostile); return nil })
 
 		var progress int64
-		head := must[fleet.AuditHead](t)(b.VerifyAudit(ctx, noted, func(n int64) { progress = n }))
+		head := testkit.Must[fleet.AuditHead](t)(b.VerifyAudit(ctx, noted, func(n int64) { progress = n }))
 		if head.ID != 11 || progress != 11 {
 			t.Errorf("head %+v, progress %d", head, progress)
 		}
 		var out bytes.Buffer
-		if h := must[fleet.AuditHead](t)(b.ExportAudit(ctx, &out)); h != head {
+		if h := testkit.Must[fleet.AuditHead](t)(b.ExportAudit(ctx, &out)); h != head {
 			t.Errorf("exported to %+v", h)
 		}
-		if h := must[fleet.AuditHead](t)(fleet.VerifyExport(&out, append(noted, head)...)); h != head {
+		if h := testkit.Must[fleet.AuditHead](t)(fleet.VerifyExport(&out, append(noted, head)...)); h != head {
 			t.Errorf("verified to %+v", h)
 		}
 		all, next, err := b.AuditLog(ctx, AuditFilter{Actor: "anna", Action: "node.approve"}, Page{Limit: 3})
@@ -67,7 +68,7 @@ func TestAuditTampered(t *testing.T) {
 		for i := range 6 {
 			b.do(func(ctx context.Context, tx *Tx) error { tx.Audit(entry(i)); return nil })
 		}
-		head := must[fleet.AuditHead](t)(b.AuditHead(ctx))
+		head := testkit.Must[fleet.AuditHead](t)(b.AuditHead(ctx))
 		refused := []string{"UPDATE audit SET actor = 'x' WHERE id = 3", "DELETE FROM audit WHERE id = 6", "UPDATE audit_head SET id = 5", "DELETE FROM audit_head"}
 		if b.d.numbered {
 			refused = append(refused, "TRUNCATE audit", "TRUNCATE audit_head")
@@ -77,7 +78,7 @@ func TestAuditTampered(t *testing.T) {
 				t.Errorf("%s: %v", q, err)
 			}
 		}
-		if got := must[fleet.AuditHead](t)(b.VerifyAudit(ctx, nil, nil)); got != head {
+		if got := testkit.Must[fleet.AuditHead](t)(b.VerifyAudit(ctx, nil, nil)); got != head {
 			t.Errorf("%+v", got)
 		}
 		// Somebody who may do everything takes the triggers away.
@@ -156,7 +157,7 @@ func TestAuditAmongReplicas(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		if head := must[fleet.AuditHead](t)(b.VerifyAudit(t.Context(), nil, nil)); head.ID != 2*workers*each {
+		if head := testkit.Must[fleet.AuditHead](t)(b.VerifyAudit(t.Context(), nil, nil)); head.ID != 2*workers*each {
 			t.Errorf("%d entries", head.ID)
 		}
 	})

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"virt-trust/internal/appraise"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/store/storetest"
 )
@@ -40,7 +41,7 @@ func step(ctx context.Context, s *Store, node string, i int) error {
 func confirmed(t *testing.T, s *Store, node string, i int) {
 	t.Helper()
 	ctx := t.Context()
-	res := must[*appraise.Result](t)(s.PreviousResult(ctx, node))
+	res := testkit.Must[*appraise.Result](t)(s.PreviousResult(ctx, node))
 	var got int
 	if _, err := fmt.Sscan(res.HostName, &got); err != nil || got < i || got > i+1 {
 		t.Errorf("node %s: round %s is the newest, %d was confirmed", node, res.HostName, i)
@@ -81,7 +82,7 @@ func TestPostgresKilled(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	s := must[*Store](t)(Open(t.Context(), server.NewDatabase(t), Options{}))
+	s := testkit.Must[*Store](t)(Open(t.Context(), server.NewDatabase(t), Options{}))
 	defer s.Close()
 	const nodes = 6
 	addNodes(t, s, nodes)
@@ -126,7 +127,7 @@ func TestPostgresKilled(t *testing.T) {
 			}
 			done[n] = len(rounds)
 		}
-		head := must[fleet.AuditHead](t)(s.VerifyAudit(t.Context(), nil, nil))
+		head := testkit.Must[fleet.AuditHead](t)(s.VerifyAudit(t.Context(), nil, nil))
 		sum := 0
 		for _, d := range done {
 			sum += d
@@ -142,7 +143,7 @@ const childEnv = "VIRT_TRUST_STORE_CHILD"
 // The process that writes to SQLite is killed in the middle.
 func TestSQLiteKilled(t *testing.T) {
 	if path := os.Getenv(childEnv); path != "" {
-		s := must[*Store](t)(Open(t.Context(), "sqlite:"+path, Options{}))
+		s := testkit.Must[*Store](t)(Open(t.Context(), "sqlite:"+path, Options{}))
 		for i := 0; ; i++ {
 			if err := step(t.Context(), s, testNode(0).ID, i); err != nil {
 				t.Fatal(err)
@@ -151,7 +152,7 @@ func TestSQLiteKilled(t *testing.T) {
 		}
 	}
 	path := filepath.Join(t.TempDir(), "verifier.db")
-	s := must[*Store](t)(Open(t.Context(), "sqlite:"+path, Options{}))
+	s := testkit.Must[*Store](t)(Open(t.Context(), "sqlite:"+path, Options{}))
 	addNodes(t, s, 1)
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
@@ -159,7 +160,7 @@ func TestSQLiteKilled(t *testing.T) {
 	c := exec.Command(os.Args[0], "-test.run=^TestSQLiteKilled$")
 	c.Env, c.WaitDelay = append(os.Environ(), childEnv+"="+path), time.Second
 	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	out := must[interface{ Read([]byte) (int, error) }](t)(c.StdoutPipe())
+	out := testkit.Must[interface{ Read([]byte) (int, error) }](t)(c.StdoutPipe())
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -177,21 +178,16 @@ func TestSQLiteKilled(t *testing.T) {
 	if err := c.Wait(); err == nil || last < 50 {
 		t.Fatalf("the child ended after round %d: %v", last, err)
 	}
-	s = must[*Store](t)(Open(t.Context(), "sqlite:"+path, Options{}))
+	s = testkit.Must[*Store](t)(Open(t.Context(), "sqlite:"+path, Options{}))
 	defer s.Close()
 	confirmed(t, s, testNode(0).ID, last)
-	must[fleet.AuditHead](t)(s.VerifyAudit(t.Context(), nil, nil))
+	testkit.Must[fleet.AuditHead](t)(s.VerifyAudit(t.Context(), nil, nil))
 }
 
 // The disk is full: ErrUnavailable, nothing by half, reading goes on; and once
 // there is room all goes on.
 func TestSQLiteDiskFull(t *testing.T) {
-	if os.Geteuid() != 0 {
-		if os.Getenv("CI") == "true" {
-			t.Fatal("needs root, for a small file system")
-		}
-		t.Skip("needs root, for a small file system")
-	}
+	testkit.Root(t) // for a small file system
 	dir := t.TempDir()
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=6m"); err != nil {
 		t.Fatal(err)
@@ -206,7 +202,7 @@ func TestSQLiteDiskFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := newBench(t, "sqlite:"+filepath.Join(dir, "verifier.db"))
-	s := must[*Store](t)(Open(t.Context(), b.dsn, Options{Now: b.clock.Now}))
+	s := testkit.Must[*Store](t)(Open(t.Context(), b.dsn, Options{Now: b.clock.Now}))
 	defer s.Close()
 	b.Store = s
 	n, m := b.addNode(1), b.addNode(2)
@@ -234,14 +230,14 @@ func TestSQLiteDiskFull(t *testing.T) {
 	if err != nil || len(rounds) != nonces-1 {
 		t.Errorf("%d rounds of %d, %v", len(rounds), nonces-1, err)
 	}
-	if head := must[fleet.AuditHead](t)(s.VerifyAudit(t.Context(), nil, nil)); int(head.ID) != len(rounds) {
+	if head := testkit.Must[fleet.AuditHead](t)(s.VerifyAudit(t.Context(), nil, nil)); int(head.ID) != len(rounds) {
 		t.Errorf("%d audit entries of %d rounds", head.ID, len(rounds))
 	}
 	if err := os.Remove(ballast); err != nil {
 		t.Fatal(err)
 	}
 	b.round(b.testResult(m.ID, 1, appraise.Affirming), nil)
-	if v := must[Removed](t)(s.Expire(t.Context(), b.clock.Now(), Retention{EvidenceBytes: 1})); v.Evidence != int64(len(rounds)) {
+	if v := testkit.Must[Removed](t)(s.Expire(t.Context(), b.clock.Now(), Retention{EvidenceBytes: 1})); v.Evidence != int64(len(rounds)) {
 		t.Errorf("%+v", v)
 	}
 }
@@ -281,7 +277,7 @@ func TestBatch(t *testing.T) {
 		if all, _, err := b.Tokens(t.Context(), Page{Limit: 1000}); err != nil || len(all) != 20 || panics.Load() != 20 {
 			t.Errorf("%d tokens, %d panics, %v", len(all), panics.Load(), err)
 		}
-		if head := must[fleet.AuditHead](t)(b.VerifyAudit(t.Context(), nil, nil)); head.ID != 20 {
+		if head := testkit.Must[fleet.AuditHead](t)(b.VerifyAudit(t.Context(), nil, nil)); head.ID != 20 {
 			t.Errorf("%d audit entries", head.ID)
 		}
 	})
@@ -295,7 +291,7 @@ func TestContexts(t *testing.T) {
 		wantErr(t, err, ErrUnavailable)
 		wantErr(t, err, context.Canceled)
 		wantErr(t, b.Do(ctx, func(*Tx) error { t.Error("ran"); return nil }), context.Canceled)
-		s := must[*Store](t)(Open(t.Context(), b.dsn, Options{}))
+		s := testkit.Must[*Store](t)(Open(t.Context(), b.dsn, Options{}))
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}

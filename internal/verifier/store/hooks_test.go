@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/fleet"
 )
 
@@ -23,7 +24,7 @@ func TestHooks(t *testing.T) {
 			_, err = tx.AddHook(ctx, fleet.Hook{URL: "https://b"})
 			return err
 		})
-		hooks := must[[]fleet.Hook](t)(b.Hooks(ctx))
+		hooks := testkit.Must[[]fleet.Hook](t)(b.Hooks(ctx))
 		if len(hooks) != 2 || hooks[0].URL != "https://a" || string(hooks[0].Secret) != "s" || !reflect.DeepEqual(hooks[0].Events, []string{"trust"}) || len(hooks[1].Events) != 0 {
 			t.Errorf("%+v", hooks)
 		}
@@ -39,11 +40,11 @@ func TestHooks(t *testing.T) {
 		}
 		enqueue("trust", 2)
 		enqueue("enrolled", 1)
-		all := must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Minute))
+		all := testkit.Must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Minute))
 		if len(all) != 3 || all[0].Attempts != 1 || string(all[0].Body) != `{"x":1}` {
 			t.Fatalf("%+v", all)
 		}
-		if again := must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Minute)); len(again) != 0 {
+		if again := testkit.Must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Minute)); len(again) != 0 {
 			t.Errorf("claimed twice: %+v", again)
 		}
 		if err := errors.Join(b.Done(ctx, all[0]), b.Retry(ctx, all[1], "503")); err != nil {
@@ -51,23 +52,23 @@ func TestHooks(t *testing.T) {
 		}
 		wantErr(t, b.Retry(ctx, all[0], "x"), ErrVersion) // done
 		b.clock.pass(Backoff(1) - time.Second)
-		if got := must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Minute)); len(got) != 0 {
+		if got := testkit.Must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Minute)); len(got) != 0 {
 			t.Errorf("before its time: %+v", got)
 		}
 		b.clock.pass(time.Second)
-		got := must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Hour))
+		got := testkit.Must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Hour))
 		if len(got) != 1 || got[0].ID != all[1].ID || got[0].LastErr != "503" || got[0].Attempts != 2 {
 			t.Fatalf("%+v", got)
 		}
 		b.clock.pass(time.Minute) // the third's lease: who had it died
-		third := must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Minute))
+		third := testkit.Must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Minute))
 		if len(third) != 1 || third[0].ID != all[2].ID || third[0].Attempts != 2 {
 			t.Fatalf("%+v", third)
 		}
 		wantErr(t, b.Retry(ctx, all[2], "late"), ErrVersion) // and came back
 
 		// Given up, and revived.
-		for d := third[0]; ; d = must[[]fleet.Delivery](t)(b.Claim(ctx, 1, time.Minute))[0] {
+		for d := third[0]; ; d = testkit.Must[[]fleet.Delivery](t)(b.Claim(ctx, 1, time.Minute))[0] {
 			if err := b.Retry(ctx, d, "no"); err != nil {
 				t.Fatal(err)
 			}
@@ -87,7 +88,7 @@ func TestHooks(t *testing.T) {
 			t.Fatalf("%+v %v", dead, err)
 		}
 		b.clock.pass(1000 * time.Hour)
-		if got := must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Minute)); len(got) != 0 {
+		if got := testkit.Must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Minute)); len(got) != 0 {
 			t.Errorf("a dead letter: %+v", got)
 		}
 		if waiting, n, err := b.Queued(ctx); err != nil || waiting != 0 || n != 1 {
@@ -95,7 +96,7 @@ func TestHooks(t *testing.T) {
 		}
 		b.do(func(ctx context.Context, tx *Tx) error { return tx.Revive(ctx, dead[0].ID) })
 		wantErr(t, b.Do(ctx, func(tx *Tx) error { return tx.Revive(ctx, dead[0].ID) }), ErrNotFound)
-		if got := must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Minute)); len(got) != 1 || got[0].Attempts != 1 {
+		if got := testkit.Must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Minute)); len(got) != 1 || got[0].Attempts != 1 {
 			t.Errorf("revived: %+v", got)
 		}
 		enqueue("trust", 2)

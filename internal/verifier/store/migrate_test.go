@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"virt-trust/internal/appraise"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/store/storetest"
 )
@@ -68,11 +69,11 @@ func filled(b *bench) {
 	t, ctx := b.t, b.t.Context()
 	t.Helper()
 	b.clock.now = time.Date(2026, 11, 1, 12, 2, 0, 0, time.UTC)
-	n := must[fleet.Node](t)(b.NodeByEK(ctx, testNode(1).EKDigest))
+	n := testkit.Must[fleet.Node](t)(b.NodeByEK(ctx, testNode(1).EKDigest))
 	if want := testNode(1); n.ID != want.ID || n.Name != want.Name || !bytes.Equal(n.Certifier, want.Certifier) || !n.Enrolled.Equal(want.Enrolled) || !n.Seen.Equal(b.clock.Now()) {
 		t.Errorf("%+v", n)
 	}
-	res := must[*appraise.Result](t)(b.Result(ctx, n.ID))
+	res := testkit.Must[*appraise.Result](t)(b.Result(ctx, n.ID))
 	if res.Host.Tier != appraise.Contraindicated || len(res.VMs) != 3 || !res.Expires.Equal(b.clock.Now().Add(2*time.Minute)) {
 		t.Errorf("%+v", res)
 	}
@@ -80,33 +81,33 @@ func filled(b *bench) {
 	if err != nil || len(rounds) != 2 || rounds[1].Count != 2 {
 		t.Fatalf("%+v, %v", rounds, err)
 	}
-	if r := must[fleet.Round](t)(b.Round(ctx, rounds[0].ID)); string(r.Evidence) != "evidence" {
+	if r := testkit.Must[fleet.Round](t)(b.Round(ctx, rounds[0].ID)); string(r.Evidence) != "evidence" {
 		t.Errorf("%+v", r)
 	}
 	if vms, _, err := b.VMs(ctx, VMFilter{Node: n.ID}, Page{}); err != nil || len(vms) != 3 || vms[0].Tier != appraise.Contraindicated {
 		t.Errorf("%+v, %v", vms, err)
 	}
-	if st := must[RoundState](t)(b.RoundState(ctx, n.ID)); string(st.Checkpoint) != "checkpoint" {
+	if st := testkit.Must[RoundState](t)(b.RoundState(ctx, n.ID)); string(st.Checkpoint) != "checkpoint" {
 		t.Errorf("%+v", st)
 	}
-	if vs := must[[]fleet.Value](t)(b.ValuesFor(ctx, "", n.ID)); len(vs) != 1 {
+	if vs := testkit.Must[[]fleet.Value](t)(b.ValuesFor(ctx, "", n.ID)); len(vs) != 1 {
 		t.Errorf("%+v", vs)
 	}
 	if vs, _, err := b.Values(ctx, ValueFilter{State: fleet.Proposed}, Page{}); err != nil || len(vs) != 1 || !vs[0].FourEyes || vs[0].By != "anna" {
 		t.Errorf("%+v, %v", vs, err)
 	}
-	if v := must[fleet.Setting](t)(b.Setting(ctx, "policy")); string(v.Data) != "p" {
+	if v := testkit.Must[fleet.Setting](t)(b.Setting(ctx, "policy")); string(v.Data) != "p" {
 		t.Errorf("%+v", v)
 	}
-	if head := must[fleet.AuditHead](t)(b.VerifyAudit(ctx, nil, nil)); head.ID != 2 {
+	if head := testkit.Must[fleet.AuditHead](t)(b.VerifyAudit(ctx, nil, nil)); head.ID != 2 {
 		t.Errorf("%+v", head)
 	}
-	must[fleet.Session](t)(b.Session(ctx, "d"))
-	must[fleet.Challenge](t)(b.TakeChallenge(ctx, "enrolment", "c"))
+	testkit.Must[fleet.Session](t)(b.Session(ctx, "d"))
+	testkit.Must[fleet.Challenge](t)(b.TakeChallenge(ctx, "enrolment", "c"))
 	if err := b.Do(ctx, func(tx *Tx) error { return tx.UseToken(ctx, "d", "host3", "n") }); err != nil {
 		t.Error(err)
 	}
-	ds := must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Minute))
+	ds := testkit.Must[[]fleet.Delivery](t)(b.Claim(ctx, 10, time.Minute))
 	if len(ds) != 1 || string(ds[0].Body) != "body" {
 		t.Errorf("%+v", ds)
 	}
@@ -146,9 +147,9 @@ func TestOldDumps(t *testing.T) {
 		if err := lite.Backup(t.Context(), copied); err != nil {
 			t.Fatal(err)
 		}
-		data := must[[]byte](t)(os.ReadFile(copied))
-		dump := must[[]byte](t)(server.Run(nil, "pg_dump", "--no-owner", pgArgs(pg.dsn)))
-		v := must[Stats](t)(lite.Stats(t.Context())).Schema
+		data := testkit.Must[[]byte](t)(os.ReadFile(copied))
+		dump := testkit.Must[[]byte](t)(server.Run(nil, "pg_dump", "--no-owner", pgArgs(pg.dsn)))
+		v := testkit.Must[Stats](t)(lite.Stats(t.Context())).Schema
 		writeGzip(t, fmt.Sprintf("testdata/v%d.sqlite.gz", v), data)
 		writeGzip(t, fmt.Sprintf("testdata/v%d.postgres.sql.gz", v), dump)
 	}
@@ -201,7 +202,7 @@ func readGzip(t *testing.T, path string) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return must[[]byte](t)(io.ReadAll(r))
+	return testkit.Must[[]byte](t)(io.ReadAll(r))
 }
 
 // withNext is what a later program has: one more migration.

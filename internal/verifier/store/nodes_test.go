@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"virt-trust/internal/appraise"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/fleet"
 )
 
@@ -20,7 +21,7 @@ func TestNodes(t *testing.T) {
 		ctx := t.Context()
 		n := b.addNode(1)
 		n.Version = 1
-		if got := must[fleet.Node](t)(b.Node(ctx, n.ID)); !reflect.DeepEqual(got, n) {
+		if got := testkit.Must[fleet.Node](t)(b.Node(ctx, n.ID)); !reflect.DeepEqual(got, n) {
 			t.Errorf("Node:\n%+v, want\n%+v", got, n)
 		}
 		for what, get := range map[string]func() (fleet.Node, error){
@@ -28,7 +29,7 @@ func TestNodes(t *testing.T) {
 			"ek":   func() (fleet.Node, error) { return b.NodeByEK(ctx, n.EKDigest) },
 			"ak":   func() (fleet.Node, error) { return b.NodeByAK(ctx, n.AKName) },
 		} {
-			if got := must[fleet.Node](t)(get()); got.ID != n.ID {
+			if got := testkit.Must[fleet.Node](t)(get()); got.ID != n.ID {
 				t.Errorf("by %s: %q", what, got.ID)
 			}
 		}
@@ -54,7 +55,7 @@ func TestNodes(t *testing.T) {
 		n.Serial, n.Problem = "02", "look at me"
 		var v int64
 		b.do(func(ctx context.Context, tx *Tx) (err error) { v, err = tx.UpdateNode(ctx, n); return err })
-		if got := must[fleet.Node](t)(b.Node(ctx, n.ID)); v != 2 || got.Version != 2 || got.Serial != "02" || got.Problem != n.Problem {
+		if got := testkit.Must[fleet.Node](t)(b.Node(ctx, n.ID)); v != 2 || got.Version != 2 || got.Serial != "02" || got.Problem != n.Problem {
 			t.Errorf("updated: %d, %+v", v, got)
 		}
 		update := func(n fleet.Node) error {
@@ -70,12 +71,12 @@ func TestNodes(t *testing.T) {
 		wantErr(t, update(testNode(9)), ErrNotFound)
 
 		// Revoked: its name and keys are free, its nonce is gone, and it stays so.
-		must[RoundState](t)(b.IssueNonce(ctx, n.ID, []byte("nonce"), b.clock.Now().Add(time.Minute)))
+		testkit.Must[RoundState](t)(b.IssueNonce(ctx, n.ID, []byte("nonce"), b.clock.Now().Add(time.Minute)))
 		n.Version, n.State, n.RevokedWhy = 2, fleet.Revoked, "sold"
 		if err := update(n); err != nil {
 			t.Fatal(err)
 		}
-		if st := must[RoundState](t)(b.RoundState(ctx, n.ID)); st.Nonce != nil {
+		if st := testkit.Must[RoundState](t)(b.RoundState(ctx, n.ID)); st.Nonce != nil {
 			t.Error("a revoked node has a nonce")
 		}
 		n.Version, n.State = 3, fleet.Active
@@ -83,7 +84,7 @@ func TestNodes(t *testing.T) {
 		again := testNode(3)
 		again.Name, again.EKDigest, again.AKName = n.Name, n.EKDigest, n.AKName
 		b.do(func(ctx context.Context, tx *Tx) error { return tx.PutNode(ctx, again) })
-		if got := must[fleet.Node](t)(b.NodeByEK(ctx, n.EKDigest)); got.ID != again.ID {
+		if got := testkit.Must[fleet.Node](t)(b.NodeByEK(ctx, n.EKDigest)); got.ID != again.ID {
 			t.Errorf("after revocation the EK is of %s", got.ID)
 		}
 		b.do(func(ctx context.Context, tx *Tx) error { return tx.SetProblem(ctx, again.ID, "two of them") })
@@ -273,7 +274,7 @@ func TestChallenges(t *testing.T) {
 		}
 		_, err := b.TakeChallenge(ctx, "certificate", "a")
 		wantErr(t, err, ErrNotFound)
-		if c := must[fleet.Challenge](t)(other.TakeChallenge(ctx, "enrolment", "a")); string(c.Data) != "data" || c.Source != "10.0.0.1" {
+		if c := testkit.Must[fleet.Challenge](t)(other.TakeChallenge(ctx, "enrolment", "a")); string(c.Data) != "data" || c.Source != "10.0.0.1" {
 			t.Errorf("%+v", c)
 		}
 		_, err = b.TakeChallenge(ctx, "enrolment", "a")
@@ -325,7 +326,7 @@ func TestSessions(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantErr(t, b.PutSession(ctx, v), ErrConflict)
-		if got := must[fleet.Session](t)(b.Session(ctx, "d")); !reflect.DeepEqual(got, v) {
+		if got := testkit.Must[fleet.Session](t)(b.Session(ctx, "d")); !reflect.DeepEqual(got, v) {
 			t.Errorf("%+v", got)
 		}
 		b.clock.pass(time.Hour)

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"virt-trust/internal/appraise"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/fleet"
 )
 
@@ -33,7 +34,7 @@ func TestRoundsFold(t *testing.T) {
 				t.Fatalf("an unchanged round is %d, not %d", id, first)
 			}
 		}
-		r := must[fleet.Round](t)(b.Round(ctx, first))
+		r := testkit.Must[fleet.Round](t)(b.Round(ctx, first))
 		if r.Count != 5 || !r.Received.Equal(start) || !r.Last.Equal(b.clock.Now()) || !r.Expires.Equal(b.clock.Now().Add(2*time.Minute)) || r.Evidence != nil || r.HostTier != "affirming" || len(r.VMTiers) != 2 {
 			t.Errorf("%+v", r)
 		}
@@ -52,10 +53,10 @@ func TestRoundsFold(t *testing.T) {
 		if second <= first || third <= second || fourth <= third {
 			t.Errorf("rounds %d %d %d %d", first, second, third, fourth)
 		}
-		if r := must[fleet.Round](t)(b.Round(ctx, first)); r.Count != 5 || !r.Last.Equal(start.Add(4*time.Minute)) || !r.Expires.Equal(start.Add(6*time.Minute)) {
+		if r := testkit.Must[fleet.Round](t)(b.Round(ctx, first)); r.Count != 5 || !r.Last.Equal(start.Add(4*time.Minute)) || !r.Expires.Equal(start.Add(6*time.Minute)) {
 			t.Errorf("the run when another followed: %+v", r)
 		}
-		r = must[fleet.Round](t)(b.Round(ctx, third))
+		r = testkit.Must[fleet.Round](t)(b.Round(ctx, third))
 		var kept appraise.Result
 		if err := json.Unmarshal(r.Result, &kept); err != nil {
 			t.Fatal(err)
@@ -63,7 +64,7 @@ func TestRoundsFold(t *testing.T) {
 		if !bytes.Equal(r.Evidence, evidence) || !reflect.DeepEqual(r.Codes, []string{"pcr-mismatch"}) || !reflect.DeepEqual(&kept, bad) {
 			t.Errorf("what was kept: %d bytes, %v, %+v", len(r.Evidence), r.Codes, kept)
 		}
-		if r := must[fleet.Round](t)(b.Round(ctx, second)); !bytes.Contains(r.Changes, []byte("reboot")) {
+		if r := testkit.Must[fleet.Round](t)(b.Round(ctx, second)); !bytes.Contains(r.Changes, []byte("reboot")) {
 			t.Errorf("changes %s", r.Changes)
 		}
 		for _, c := range []struct {
@@ -97,7 +98,7 @@ func TestRoundsFold(t *testing.T) {
 		}
 		_, err = b.Round(ctx, 12345)
 		wantErr(t, err, ErrNotFound)
-		if st := must[RoundState](t)(b.RoundState(ctx, n.ID)); st.Round != fourth || string(st.Checkpoint) != "checkpoint" || st.Nonce != nil || st.Version != 8 {
+		if st := testkit.Must[RoundState](t)(b.RoundState(ctx, n.ID)); st.Round != fourth || string(st.Checkpoint) != "checkpoint" || st.Nonce != nil || st.Version != 8 {
 			t.Errorf("%+v", st)
 		}
 	})
@@ -111,14 +112,14 @@ func TestExpired(t *testing.T) {
 		b.round(b.testResult(n.ID, 2, appraise.Affirming), nil)
 		check := func(when string, want appraise.Tier, code string) {
 			t.Helper()
-			res := must[*appraise.Result](t)(b.Result(ctx, n.ID))
+			res := testkit.Must[*appraise.Result](t)(b.Result(ctx, n.ID))
 			if res.Host.Tier != want || res.VMs[0].Tier != want || res.VMs[1].Tier != want {
 				t.Errorf("%s: Result %+v", when, res)
 			}
 			if code != "" && (res.Host.Reasons[0].Code != code || res.VMs[1].Reasons[0].Code != code) {
 				t.Errorf("%s: reasons %+v", when, res.Host.Reasons)
 			}
-			st := must[fleet.Status](t)(b.Status(ctx, n.ID))
+			st := testkit.Must[fleet.Status](t)(b.Status(ctx, n.ID))
 			if st.Tier != want || st.VMs[want] != 2 || len(st.VMs) != 1 {
 				t.Errorf("%s: Status %+v", when, st)
 			}
@@ -126,7 +127,7 @@ func TestExpired(t *testing.T) {
 			if err != nil || len(vms) != 2 || vms[0].Tier != want || vms[0].Name != "vm\uFFFD0" || !vms[0].Running {
 				t.Errorf("%s: VMs %+v %v", when, vms, err)
 			}
-			byEK := must[[]fleet.VM](t)(b.VMsByEK(ctx, "", "ek-"+n.ID+"-0"))
+			byEK := testkit.Must[[]fleet.VM](t)(b.VMsByEK(ctx, "", "ek-"+n.ID+"-0"))
 			if code != CodeInactive && (len(byEK) != 1 || byEK[0].Tier != want) {
 				t.Errorf("%s: VMsByEK %+v", when, byEK)
 			}
@@ -134,14 +135,14 @@ func TestExpired(t *testing.T) {
 			if err != nil || len(all) != 1 || all[0].Tier != want {
 				t.Errorf("%s: Nodes %+v %v", when, all, err)
 			}
-			sum := must[fleet.Summary](t)(b.Summary(ctx))
+			sum := testkit.Must[fleet.Summary](t)(b.Summary(ctx))
 			if code != CodeInactive && (sum.ByTier[want] != 1 || sum.VMs[want] != 2 || len(sum.ByTier) != 1 || len(sum.VMs) != 1 || sum.Nodes[fleet.Active] != 1) {
 				t.Errorf("%s: Summary %+v", when, sum)
 			}
 			if code == CodeInactive && (len(sum.ByTier) != 0 || len(sum.VMs) != 0 || sum.Nodes[fleet.Revoked] != 1) {
 				t.Errorf("%s: Summary %+v", when, sum)
 			}
-			if prev := must[*appraise.Result](t)(b.PreviousResult(ctx, n.ID)); prev.Host.Tier != appraise.Affirming {
+			if prev := testkit.Must[*appraise.Result](t)(b.PreviousResult(ctx, n.ID)); prev.Host.Tier != appraise.Affirming {
 				t.Errorf("%s: PreviousResult %+v", when, prev)
 			}
 		}
@@ -168,7 +169,7 @@ func TestNonces(t *testing.T) {
 		}
 		issue := func(node, nonce string) {
 			t.Helper()
-			must[RoundState](t)(b.IssueNonce(ctx, node, []byte(nonce), b.clock.Now().Add(time.Minute)))
+			testkit.Must[RoundState](t)(b.IssueNonce(ctx, node, []byte(nonce), b.clock.Now().Add(time.Minute)))
 		}
 		wantErr(t, complete(n.ID, "never", ""), ErrNonce)
 		issue(n.ID, "n1")
@@ -219,7 +220,7 @@ func TestNonceOnceAmongReplicas(t *testing.T) {
 		n := b.addNode(1)
 		for round := range 10 {
 			nonce := fmt.Appendf(nil, "nonce %d", round)
-			must[RoundState](t)(replicas[round%2].IssueNonce(t.Context(), n.ID, nonce, b.clock.Now().Add(time.Minute)))
+			testkit.Must[RoundState](t)(replicas[round%2].IssueNonce(t.Context(), n.ID, nonce, b.clock.Now().Add(time.Minute)))
 			var won atomic.Int32
 			var wg sync.WaitGroup
 			for i := range 10 {
@@ -267,16 +268,16 @@ func TestVMs(t *testing.T) {
 			}
 		}
 		// One EK in two VMs on two hosts; the same VM on two hosts is none.
-		if got := must[[]string](t)(b.SharedEKs(ctx)); len(got) != 0 {
+		if got := testkit.Must[[]string](t)(b.SharedEKs(ctx)); len(got) != 0 {
 			t.Errorf("shared: %q", got)
 		}
 		other := b.testResult(m.ID, 2, appraise.Affirming)
 		other.VMs[0].EK, other.VMs[1].UUID, other.VMs[1].EK = r.VMs[0].EK, r.VMs[1].UUID, r.VMs[1].EK
 		b.round(other, nil)
-		if got := must[[]string](t)(b.SharedEKs(ctx)); !reflect.DeepEqual(got, []string{r.VMs[0].EK}) {
+		if got := testkit.Must[[]string](t)(b.SharedEKs(ctx)); !reflect.DeepEqual(got, []string{r.VMs[0].EK}) {
 			t.Errorf("shared: %q", got)
 		}
-		if got := must[[]fleet.VM](t)(b.VMsByEK(ctx, r.VMs[0].EK, r.VMs[1].EK)); len(got) != 4 {
+		if got := testkit.Must[[]fleet.VM](t)(b.VMsByEK(ctx, r.VMs[0].EK, r.VMs[1].EK)); len(got) != 4 {
 			t.Errorf("%+v", got)
 		}
 		for _, c := range []struct {
@@ -293,7 +294,7 @@ func TestVMs(t *testing.T) {
 			{n.ID, nil, nil},
 		} {
 			var got []string
-			for _, v := range must[[]fleet.VM](t)(b.OthersByEK(ctx, c.node, c.own)) {
+			for _, v := range testkit.Must[[]fleet.VM](t)(b.OthersByEK(ctx, c.node, c.own)) {
 				got = append(got, v.UUID+v.Node)
 			}
 			slices.Sort(got)
@@ -376,7 +377,7 @@ func TestTakeExpired(t *testing.T) {
 		if n := take(); n != 1 {
 			t.Errorf("after one more round and expiry: %d", n)
 		}
-		if head := must[fleet.AuditHead](t)(b.VerifyAudit(t.Context(), nil, nil)); head.ID != 21 {
+		if head := testkit.Must[fleet.AuditHead](t)(b.VerifyAudit(t.Context(), nil, nil)); head.ID != 21 {
 			t.Errorf("audit: %+v", head)
 		}
 	})
@@ -390,7 +391,7 @@ func TestTakeTurn(t *testing.T) {
 			var wg sync.WaitGroup
 			for i := range 10 {
 				wg.Go(func() {
-					if must[bool](t)(replicas[i%2].TakeTurn(t.Context(), "retention", time.Hour)) {
+					if testkit.Must[bool](t)(replicas[i%2].TakeTurn(t.Context(), "retention", time.Hour)) {
 						mine.Add(1)
 					}
 				})
@@ -401,13 +402,13 @@ func TestTakeTurn(t *testing.T) {
 			}
 			b.clock.pass(time.Hour)
 		}
-		must[bool](t)(b.TakeTurn(t.Context(), "retention", time.Hour))
+		testkit.Must[bool](t)(b.TakeTurn(t.Context(), "retention", time.Hour))
 		b.clock.pass(-30 * time.Minute) // a replica whose clock is behind
-		if must[bool](t)(b.TakeTurn(t.Context(), "retention", time.Hour)) {
+		if testkit.Must[bool](t)(b.TakeTurn(t.Context(), "retention", time.Hour)) {
 			t.Error("a turn before its time")
 		}
 		b.clock.pass(-10000 * time.Hour) // the clock was wrong by a year, and is right again
-		if !must[bool](t)(b.TakeTurn(t.Context(), "retention", time.Hour)) {
+		if !testkit.Must[bool](t)(b.TakeTurn(t.Context(), "retention", time.Hour)) {
 			t.Error("work waits for a year")
 		}
 	})
@@ -431,25 +432,25 @@ func TestExpire(t *testing.T) {
 		if err := b.PutSession(ctx, fleet.Session{Digest: "d", Expires: b.clock.Now()}); err != nil {
 			t.Fatal(err)
 		}
-		stats := must[Stats](t)(b.Stats(ctx))
+		stats := testkit.Must[Stats](t)(b.Stats(ctx))
 		if stats.Evidence != 11 || stats.EvidenceBytes < 11000 || stats.Audit != 1 || stats.Bytes < 10000 || stats.Schema != 2 {
 			t.Errorf("%+v", stats)
 		}
-		if v := must[Removed](t)(b.Expire(ctx, b.clock.Now(), Retention{})); v != (Removed{Sessions: 1, Tokens: 1}) {
+		if v := testkit.Must[Removed](t)(b.Expire(ctx, b.clock.Now(), Retention{})); v != (Removed{Sessions: 1, Tokens: 1}) {
 			t.Errorf("no retention: %+v", v)
 		}
 		// By size: the loud one's oldest go, the quiet one's stays although it is older.
-		v := must[Removed](t)(b.Expire(ctx, b.clock.Now(), Retention{EvidenceBytes: 4500}))
-		if after := must[Stats](t)(b.Stats(ctx)); after.EvidenceBytes > 4500 || after.Evidence != 4 || v.Evidence != 7 {
+		v := testkit.Must[Removed](t)(b.Expire(ctx, b.clock.Now(), Retention{EvidenceBytes: 4500}))
+		if after := testkit.Must[Stats](t)(b.Stats(ctx)); after.EvidenceBytes > 4500 || after.Evidence != 4 || v.Evidence != 7 {
 			t.Errorf("%+v, %+v", v, after)
 		}
 		for _, id := range []int64{quiet, last} {
-			if r := must[fleet.Round](t)(b.Round(ctx, id)); len(r.Evidence) != 1000 {
+			if r := testkit.Must[fleet.Round](t)(b.Round(ctx, id)); len(r.Evidence) != 1000 {
 				t.Errorf("round %d has %d bytes of evidence", id, len(r.Evidence))
 			}
 		}
 		// By age: never the newest round of a node.
-		v = must[Removed](t)(b.Expire(ctx, b.clock.Now(), Retention{RoundAge: 150 * time.Minute, EvidenceAge: 90 * time.Minute}))
+		v = testkit.Must[Removed](t)(b.Expire(ctx, b.clock.Now(), Retention{RoundAge: 150 * time.Minute, EvidenceAge: 90 * time.Minute}))
 		if v.Rounds != 7 || v.Evidence != 2 {
 			t.Errorf("%+v", v)
 		}
@@ -457,10 +458,10 @@ func TestExpire(t *testing.T) {
 		if err != nil || len(all) != 4 || all[3].ID != quiet {
 			t.Errorf("%+v %v", all, err)
 		}
-		if must[*appraise.Result](t)(b.Result(ctx, n.ID)) == nil {
+		if testkit.Must[*appraise.Result](t)(b.Result(ctx, n.ID)) == nil {
 			t.Error("no result")
 		}
-		if head := must[fleet.AuditHead](t)(b.VerifyAudit(ctx, nil, nil)); head.ID != 1 {
+		if head := testkit.Must[fleet.AuditHead](t)(b.VerifyAudit(ctx, nil, nil)); head.ID != 1 {
 			t.Error("the audit log is shorter")
 		}
 	})
@@ -481,7 +482,7 @@ func TestSettings(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantErr(t, put(2, "other"), ErrVersion)
-		if v := must[fleet.Setting](t)(b.Setting(ctx, "policy")); v.Version != 2 || string(v.Data) != "two" || v.By != "anna" || !v.Time.Equal(b.clock.Now()) {
+		if v := testkit.Must[fleet.Setting](t)(b.Setting(ctx, "policy")); v.Version != 2 || string(v.Data) != "two" || v.By != "anna" || !v.Time.Equal(b.clock.Now()) {
 			t.Errorf("%+v", v)
 		}
 		all, next, err := b.SettingVersions(ctx, "policy", Page{Limit: 1})
@@ -526,7 +527,7 @@ func TestValues(t *testing.T) {
 		value := func(subject, path string) fleet.Value {
 			return fleet.Value{Subject: subject, Kind: fleet.HostIMA, Path: path, Digest: "sha256:00", Source: "learned", State: fleet.Approved, By: "verifier"}
 		}
-		version := func(subjects ...string) int64 { return must[int64](t)(b.ValuesVersion(ctx, subjects...)) }
+		version := func(subjects ...string) int64 { return testkit.Must[int64](t)(b.ValuesVersion(ctx, subjects...)) }
 		long := strings.Repeat("p", 4096)
 		var many []fleet.Value
 		for i := range 500 {
@@ -539,7 +540,7 @@ func TestValues(t *testing.T) {
 		if v1 == 0 || version("nobody") != 0 {
 			t.Errorf("versions %d", v1)
 		}
-		if got := must[[]fleet.Value](t)(b.ValuesFor(ctx, "", "node", "vm")); len(got) != 503 {
+		if got := testkit.Must[[]fleet.Value](t)(b.ValuesFor(ctx, "", "node", "vm")); len(got) != 503 {
 			t.Errorf("%d values", len(got))
 		}
 
@@ -572,7 +573,7 @@ func TestValues(t *testing.T) {
 		if err := set(fleet.Proposed, fleet.Approved, "berta"); err != nil {
 			t.Fatal(err)
 		}
-		if v := must[fleet.Value](t)(b.Value(ctx, id)); v.Second != "berta" || v.State != fleet.Approved || v.By != "anna" {
+		if v := testkit.Must[fleet.Value](t)(b.Value(ctx, id)); v.Second != "berta" || v.State != fleet.Approved || v.By != "anna" {
 			t.Errorf("%+v", v)
 		}
 		v2 := version("", "node", "vm")
@@ -586,12 +587,12 @@ func TestValues(t *testing.T) {
 			t.Error("a rejection does not make caches void")
 		}
 		v3 := version("node")
-		got := must[[]fleet.Value](t)(b.ValuesFor(ctx, "node"))
+		got := testkit.Must[[]fleet.Value](t)(b.ValuesFor(ctx, "node"))
 		if i := slices.IndexFunc(got, func(v fleet.Value) bool { return v.State == fleet.Rejected }); len(got) != 502 || i < 0 || got[i].Path != "/proposed" {
 			t.Errorf("%d values; the rejected one is at %d", len(got), i)
 		}
 		add(1, p) // proposed anew
-		if got := must[[]fleet.Value](t)(b.ValuesFor(ctx, "node")); len(got) != 502 || version("node") != v3 {
+		if got := testkit.Must[[]fleet.Value](t)(b.ValuesFor(ctx, "node")); len(got) != 502 || version("node") != v3 {
 			t.Errorf("%d values, version %d after %d: a proposal counts", len(got), version("node"), v3)
 		}
 		wantErr(t, set(fleet.Rejected, fleet.Proposed, "anna"), ErrConflict)
@@ -632,7 +633,7 @@ func TestValuesAtOnce(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		if got := must[[]fleet.Value](t)(b.ValuesFor(t.Context(), "")); len(got) != 200 {
+		if got := testkit.Must[[]fleet.Value](t)(b.ValuesFor(t.Context(), "")); len(got) != 200 {
 			t.Errorf("%d values", len(got))
 		}
 	})

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"virt-trust/internal/appraise"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/store/storetest"
 )
@@ -87,16 +88,6 @@ func (b *bench) raw(q string) error {
 	return err
 }
 
-func must[T any](t *testing.T) func(T, error) T {
-	return func(v T, err error) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
-
 func wantErr(t *testing.T, err, want error) {
 	t.Helper()
 	if !errors.Is(err, want) {
@@ -143,8 +134,8 @@ func (b *bench) testResult(node string, vms int, tier appraise.Tier) *appraise.R
 func (b *bench) round(r *appraise.Result, evidence []byte) int64 {
 	b.t.Helper()
 	nonce := fmt.Appendf(nil, "nonce %s", time.Now())
-	must[RoundState](b.t)(b.IssueNonce(b.t.Context(), r.Node, nonce, b.clock.Now().Add(time.Minute)))
-	return must[int64](b.t)(b.CompleteRound(b.t.Context(), Completion{Node: r.Node, Nonce: nonce, Checkpoint: []byte("checkpoint"), Result: r, Evidence: evidence}))
+	testkit.Must[RoundState](b.t)(b.IssueNonce(b.t.Context(), r.Node, nonce, b.clock.Now().Add(time.Minute)))
+	return testkit.Must[int64](b.t)(b.CompleteRound(b.t.Context(), Completion{Node: r.Node, Nonce: nonce, Checkpoint: []byte("checkpoint"), Result: r, Evidence: evidence}))
 }
 
 // random gives bytes that cannot be compressed.

@@ -12,26 +12,15 @@ import (
 	"strings"
 	"testing"
 
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/statefile"
 )
 
 const stateName = "tpm2-00.permall"
 
-func need(t *testing.T, program string) string {
-	t.Helper()
-	p, err := exec.LookPath(program)
-	if err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	return p
-}
-
 func reader(t *testing.T) Reader {
 	t.Helper()
-	r := Reader{Swtpm: need(t, "swtpm"), UID: os.Getuid(), GID: os.Getgid()}
+	r := Reader{Swtpm: testkit.Need(t, "swtpm"), UID: os.Getuid(), GID: os.Getgid()}
 	var err error
 	if r.Dir, err = os.MkdirTemp("", "ek"); err != nil { // whose name another user can pass
 		t.Fatal(err)
@@ -51,7 +40,7 @@ func reader(t *testing.T) Reader {
 func manufacture(t *testing.T) (state []byte) {
 	t.Helper()
 	dir := t.TempDir()
-	if out, err := exec.Command(need(t, "swtpm_setup"), "--tpm2", "--tpm-state", dir, "--overwrite", "--createek").CombinedOutput(); err != nil {
+	if out, err := exec.Command(testkit.Need(t, "swtpm_setup"), "--tpm2", "--tpm-state", dir, "--overwrite", "--createek").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	state, err := os.ReadFile(filepath.Join(dir, stateName))
@@ -99,7 +88,7 @@ func TestDigest(t *testing.T) {
 func TestCertificate(t *testing.T) {
 	r := reader(t)
 	dir := t.TempDir()
-	out, err := exec.Command(need(t, "swtpm_setup"), "--tpm2", "--tpm-state", dir, "--createek", "--create-ek-cert", "--write-ek-cert-files", dir).CombinedOutput()
+	out, err := exec.Command(testkit.Need(t, "swtpm_setup"), "--tpm2", "--tpm-state", dir, "--createek", "--create-ek-cert", "--write-ek-cert-files", dir).CombinedOutput()
 	if err != nil {
 		t.Skipf("swtpm's CA is not set up here: %v: %s", err, out)
 	}
@@ -136,7 +125,7 @@ func TestEvicted(t *testing.T) {
 		// the EK's own template, in another hierarchy
 		"disguised": `tpm2_evictcontrol -c 0x81010001 && tpm2_createprimary -C o -G rsa2048:aes128cfb -g sha256 -a 'fixedtpm|fixedparent|sensitivedataorigin|adminwithpolicy|restricted|decrypt' -L policy -c p.ctx && tpm2_evictcontrol -c p.ctx 0x81010001`,
 	} {
-		need(t, "tpm2_evictcontrol")
+		testkit.Need(t, "tpm2_evictcontrol")
 		dir := t.TempDir()
 		policy, _ := hex.DecodeString("837197674484b3f81a90cc8d46a5d724fd52d76e06520b64f2a1da1b331469aa")
 		os.WriteFile(filepath.Join(dir, "policy"), policy, 0o600)

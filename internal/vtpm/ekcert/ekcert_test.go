@@ -20,6 +20,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"virt-trust/internal/testkit"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -52,22 +54,10 @@ func request(kind Kind, key crypto.PublicKey) Request {
 	return Request{Kind: kind, Key: key, VM: vm, Origin: Manufactured, TPM: swap, Serial: [SerialSize]byte{0xff, 1}, Now: now}
 }
 
-func need(t *testing.T, program string) string {
-	t.Helper()
-	p, err := exec.LookPath(program)
-	if err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	return p
-}
-
 // TestGolden holds what openssl reads in certificates of each kind against what
 // it read when the profile was written down.
 func TestGolden(t *testing.T) {
-	openssl := need(t, "openssl")
+	openssl := testkit.Need(t, "openssl")
 	certifier, rsaKey, eccKey := fixed(t)
 	own, err := SelfSigned(certifier, [SerialSize]byte{1}, now)
 	if err != nil {

@@ -16,11 +16,12 @@ import (
 	"testing"
 	"time"
 
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/qcow2"
 )
 
 func TestRemove(t *testing.T) {
-	need(t, "qemu-img", "qemu-io")
+	testkit.Need(t, "qemu-img", "qemu-io")
 	path := image{}.make(t, tempDir(t))
 	yes := func([]byte) bool { return true }
 	if err := RemoveLabel(path, yes); !errors.Is(err, ErrNoLabel) {
@@ -48,10 +49,7 @@ func TestHasRoom(t *testing.T) {
 	for _, size := range []string{"512", "1024", "2048", "65536"} {
 		path := filepath.Join(t.TempDir(), "a.qcow2")
 		if out, err := exec.Command("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size="+size, path, "1M").CombinedOutput(); err != nil {
-			if os.Getenv("CI") == "true" {
-				t.Fatalf("%v: %s", err, out)
-			}
-			t.Skip(err)
+			testkit.Missing(t, "%v: %s", err, out)
 		}
 		for _, n := range []int{434, 735, 4096} {
 			room, err := HasRoom(path, n)
@@ -71,7 +69,7 @@ func TestHasRoom(t *testing.T) {
 }
 
 func TestFileKeepsOwnerAndMode(t *testing.T) {
-	need(t, "qemu-img", "qemu-io")
+	testkit.Need(t, "qemu-img", "qemu-io")
 	dir := tempDir(t)
 	path := image{}.make(t, dir)
 	if err := os.Chmod(path, 0o640); err != nil {
@@ -181,7 +179,7 @@ func holding(t *testing.T, args ...string) (stop func()) {
 }
 
 func TestInUse(t *testing.T) {
-	need(t, "qemu-img", "qemu-io", "qemu-nbd")
+	testkit.Need(t, "qemu-img", "qemu-io", "qemu-nbd")
 	dir := tempDir(t)
 	path := image{}.make(t, dir)
 	over := filepath.Join(dir, "over.qcow2")
@@ -239,7 +237,7 @@ func TestInUse(t *testing.T) {
 
 // While a label is written no QEMU may open the image.
 func TestLockKeepsOthersOut(t *testing.T) {
-	need(t, "qemu-img", "qemu-io")
+	testkit.Need(t, "qemu-img", "qemu-io")
 	path := image{}.make(t, tempDir(t))
 	f, err := open(path, os.O_RDWR)
 	if err != nil {
@@ -273,7 +271,7 @@ func TestLockKeepsOthersOut(t *testing.T) {
 // A child that this process has forked and that has not yet become its program
 // holds the image too, and would hold the locks.
 func TestLockEndsAtOnce(t *testing.T) {
-	need(t, "qemu-img", "qemu-io")
+	testkit.Need(t, "qemu-img", "qemu-io")
 	path := image{}.make(t, tempDir(t))
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
@@ -294,7 +292,7 @@ func TestLockEndsAtOnce(t *testing.T) {
 // QEMU itself runs on the image, saves the machine into it, and rewrites the
 // header while it does.
 func TestQEMURuns(t *testing.T) {
-	need(t, "qemu-img", "qemu-io", "qemu-system-x86_64")
+	testkit.Need(t, "qemu-img", "qemu-io", "qemu-system-x86_64")
 	for _, compat := range []string{"0.10", "1.1"} {
 		t.Run(compat, func(t *testing.T) {
 			t.Parallel()
@@ -346,7 +344,7 @@ func TestQEMURuns(t *testing.T) {
 // What qemu-img says of images that a power cut leaves behind. That all of
 // them are right is shown in package qcow2; here a sample, by QEMU's own eyes.
 func TestPowerCuts(t *testing.T) {
-	need(t, "qemu-img", "qemu-io")
+	testkit.Need(t, "qemu-img", "qemu-io")
 	for _, i := range []image{
 		{name: "no backing"},
 		{name: "long backing name", backing: longName},
@@ -417,7 +415,7 @@ func withoutSize(info string) string {
 }
 
 func TestBlockDevice(t *testing.T) {
-	need(t, "qemu-img", "qemu-io", "losetup")
+	testkit.Need(t, "qemu-img", "qemu-io", "losetup")
 	dir := tempDir(t)
 	path := image{}.make(t, dir)
 	out, err := command(t, "losetup", "--find", "--show", path).Output()

@@ -18,23 +18,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/label"
 	"virt-trust/internal/vtpm/qcow2"
 )
-
-// need skips on a machine without a tool, and fails in CI.
-func need(t *testing.T, tools ...string) {
-	t.Helper()
-	for _, tool := range tools {
-		if _, err := exec.LookPath(tool); err == nil {
-			continue
-		} else if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		} else {
-			t.Skip(err)
-		}
-	}
-}
 
 func command(t *testing.T, name string, args ...string) *exec.Cmd {
 	t.Helper()
@@ -205,7 +192,7 @@ func (i image) info(t *testing.T, path string) map[string]any {
 }
 
 func TestMatrix(t *testing.T) {
-	need(t, "qemu-img", "qemu-io")
+	testkit.Need(t, "qemu-img", "qemu-io")
 	for n, i := range matrix() {
 		if testing.Short() && n%5 != 0 {
 			continue

@@ -12,21 +12,9 @@ import (
 	"testing"
 	"time"
 
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/statefile"
 )
-
-// need finds a program that a test runs. Only a laptop may lack it.
-func need(t *testing.T, name string) string {
-	t.Helper()
-	p, err := exec.LookPath(name)
-	if err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	return p
-}
 
 func manufacture(t *testing.T) string {
 	t.Helper()
@@ -34,8 +22,8 @@ func manufacture(t *testing.T) string {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	need(t, "swtpm")
-	c := exec.Command(need(t, "swtpm_setup"), "--tpm2", "--tpm-state", dir, "--not-overwrite")
+	testkit.Need(t, "swtpm")
+	c := exec.Command(testkit.Need(t, "swtpm_setup"), "--tpm2", "--tpm-state", dir, "--not-overwrite")
 	if out, err := c.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -144,7 +132,7 @@ func TestHostileFolder(t *testing.T) {
 }
 
 func TestWatchRealSwtpm(t *testing.T) {
-	swtpm := need(t, "swtpm")
+	swtpm := testkit.Need(t, "swtpm")
 	dir := manufacture(t)
 	settled := make(chan string, 100)
 	w, err := NewWatcher(func(d string) { settled <- d }, func() {})
