@@ -10,7 +10,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"virt-trust/internal/bus"
-	"virt-trust/internal/hook/bustest"
+	"virt-trust/internal/bus/bustest"
 )
 
 // fakeAgent plays virt-trust-agent, and systemd.

@@ -7,18 +7,17 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"os/exec"
 	"os/user"
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/godbus/dbus/v5"
 
 	"virt-trust/internal/bus"
+	"virt-trust/internal/bus/bustest"
 	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/reason"
 )
@@ -40,10 +39,6 @@ func startBus(t *testing.T) (address string) {
 // startBusFor is startBus with another user in place of virt-trust-agent.
 func startBusFor(t *testing.T, agent string) (address string) {
 	t.Helper()
-	daemon, err := exec.LookPath("dbus-daemon")
-	if err != nil {
-		testkit.Missing(t, "dbus-daemon: %v", err)
-	}
 	policy, err := os.ReadFile("../../dbus/org.virttrust1.conf")
 	if err != nil {
 		t.Fatal(err)
@@ -54,37 +49,9 @@ func startBusFor(t *testing.T, agent string) (address string) {
 	}
 	text := strings.NewReplacer(`group="virt-trust"`, `group="`+standIn+`"`, `user="root"`, `user="`+me.Username+`"`, `user="virt-trust-agent"`, `user="`+agent+`"`).Replace(string(policy))
 
-	dir, err := os.MkdirTemp("", "bus") // t.TempDir's parents are closed to other users
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	dir := testkit.Folder(t)
 	write(t, filepath.Join(dir, "org.virttrust1.conf"), text)
-	address = "unix:path=" + filepath.Join(dir, "socket")
-	write(t, filepath.Join(dir, "system.conf"), fmt.Sprintf(systemConf, address, filepath.Join(dir, "org.virttrust1.conf")))
-
-	cmd := exec.Command(daemon, "--nofork", "--nopidfile", "--config-file", filepath.Join(dir, "system.conf"), "--print-address=1")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	cmd.WaitDelay = time.Second
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	if n, _ := out.Read(make([]byte, 4096)); n == 0 {
-		t.Fatalf("dbus-daemon: %s", &stderr)
-	}
+	address = bustest.Run(t, dir, fmt.Sprintf(systemConf, filepath.Join(dir, "org.virttrust1.conf")))
 	t.Setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
 	return address
 }
@@ -95,7 +62,6 @@ const systemConf = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Co
 <busconfig>
   <type>system</type>
   <auth>EXTERNAL</auth>
-  <listen>%s</listen>
   <policy context="default">
     <allow user="*"/>
     <deny own="*"/>

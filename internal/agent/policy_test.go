@@ -11,11 +11,11 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/godbus/dbus/v5"
 
 	"virt-trust/internal/bus"
+	"virt-trust/internal/bus/bustest"
 	"virt-trust/internal/testkit"
 )
 
@@ -24,7 +24,6 @@ const busConf = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Confi
 <busconfig>
   <type>system</type>
   <auth>EXTERNAL</auth>
-  <listen>%s</listen>
   <policy context="default">
     <allow user="*"/>
     <deny own="*"/>
@@ -52,34 +51,15 @@ func TestBusPolicy(t *testing.T) {
 	policy := testkit.Must[[]byte](t)(os.ReadFile("../../dbus/org.virttrust1.Agent.conf"))
 	text := strings.NewReplacer(`user="virt-trust-agent"`, `user="daemon"`, `group="virt-trust"`, `group="games"`).Replace(string(policy))
 	dir := testkit.Folder(t)
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	address := "unix:path=" + filepath.Join(dir, "bus")
-	for name, b := range map[string]string{"agent.conf": text, "bus.conf": fmt.Sprintf(busConf, address, filepath.Join(dir, "agent.conf"), dir),
+	for name, b := range map[string]string{"agent.conf": text,
 		"org.virttrust1.Agent.service": "[D-BUS Service]\nName=org.virttrust1.Agent\nExec=/bin/false\nUser=daemon\n",
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(b), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	d := exec.Command("dbus-daemon", "--nofork", "--nopidfile", "--nosyslog", "--config-file="+filepath.Join(dir, "bus.conf"))
-	d.SysProcAttr, d.WaitDelay = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, time.Second
-	if err := d.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { d.Process.Kill(); d.Wait() })
-	var conn *dbus.Conn
-	for range 500 {
-		var err error
-		if conn, err = dbus.Connect(address); err == nil {
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	if conn == nil {
-		t.Fatal("dbus-daemon does not come up")
-	}
+	address := bustest.Run(t, dir, fmt.Sprintf(busConf, filepath.Join(dir, "agent.conf"), dir))
+	conn := testkit.Must[*dbus.Conn](t)(dbus.Connect(address))
 	defer conn.Close()
 	if r, err := conn.RequestName(bus.AgentName, dbus.NameFlagDoNotQueue); err == nil {
 		t.Errorf("root owns the agent's name: %v", r)

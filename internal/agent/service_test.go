@@ -28,8 +28,8 @@ import (
 
 	contract "virt-trust/dbus"
 	"virt-trust/internal/bus"
+	"virt-trust/internal/bus/bustest"
 	"virt-trust/internal/evidence/report"
-	"virt-trust/internal/hook/bustest"
 	"virt-trust/internal/platform/config"
 	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/ca"

@@ -24,6 +24,7 @@ import (
 
 	contract "virt-trust/dbus"
 	"virt-trust/internal/bus"
+	"virt-trust/internal/bus/bustest"
 	"virt-trust/internal/domain"
 	"virt-trust/internal/domain/emulator"
 	"virt-trust/internal/hosttpm"
@@ -33,13 +34,6 @@ import (
 	"virt-trust/internal/vtpm/liststore"
 	"virt-trust/internal/vtpm/reason"
 )
-
-const busConfig = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
- "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig><type>system</type><auth>EXTERNAL</auth><listen>unix:path=%s</listen>
-<policy context="default"><allow user="*"/><allow own="*"/><allow send_type="method_call"/><allow send_type="signal"/>
-<allow send_requested_reply="true"/><allow receive_type="method_call"/><allow receive_type="signal"/><allow receive_requested_reply="true"/>
-<allow send_destination="*"/></policy></busconfig>`
 
 // office is a house with a virt-trustd on a bus of its own.
 type office struct {
@@ -53,23 +47,8 @@ type office struct {
 func openOffice(t testing.TB) *office {
 	t.Helper()
 	o := &office{house: newHouse(t)}
-	var err error
-	if o.programs, err = os.MkdirTemp("", "bus"); err != nil { // t.TempDir's parents are closed to other users
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(o.programs) })
-	os.Chmod(o.programs, 0o755)
-	socket := filepath.Join(o.programs, "socket")
-	os.WriteFile(filepath.Join(o.programs, "bus.conf"), fmt.Appendf(nil, busConfig, socket), 0o644)
-	c := exec.Command(testkit.Need(t, "dbus-daemon"), "--nofork", "--nopidfile", "--config-file", filepath.Join(o.programs, "bus.conf"), "--print-address=1")
-	c.SysProcAttr, c.WaitDelay = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, time.Second
-	out := testkit.Must[io.ReadCloser](t)(c.StdoutPipe())
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Process.Kill(); c.Wait() })
-	out.Read(make([]byte, 1000))
-	o.address = "unix:path=" + socket
+	o.programs = testkit.Folder(t)
+	o.address = bustest.Run(t, o.programs, bustest.Open)
 
 	self := testkit.Must[string](t)(os.Executable())
 	for _, p := range []string{"hook", "wrapper", "emulator", "ekcert", "libvirtd", "other"} {

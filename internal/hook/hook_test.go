@@ -20,9 +20,9 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"virt-trust/internal/bus"
+	"virt-trust/internal/bus/bustest"
 	"virt-trust/internal/domain"
 	"virt-trust/internal/hook"
-	"virt-trust/internal/hook/bustest"
 	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/reason"
 )

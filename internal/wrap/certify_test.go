@@ -10,7 +10,7 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
-	"virt-trust/internal/hook/bustest"
+	"virt-trust/internal/bus/bustest"
 )
 
 // swtpm_setup gets virt-trust's tool for certificates where virt-trustd says

@@ -19,8 +19,8 @@ import (
 	"github.com/godbus/dbus/v5"
 	"golang.org/x/sys/unix"
 
+	"virt-trust/internal/bus/bustest"
 	"virt-trust/internal/domain/emulator"
-	"virt-trust/internal/hook/bustest"
 	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/testkit"
 	"virt-trust/internal/wrap"

@@ -21,7 +21,7 @@ import (
 	"github.com/godbus/dbus/v5"
 	"golang.org/x/sys/unix"
 
-	"virt-trust/internal/hook/bustest"
+	"virt-trust/internal/bus/bustest"
 	"virt-trust/internal/testkit"
 )
 

@@ -3,11 +3,12 @@
 package bustest
 
 import (
-	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -18,10 +19,10 @@ import (
 	"virt-trust/internal/testkit"
 )
 
-const busConfig = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
+// Open configures a bus on which all may do all.
+const Open = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
 <busconfig>
-  <listen>unix:path=%s</listen>
   <auth>EXTERNAL</auth>
   <policy context="default">
     <allow send_destination="*" eavesdrop="false"/>
@@ -32,32 +33,42 @@ const busConfig = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Con
 </busconfig>
 `
 
-// Start runs a dbus-daemon and makes it the system bus of this process and its
-// children.
+// Start runs a bus on which all may do all, and makes it the system bus of this
+// process and its children.
 func Start(t testing.TB) {
 	t.Helper()
-	testkit.Need(t, "dbus-daemon")
-	dir := testkit.Folder(t)
-	socket, config := filepath.Join(dir, "bus"), filepath.Join(dir, "bus.conf")
-	if err := os.WriteFile(config, fmt.Appendf(nil, busConfig, socket), 0o644); err != nil {
+	t.Setenv("DBUS_SYSTEM_BUS_ADDRESS", Run(t, testkit.Folder(t), Open))
+}
+
+// Run runs a dbus-daemon with its socket and its configuration in dir, which every
+// user may enter. The configuration has no <listen>.
+func Run(t testing.TB, dir, config string) (address string) {
+	t.Helper()
+	socket, file := filepath.Join(dir, "bus"), filepath.Join(dir, "bus.conf")
+	address = "unix:path=" + socket
+	config = strings.Replace(config, "<busconfig>", "<busconfig><listen>"+address+"</listen>", 1)
+	if err := os.WriteFile(file, []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command("dbus-daemon", "--nofork", "--nopidfile", "--nosyslog", "--config-file="+config)
+	cmd := exec.Command(testkit.Need(t, "dbus-daemon"), "--nofork", "--nopidfile", "--nosyslog", "--config-file="+file)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.WaitDelay = 5 * time.Second
+	var words strings.Builder
+	cmd.Stdout, cmd.Stderr = &words, &words
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	for range 500 {
+	stop := sync.OnceFunc(func() { cmd.Process.Kill(); cmd.Wait() })
+	t.Cleanup(stop)
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		if conn, err := net.Dial("unix", socket); err == nil {
 			conn.Close()
-			t.Setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path="+socket)
-			return
+			return address
 		}
-		time.Sleep(10 * time.Millisecond)
 	}
-	t.Fatal("dbus-daemon did not come up")
+	stop()
+	t.Fatalf("dbus-daemon does not come up: %s", words.String())
+	return ""
 }
 
 // Manager is the fake virt-trustd. A nil function is a method that is not there.
