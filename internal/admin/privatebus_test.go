@@ -51,32 +51,10 @@ func startBusFor(t *testing.T, agent string) (address string) {
 
 	dir := testkit.Folder(t)
 	write(t, filepath.Join(dir, "org.virttrust1.conf"), text)
-	address = bustest.Run(t, dir, fmt.Sprintf(systemConf, filepath.Join(dir, "org.virttrust1.conf")))
+	address = bustest.Run(t, dir, bustest.System(dir, "org.virttrust1.conf"))
 	t.Setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
 	return address
 }
-
-// systemConf is what matters of /usr/share/dbus-1/system.conf.
-const systemConf = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
- "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig>
-  <type>system</type>
-  <auth>EXTERNAL</auth>
-  <policy context="default">
-    <allow user="*"/>
-    <deny own="*"/>
-    <deny send_type="method_call"/>
-    <allow send_type="signal"/>
-    <allow send_requested_reply="true" send_type="method_return"/>
-    <allow send_requested_reply="true" send_type="error"/>
-    <allow receive_type="method_call"/>
-    <allow receive_type="method_return"/>
-    <allow receive_type="error"/>
-    <allow receive_type="signal"/>
-    <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus"/>
-  </policy>
-  <include>%s</include>
-</busconfig>`
 
 func write(t *testing.T, path, text string) {
 	t.Helper()

@@ -19,35 +19,11 @@ import (
 	"virt-trust/internal/testkit"
 )
 
-const busConf = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN"
- "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig>
-  <type>system</type>
-  <auth>EXTERNAL</auth>
-  <policy context="default">
-    <allow user="*"/>
-    <deny own="*"/>
-    <deny send_type="method_call"/>
-    <allow send_type="signal"/>
-    <allow send_requested_reply="true" send_type="method_return"/>
-    <allow send_requested_reply="true" send_type="error"/>
-    <allow receive_type="method_call"/>
-    <allow receive_type="method_return"/>
-    <allow receive_type="error"/>
-    <allow receive_type="signal"/>
-    <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus"/>
-  </policy>
-  <include>%s</include>
-  <servicedir>%s</servicedir>
-</busconfig>`
-
 // The packaged bus policy, with users and a group that every Debian has: daemon is
 // virt-trust-agent, games is the group virt-trust.
 func TestBusPolicy(t *testing.T) {
 	testkit.Need(t, "dbus-daemon", "busctl")
-	if os.Getuid() != 0 {
-		t.Skip("as root: several users have to ask")
-	}
+	testkit.Root(t) // several users have to ask
 	policy := testkit.Must[[]byte](t)(os.ReadFile("../../dbus/org.virttrust1.Agent.conf"))
 	text := strings.NewReplacer(`user="virt-trust-agent"`, `user="daemon"`, `group="virt-trust"`, `group="games"`).Replace(string(policy))
 	dir := testkit.Folder(t)
@@ -58,7 +34,7 @@ func TestBusPolicy(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	address := bustest.Run(t, dir, fmt.Sprintf(busConf, filepath.Join(dir, "agent.conf"), dir))
+	address := bustest.Run(t, dir, bustest.System(dir, "agent.conf"))
 	conn := testkit.Must[*dbus.Conn](t)(dbus.Connect(address))
 	defer conn.Close()
 	if r, err := conn.RequestName(bus.AgentName, dbus.NameFlagDoNotQueue); err == nil {

@@ -3,6 +3,7 @@
 package bustest
 
 import (
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -32,6 +33,32 @@ const Open = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configur
   </policy>
 </busconfig>
 `
+
+// System configures a bus with what matters of /usr/share/dbus-1/system.conf, and
+// a policy and services in dir.
+func System(dir, policy string) string { return fmt.Sprintf(system, dir, policy) }
+
+const system = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <type>system</type>
+  <auth>EXTERNAL</auth>
+  <policy context="default">
+    <allow user="*"/>
+    <deny own="*"/>
+    <deny send_type="method_call"/>
+    <allow send_type="signal"/>
+    <allow send_requested_reply="true" send_type="method_return"/>
+    <allow send_requested_reply="true" send_type="error"/>
+    <allow receive_type="method_call"/>
+    <allow receive_type="method_return"/>
+    <allow receive_type="error"/>
+    <allow receive_type="signal"/>
+    <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus"/>
+  </policy>
+  <include>%[1]s/%[2]s</include>
+  <servicedir>%[1]s</servicedir>
+</busconfig>`
 
 // Start runs a bus on which all may do all, and makes it the system bus of this
 // process and its children.
