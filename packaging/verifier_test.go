@@ -1,7 +1,6 @@
 package packaging
 
 import (
-	"os/exec"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -92,13 +91,9 @@ func TestVerifierUnits(t *testing.T) {
 	run(t, analyze, "security", "--offline=true", "--no-pager", "--threshold="+maxVerifierExposure, filepath.Join(root, "virt-trust-verifier.service"))
 }
 
-// TestAlerts: promtool, where it is installed, reads the example alerts, and they
-// fire when they should.
+// TestAlerts: promtool reads the example alerts, and they fire when they should.
 func TestAlerts(t *testing.T) {
-	promtool, err := exec.LookPath("promtool")
-	if err != nil {
-		t.Skip(err)
-	}
+	promtool := tool(t, "promtool")
 	run(t, promtool, "check", "rules", "prometheus/virt-trust-alerts.yml")
 	run(t, promtool, "test", "rules", "prometheus/virt-trust-alerts.test.yml")
 }

@@ -506,9 +506,7 @@ func TestLongMeasurementList(t *testing.T) {
 // Who may ask: root and the agent, and nobody else. The agent cannot ask for
 // ever.
 func TestAttestationCallers(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("only root can be others")
-	}
+	testkit.Root(t) // who can be others
 	s := openSite(t)
 	const nobody, agent = 65534, 1 // the bus speaks to users that there are
 	ask := func(uid uint32) error {

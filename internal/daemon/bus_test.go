@@ -328,9 +328,7 @@ func signature(t *testing.T, handler any, in bool) (s string) {
 
 func TestCallers(t *testing.T) {
 	t.Parallel()
-	if os.Getuid() != 0 {
-		t.Skip("only root can be others")
-	}
+	testkit.Root(t) // who can be others
 	o := openOffice(t)
 	f := o.vm(uuidA, false)
 	xml := fmt.Sprintf(domainXML, f.Name, f.UUID, o.image(uuidA), "")

@@ -21,9 +21,7 @@ import (
 func TestConversation(t *testing.T) {
 	o := openOffice(t)
 	t.Setenv("DBUS_SYSTEM_BUS_ADDRESS", o.address)
-	if os.Getuid() != 0 {
-		t.Skip("as root there is no need of polkit")
-	}
+	testkit.Root(t) // who needs no polkit
 	f, _, _ := o.ran(uuidA)
 	c := testkit.Must[*bus.Client](t)(bus.DialForDescriptors(background))
 	defer c.Close()

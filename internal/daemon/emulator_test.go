@@ -278,9 +278,7 @@ func TestAdoptEmulator(t *testing.T) {
 
 func TestEmulatorCallers(t *testing.T) {
 	t.Parallel()
-	if os.Getuid() != 0 {
-		t.Skip("only root can be others")
-	}
+	testkit.Root(t) // who can be others
 	o := openOffice(t)
 	f, _, _ := o.ran(uuidA)
 	underOurs(t, f)

@@ -24,6 +24,7 @@ import (
 
 	"virt-trust/internal/appraise/ear"
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/resultkeys"
 	"virt-trust/internal/verifier/store/storetest"
 	"virt-trust/internal/verifier/webhook"
@@ -278,7 +279,7 @@ func TestIdle(t *testing.T) {
 	}
 	var lim syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &lim); err != nil || lim.Cur < 12_000 {
-		t.Skipf("only %d files may be open", lim.Cur)
+		testkit.Missing(t, "only %d files may be open", lim.Cur)
 	}
 	s := newSetting(t, storetest.SQLite(t))
 	s.cfg.Limits.HeaderTimeout = config.Duration(15 * time.Second)

@@ -157,9 +157,7 @@ func TestSignerRefuses(t *testing.T) {
 
 // Nobody but the Verifier's user is answered.
 func TestSignerPeers(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("as root: another user has to ask")
-	}
+	testkit.Root(t) // another user has to ask
 	k := testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	cert := testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(testkit.Must[[]byte](t)(ca.Root(k, rand.Reader, "x", time.Now()))))
 	var words bytes.Buffer

@@ -420,7 +420,7 @@ func TestBlockDevice(t *testing.T) {
 	path := image{}.make(t, dir)
 	out, err := command(t, "losetup", "--find", "--show", path).Output()
 	if err != nil {
-		t.Skipf("no loop devices here: %v", err)
+		testkit.Missing(t, "no loop devices here: %v", err)
 	}
 	device := strings.TrimSpace(string(out))
 	t.Cleanup(func() { exec.Command("losetup", "-d", device).Run() })
