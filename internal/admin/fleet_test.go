@@ -17,6 +17,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"virt-trust/internal/appraise"
+	"virt-trust/internal/appraise/corim/corimtest"
 	"virt-trust/internal/platform/config"
 	verifierbody "virt-trust/internal/verifier"
 	"virt-trust/internal/verifier/fleet"
@@ -216,6 +217,12 @@ func TestFleet(t *testing.T) {
 	o.want(ExitUsage, "no number", "peter", "reference", "reject", "x")
 	o.want(ExitFailed, "signature", "paula", "reference", "import", sums, "--format", "manifest", "--signature", sums)
 	o.want(ExitFailed, "no such file", "paula", "reference", "import", sums+".none")
+	// A CoRIM, of which not all can be used.
+	rim := o.path("rim.cbor")
+	write(t, rim, string(corimtest.CoRIM(nil, corimtest.CoMID("acme", 1, nil, corimtest.Reference(corimtest.Map{}, corimtest.Of(7, make([]byte, 32)))), corimtest.Tagged(505, []byte{1}))))
+	o.want(0, "ignored: 1 CoSWID tags", "paula", "reference", "import", rim, "--format", "corim-unsigned", "--subject", "alpha")
+	o.want(0, "comid acme", "rita", "reference", "list", "--kind", "host-pcr", "--subject", "alpha")
+	o.want(ExitFailed, "not signed", "paula", "reference", "import", rim, "--format", "corim")
 
 	o.want(0, "revoked", "otto", "fleet", "revoke", "alpha", "--why", "sold")
 	o.want(ExitNotAppraised, "sold", "rita", "fleet", "show", "alpha")

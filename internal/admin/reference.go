@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/url"
 	"os"
@@ -97,7 +98,8 @@ func (c *Command) referenceImport(f *verifierFlags) *cobra.Command {
 		Use:   "import FILE",
 		Short: "Import a file of Reference Values",
 		Long: "Imports a file of Reference Values: checksums as sha256sum writes them (--format sums), values in JSON (values), the same " +
-			"signed (manifest), or a signed manifest of launchers (launchers). A signature is read from FILE.sig.",
+			"signed (manifest), a signed manifest of launchers (launchers), a signed CoRIM (corim), or one that nobody signed " +
+			"(corim-unsigned). A signature is read from FILE.sig; a CoRIM has its own.",
 		Args: cobra.ExactArgs(1),
 		RunE: c.verified(f, func(ctx context.Context, v *verifier, args []string) error {
 			body := map[string]any{"format": format}
@@ -129,18 +131,22 @@ func (c *Command) referenceImport(f *verifierFlags) *cobra.Command {
 			added, raw, err := call[struct {
 				Values, New int
 				State       string
+				Ignored     map[string]int
 			}](ctx, v, http.MethodPost, "/v1/values/import", body)
 			if err != nil {
 				return err
 			}
 			return c.print(raw, func(w io.Writer) {
 				fmt.Fprintf(w, "%s: %s, %d of them new\n", plural(uint64(added.Values), "Reference Value", "Reference Values"), added.State, added.New)
+				for _, what := range slices.Sorted(maps.Keys(added.Ignored)) {
+					fmt.Fprintf(w, "ignored: %d %s\n", added.Ignored[what], reason.OneLine(what))
+				}
 			})
 		}),
 	}
-	cmd.Flags().StringVar(&format, "format", "sums", "sums, values, manifest, launchers")
+	cmd.Flags().StringVar(&format, "format", "sums", "sums, values, manifest, launchers, corim, corim-unsigned")
 	cmd.Flags().StringVar(&signature, "signature", "", "the signature's file (FILE.sig)")
-	cmd.Flags().StringVar(&subject, "subject", "", "the node or VM that they are for (all)")
+	cmd.Flags().StringVar(&subject, "subject", "", "the node or VM that they are for, where the file does not say (all)")
 	cmd.Flags().StringVar(&kind, "kind", "", "of checksums: host-ima, launcher, vm-ima (host-ima)")
 	cmd.Flags().StringVar(&name, "name", "", "of checksums: the package or repository (the file's name)")
 	return cmd

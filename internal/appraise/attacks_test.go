@@ -412,6 +412,21 @@ func TestNoEventLog(t *testing.T) {
 	b.want(None, CodeEventLogFormat)
 }
 
+// TestPCRsAlone: where there are values for all PCRs, events need none.
+func TestPCRsAlone(t *testing.T) {
+	b := newBench(t)
+	b.learn = false
+	for _, p := range b.policy.Events {
+		b.values = append(b.values, fleet.Value{Kind: fleet.HostPCR, Path: pcrPath("sha256", p), Digest: "sha256:" + hex.EncodeToString(b.host.TPM.PCRs["sha256"][p]), State: fleet.Approved})
+	}
+	b.round(forge.Options{})
+	b.want(None, CodeIMAUnknown, CodeLauncherUnknown)
+	b.drop(fleet.HostPCR, "sha256:4")
+	b.host.Tick(time.Second)
+	b.round(forge.Options{Have: map[string]uint64{}})
+	b.want(None, CodeHostNoValues, CodeIMAUnknown, CodeLauncherUnknown)
+}
+
 // Logs that begin elsewhere than the receiver asked for, or go on.
 func TestIncomplete(t *testing.T) {
 	for _, kind := range []string{report.EventLog, report.IMA, report.LaunchLog} {

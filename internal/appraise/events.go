@@ -260,7 +260,7 @@ func (r *round) events(log *eventlog.Log) {
 			Log: report.EventLog, Entry: &n, PCR: &pcr, Path: path, Digest: r.policy.Bank + ":" + hexDigest, Expected: expected("", r.values.words(path)),
 		})
 	}
-	if !anyValues && !r.learnHost {
+	if !anyValues && !r.hostPCRsKnown() { // PCRs that are right vouch for all events that led to them
 		r.hostf(CodeHostNoValues, None, "there are no Reference Values for the events of this host's boot")
 	}
 	r.host = append(r.host, order.findings(r.policy.Events)...)
@@ -376,7 +376,7 @@ func (r *round) hostPCRs() {
 }
 
 // hostPCRsKnown reports whether there are, or will be learned, Reference Values
-// for each PCR that a missing event log would have explained.
+// for each PCR that the event log explains, or would.
 func (r *round) hostPCRsKnown() bool {
 	if r.learnHost {
 		return true

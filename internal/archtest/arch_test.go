@@ -56,7 +56,7 @@ func load(t *testing.T) map[string]pkg {
 var pure = []string{
 	"domain", "domain/emulator", "domain/qemuargs", "domain/swtpmargs", "vtpm/reason", "vtpm/label", "vtpm/qcow2", "vtpm/list", "vtpm/lifecycle", "vtpm/statefile",
 	"hosttpm/policy", "hosttpm/tss2", "evidence/eventlog", "launcher/launchlog", "launcher/refvalues", "recovery/shamir",
-	"evidence/report", "evidence/quote", "evidence/ima", "appraise", "appraise/tier", "appraise/ear", "vtpm/ekcert", "introspect/layout",
+	"evidence/report", "evidence/quote", "evidence/ima", "appraise", "appraise/corim", "appraise/tier", "appraise/ear", "vtpm/ekcert", "introspect/layout",
 	"verifier/fleet", "verifier/ca", "verifier/nodeapi",
 }
 
@@ -83,7 +83,7 @@ func TestPurePackages(t *testing.T) {
 }
 
 // forTests are packages that no program reaches.
-var forTests = []string{"internal/lab", "internal/evidence/forge", "internal/verifier/store/storetest", "internal/verifier/page/pagetest", "internal/bus/bustest", "internal/hosttpm/tpmtest", "internal/testkit"}
+var forTests = []string{"internal/lab", "internal/evidence/forge", "internal/appraise/corim/corimtest", "internal/verifier/store/storetest", "internal/verifier/page/pagetest", "internal/bus/bustest", "internal/hosttpm/tpmtest", "internal/testkit"}
 
 func TestArrows(t *testing.T) {
 	all := load(t)
@@ -113,6 +113,10 @@ func TestArrows(t *testing.T) {
 	never("helper/virt-trust-verifier", device, socket, module+"internal/hosttpm", module+"internal/daemon", bus, "github.com/digitalocean/go-libvirt")
 	never("helper/virt-trust-verifier/signer", module+"internal/daemon", bus, sql, "net/http")
 	never("helper/virt-trust-inject", module+"internal/daemon", bus, sql, "net/http")
+	// What reads CoRIMs, with its libraries, is the Verifier's alone.
+	for _, main := range []string{"helper/virt-trust", "helper/virt-trust-agent", "helper/virt-trustd", "helper/virt-trust-verifier/signer"} {
+		never(main, module+"internal/appraise/corim")
+	}
 	never("helper/virt-trustd", "net/http", sql, "github.com/spf13/cobra")
 	never("internal/vtpm/imagefile", bus, tpm)
 	never("internal/hosttpm", bus, "libvirt.org/go/libvirtxml")
@@ -133,6 +137,7 @@ func TestArrows(t *testing.T) {
 	only("github.com/spf13/cobra", "internal/admin")
 	only("github.com/BurntSushi/toml", "internal/platform/config")
 	only(module+"internal/introspect/inject", "internal/daemon", "helper/virt-trust-inject", "internal/lab/pcrs")
+	only("github.com/veraison/go-cose", "internal/appraise/corim", "internal/appraise/corim/corimtest")
 	only("modernc.org/sqlite", "internal/verifier/store")
 	only("github.com/pressly/goose/v3", "internal/verifier/store")
 	only("github.com/jackc/pgx/v5/stdlib", "internal/verifier/store", "internal/verifier/store/storetest")

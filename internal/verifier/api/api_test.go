@@ -1,6 +1,7 @@
 package api
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"virt-trust/internal/appraise"
+	ct "virt-trust/internal/appraise/corim/corimtest"
 	"virt-trust/internal/launcher/refvalues"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/operate"
@@ -414,10 +416,77 @@ func TestImport(t *testing.T) {
 	}
 	for _, bad := range []string{
 		in("sums", "d41d8cd98f00b204e9800998ecf8427e  /md5", `, "name": "x"`, false), in("sums", digest+"  /a/../b", `, "name": "x"`, false), in("sums", sums, "", false),
-		in("sums", sums, `, "name": "x", "kind": "vm-pcr"`, false), in("corim", sums, "", false), in("values", "{}", "", false), in("launchers", "{}", "", true),
+		in("sums", sums, `, "name": "x", "kind": "vm-pcr"`, false), in("corim", sums, "", false), in("corim-unsigned", sums, "", false), in("values", "{}", "", false), in("launchers", "{}", "", true),
 	} {
 		h.want(400, Invalid, "policy-token", "POST", "/v1/values/import", bad)
 	}
+}
+
+// TestImportCoRIM: each CoMID takes the place of its older self, and for good of
+// those that it replaces; what cannot be used is told.
+func TestImportCoRIM(t *testing.T) {
+	key := ed25519.NewKeyFromSeed(make([]byte, 32))
+	h := newHouse(t, func(c *Config) { c.Operate.ManifestKeys = []any{key.Public()} })
+	send := func(code int, problem, format string, content []byte) operate.Added {
+		t.Helper()
+		body := fmt.Sprintf(`{"format": %q, "content": %q, "subject": "group:edge"}`, format, base64.StdEncoding.EncodeToString(content))
+		a := h.want(code, problem, "policy-token", "POST", "/v1/values/import", body)
+		if code != 200 {
+			return operate.Added{}
+		}
+		return decode[operate.Added](t, a)
+	}
+	comid := func(id string, version int, fields ct.Map, paths ...string) any {
+		var all []any
+		for _, p := range paths {
+			all = append(all, ct.Of(p, make([]byte, 32)))
+		}
+		return ct.CoMID(id, version, fields, ct.Reference(ct.Map{}, all...))
+	}
+	signed := func(tags ...any) []byte { return ct.Sign(ct.CoRIM(nil, tags...), key, nil) }
+	count := func(want ...string) {
+		t.Helper()
+		got := []string{}
+		for _, v := range h.values("source=manifest&state=approved") {
+			got = append(got, v.Detail+" "+v.Path+" "+v.Subject)
+		}
+		if slices.Sort(got); !slices.Equal(got, want) {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+	send(200, "", "corim", signed(comid("a", 0, nil, "/a", "/both"), comid("b", 5, nil, "/b")))
+	count("comid a /a group:edge", "comid a /both group:edge", "comid b /b group:edge")
+	send(409, Conflict, "corim", signed(comid("a", 0, nil, "/x")))
+	send(409, Conflict, "corim", signed(comid("new", 0, nil, "/x"), comid("b", 4, nil, "/x")))
+	send(400, Invalid, "corim", signed(comid("a", 1, nil, "/x"), comid("a", 2, nil, "/x")))
+	count("comid a /a group:edge", "comid a /both group:edge", "comid b /b group:edge")
+	send(200, "", "corim", signed(comid("a", 1, nil, "/a2", "/both")))
+	count("comid a /a2 group:edge", "comid a /both group:edge", "comid b /b group:edge")
+	replaces := func(id string) ct.Map { return ct.Map{3: []any{ct.Map{0: id, 1: 1}}} }
+	send(200, "", "corim", signed(comid("c", 1, replaces("a"), "/c", "/both")))
+	count("comid b /b group:edge", "comid c /both group:edge", "comid c /c group:edge")
+	send(409, Conflict, "corim", signed(comid("a", 99, nil, "/a")))
+	send(200, "", "corim", signed(comid("c", 2, replaces("a"), "/c")))
+	count("comid b /b group:edge", "comid c /c group:edge")
+
+	// What nobody signed is added, and takes nothing away.
+	b := ct.CoRIM(nil, comid("b", 6, replaces("c"), "/u"), ct.Tagged(505, []byte{1}))
+	if a := send(200, "", "corim-unsigned", b); a.New != 1 || a.Ignored["linked tags"] != 1 || a.Ignored["CoSWID tags"] != 1 {
+		t.Errorf("%+v", a)
+	}
+	if v := h.values("source=file"); len(v) != 1 || v[0].Path != "/u" || v[0].Detail != "comid b" {
+		t.Errorf("%+v", v)
+	}
+	count("comid b /b group:edge", "comid c /c group:edge")
+	if a := h.want(200, "", "reader-token", "GET", "/v1/audit/export", nil); !strings.Contains(string(a.body), "CoSWID tags") {
+		t.Error("the audit log does not say what was ignored")
+	}
+	send(400, Invalid, "corim", b)
+	send(400, Invalid, "corim-unsigned", signed(comid("d", 1, nil, "/d")))
+	send(400, Invalid, "corim", ct.Sign(b, ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32)), nil))
+	send(400, Invalid, "corim-unsigned", ct.CoRIM(nil, ct.Tagged(505, []byte{1})))
+	expired := ct.CoRIM(ct.Map{4: ct.Map{1: ct.Tagged(1, time.Now().Add(-time.Minute).Unix())}}, comid("e", 1, nil, "/e"))
+	send(400, Invalid, "corim", ct.Sign(expired, key, nil))
 }
 
 func TestTokens(t *testing.T) {

@@ -44,7 +44,7 @@ func (s *Service) ApproveRound(ctx context.Context, a Actor, round int64, refs .
 	}
 	err = s.do(ctx, a, Operator, func(tx *store.Tx) error {
 		done = Approved{Left: left}
-		done.Added, err = s.add(ctx, tx, a, "round.approve", strconv.FormatInt(round, 10), FromOperator, values)
+		done.Added, err = s.add(ctx, tx, a, "round.approve", strconv.FormatInt(round, 10), FromOperator, values, nil)
 		return err
 	})
 	return done, err

@@ -30,20 +30,25 @@ type Added struct {
 	Values int              `json:"values"` // how many they were
 	New    int              `json:"new"`    // those that were not known
 	State  fleet.ValueState `json:"state"`  // approved; proposed where four eyes are wanted
+	// Ignored says how much of a CoRIM no Reference Value was made of, by what it is.
+	Ignored map[string]int `json:"ignored,omitempty"`
 }
 
 // AddValues adds Reference Values; of each, Subject, Kind, Path, Digest and
 // Detail are taken.
 func (s *Service) AddValues(ctx context.Context, a Actor, values []fleet.Value) (added Added, err error) {
 	err = s.do(ctx, a, Policy, func(tx *store.Tx) error {
-		added, err = s.add(ctx, tx, a, "value.add", "", FromOperator, values)
+		added, err = s.add(ctx, tx, a, "value.add", "", FromOperator, values, nil)
 		return err
 	})
 	return added, err
 }
 
-func (s *Service) add(ctx context.Context, tx *store.Tx, a Actor, action, what, source string, values []fleet.Value) (Added, error) {
-	added := Added{Values: len(values), State: fleet.Approved}
+func (s *Service) add(ctx context.Context, tx *store.Tx, a Actor, action, what, source string, values []fleet.Value, ignored map[string]int) (Added, error) {
+	added := Added{Values: len(values), State: fleet.Approved, Ignored: ignored}
+	if len(values) == 0 && len(ignored) > 0 {
+		return added, fmt.Errorf("%w: no Reference Value can be made of what is in it: %v", ErrInvalid, ignored)
+	}
 	if len(values) == 0 || len(values) > MaxValues {
 		return added, fmt.Errorf("%w: %d Reference Values, at least 1 and at most %d", ErrInvalid, len(values), MaxValues)
 	}
@@ -69,6 +74,9 @@ func (s *Service) add(ctx context.Context, tx *store.Tx, a Actor, action, what, 
 		return added, err
 	}
 	d := detail{"values": added.Values, "new": added.New, "state": added.State, "source": source, "subjects": subjects}
+	if len(ignored) > 0 {
+		d["ignored"] = ignored
+	}
 	if len(values) <= 20 {
 		d["list"] = spelt(values)
 	}

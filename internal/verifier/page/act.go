@@ -54,6 +54,7 @@ func done(code string) string {
 		"node-dismissed":   "The problem was put aside.",
 		"values-approved":  "The Reference Values count from now on.",
 		"values-proposed":  "The Reference Values were proposed. They count once another person approves them.",
+		"values-partly":    "What can be used of the CoRIM was taken. Parts of it cannot: the audit log lists them.",
 		"values-known":     "All of these Reference Values were there already.",
 		"values-rejected":  "The Reference Values count no more.",
 		"policy-approved":  "The policy counts from now on.",
@@ -223,6 +224,8 @@ func numbers(texts []string) ([]int64, error) {
 // came says by which code adding values ended.
 func came(a operate.Added) string {
 	switch {
+	case len(a.Ignored) > 0:
+		return "values-partly"
 	case a.New == 0:
 		return "values-known"
 	case a.State == fleet.Proposed:
@@ -256,8 +259,11 @@ func (p *Page) approveRound(r *http.Request, a operate.Actor) (string, *view, er
 
 func (p *Page) importValues(r *http.Request, a operate.Actor) (string, *view, error) {
 	in := operate.Import{Format: field(r, "format"), Subject: field(r, "subject"), Kind: fleet.Kind(field(r, "kind")), Name: field(r, "name")}
-	if in.Format == operate.FormatValues || in.Format == operate.FormatManifest {
+	switch in.Format {
+	case operate.FormatValues, operate.FormatManifest:
 		in.Subject, in.Kind, in.Name = "", "", "" // the file says
+	case operate.FormatCoRIM, operate.FormatUnsignedCoRIM:
+		in.Kind, in.Name = "", ""
 	}
 	var err error
 	if in.Content, err = upload(r, "file"); err != nil {

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 
+	"virt-trust/internal/appraise/corim"
+	"virt-trust/internal/appraise/corim/corimtest"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/operate"
 	"virt-trust/internal/verifier/page/pagetest"
@@ -208,12 +210,26 @@ func TestImport(t *testing.T) {
 	for name, c := range map[string]struct{ files, fields map[string]string }{
 		"nothing":        {nil, map[string]string{"format": "sums", "name": "x"}},
 		"no sums":        {map[string]string{"file": "rubbish"}, map[string]string{"format": "sums", "name": "x"}},
-		"no such format": {map[string]string{"file": "x"}, map[string]string{"format": "corim"}},
+		"no such format": {map[string]string{"file": "x"}, map[string]string{"format": "corin"}},
+		"no CoRIM":       {map[string]string{"file": "x"}, map[string]string{"format": "corim-unsigned"}},
 		"unsigned":       {map[string]string{"file": "{}"}, map[string]string{"format": "manifest"}},
 	} {
 		if w := send(c.files, c.fields); w.Code != http.StatusBadRequest {
 			t.Errorf("%s: %d", name, w.Code)
 		}
+	}
+	// A CoRIM, with a part that is of no use here.
+	profile, sum := corimtest.Map{3: corimtest.Tagged(32, corim.Profile)}, make([]byte, 32)
+	c := corimtest.CoRIM(profile, corimtest.CoMID("acme", 1, nil, corimtest.Reference(corimtest.Model("vm"), corimtest.Of(9, sum))), corimtest.Tagged(505, sum))
+	w = send(map[string]string{"file": string(c)}, map[string]string{"format": "corim-unsigned", "kind": "host-ima", "subject": "group:edge"})
+	if w.Code != http.StatusSeeOther || w.Header().Get("Location") != "/values?done=values-partly" {
+		t.Errorf("%d %s %s", w.Code, w.Header().Get("Location"), w.Body)
+	}
+	if vs := h.values(store.ValueFilter{Kind: fleet.VMPCR}); len(vs) != 1 || vs[0].Subject != "group:edge" || vs[0].Detail != "comid acme" {
+		t.Error(vs)
+	}
+	if body := h.get("/values?done=values-partly"); !strings.Contains(body, "the audit log lists them") {
+		t.Error("nothing tells that parts were ignored")
 	}
 	one := url.Values{"kind": {"host-ima"}, "path": {"/usr/bin/c"}, "digest": {"sha256:" + pagetest.Digest("c")}}
 	if to := h.post("/values/add", one); to != "/values?done=values-proposed" {
