@@ -110,14 +110,10 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 	}
 	service := &operate.Service{
 		Store: v.store, Pin: authority.Pin(), FourEyes: cfg.Policy.FourEyes, ManifestKeys: manifests,
-		CheckPolicy: func(document []byte) error {
-			_, err := appraise.ParsePolicy(document)
-			return err
-		},
-		Guard: guard, Deliver: v.sender.Deliver, Now: time.Now,
+		Unset: policy.document(), Guard: guard, Deliver: v.sender.Deliver, Now: time.Now,
 	}
 	people := api.New(api.Config{
-		Store: v.store, Operate: service, Results: func() api.Results { return v.results.Load() }, Policy: policy.document, Actor: v.login.actor,
+		Store: v.store, Operate: service, Results: func() api.Results { return v.results.Load() }, Actor: v.login.actor,
 		Node: func(r *http.Request) (fleet.Node, bool, error) {
 			id, err := authority.VerifyNode(r.TLS.VerifiedChains, time.Now())
 			if err != nil {

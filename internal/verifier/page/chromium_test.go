@@ -28,6 +28,7 @@ import (
 	"virt-trust/internal/appraise"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/page/pagetest"
+	"virt-trust/internal/verifier/store/storetest"
 )
 
 // chromium is one headless Chromium for all tests, with a profile of its own; each
@@ -40,7 +41,7 @@ var chromium struct {
 }
 
 func TestMain(m *testing.M) {
-	code := m.Run()
+	code := storetest.Main(m)
 	for _, f := range slices.Backward(chromium.stop) {
 		f()
 	}
