@@ -368,7 +368,7 @@ func (p *Page) approvalsPage(r *http.Request) (view, error) {
 	case !errors.Is(err, operate.ErrNotFound) && !errors.Is(err, store.ErrNotFound) && !errors.Is(err, operate.ErrForbidden):
 		return view{}, err
 	}
-	return view{name: "approvals", title: "Approvals", data: d, sum: &sum}, nil
+	return view{name: "approvals", title: "Approvals", data: d}, nil
 }
 
 // changedHosts gives hosts whose newest rounds show, of themselves or of a VM,
