@@ -134,7 +134,7 @@ func (c *Command) root() *cobra.Command {
 	root.AddCommand(c.emulatorCommand())
 	root.AddCommand(c.recoveryCommands()...)
 	root.AddCommand(c.launcherCommand(), c.launchLogCommand(), c.evidenceCommand(), c.appraiseCommand())
-	root.AddCommand(c.fleetCommand(), c.referenceCommand(), c.auditCommand())
+	root.AddCommand(c.fleetCommand(), c.referenceCommand(), c.policyCommand(), c.webhookCommand(), c.auditCommand())
 	root.AddCommand(c.enrollCommand(), c.leaveCommand())
 	return root
 }

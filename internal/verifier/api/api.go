@@ -151,6 +151,7 @@ func (a *API) Routes() []Route {
 		{"DELETE /v1/webhooks/{webhook}", operate.Policy, false, smallBody, a.removeHook},
 		{"POST /v1/webhooks/{webhook}/test", operate.Policy, false, smallBody, a.testHook},
 		{"GET /v1/deliveries", operate.Policy, false, 0, a.deadLetters},
+		{"POST /v1/deliveries/revive", operate.Policy, false, smallBody, a.reviveAll},
 		{"POST /v1/deliveries/{delivery}/revive", operate.Policy, false, smallBody, a.revive},
 
 		{"GET /v1/audit", operate.Reader, false, 0, a.audit},

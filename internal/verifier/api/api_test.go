@@ -520,6 +520,8 @@ func TestWebhooks(t *testing.T) {
 	h.want(404, NotFound, "policy-token", "DELETE", fmt.Sprintf("/v1/webhooks/%d", hook.ID), nil)
 	h.want(404, NotFound, "policy-token", "POST", fmt.Sprintf("/v1/webhooks/%d/test", hook.ID), nil)
 	h.want(404, NotFound, "policy-token", "POST", "/v1/deliveries/5/revive", nil)
+	h.want(404, NotFound, "policy-token", "POST", "/v1/deliveries/revive", ids{[]int64{5}})
+	h.want(400, Invalid, "policy-token", "POST", "/v1/deliveries/revive", ids{[]int64{}})
 }
 
 // What a relying party fetches is as the result is now: signed when it changed,
