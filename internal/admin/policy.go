@@ -1,7 +1,6 @@
 package admin
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,10 +8,7 @@ import (
 	"io"
 	"net/http"
 	"strconv"
-	"strings"
 	"time"
-	"unicode"
-	"unicode/utf16"
 
 	"github.com/spf13/cobra"
 
@@ -69,7 +65,10 @@ func (c *Command) policyShow(f *verifierFlags) *cobra.Command {
 			if !c.json { // beside the document, which can be written to a file as it is
 				fmt.Fprintf(c.Stderr, "virt-trust: %s\n", p.title())
 			}
-			return c.print(raw, func(w io.Writer) { fmt.Fprintln(w, indented(p.Document)) })
+			return c.print(raw, func(w io.Writer) {
+				text, _ := appraise.PolicyText(p.Document) // it was in JSON
+				fmt.Fprintln(w, text)
+			})
 		}),
 	}
 	cmd.Flags().Int64Var(&version, "version", 0, "this one of those that counted")
@@ -86,26 +85,6 @@ func (p policyVersion) title() string {
 		does = "proposed"
 	}
 	return fmt.Sprintf("version %d, %s by %s, %s", p.Version, does, reason.OneLine(p.By), local(p.Time))
-}
-
-// indented gives a JSON document for people. What a terminal could take for a
-// command is escaped, as JSON does it, so that it is the same document.
-func indented(document []byte) string {
-	var b bytes.Buffer
-	if json.Indent(&b, document, "", "  ") != nil {
-		return reason.OneLine(string(document))
-	}
-	var out strings.Builder
-	for _, r := range b.String() {
-		if r == '\n' || unicode.IsPrint(r) {
-			out.WriteRune(r)
-			continue
-		}
-		for _, u := range utf16.Encode([]rune{r}) {
-			fmt.Fprintf(&out, `\u%04x`, u)
-		}
-	}
-	return out.String()
 }
 
 // readPolicy reads a policy's file, which is JSON at least: it becomes part of a

@@ -3,9 +3,39 @@ package appraise
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"maps"
 	"slices"
+	"strings"
+	"unicode"
+	"unicode/utf16"
 )
+
+// PolicyText gives a policy file, or any JSON, for people. What has no look of its
+// own, changes that of its neighbours or is a command to a terminal is escaped as
+// JSON does it: it is the same document. False where it is no JSON.
+func PolicyText(document []byte) (string, bool) {
+	var b bytes.Buffer
+	if json.Indent(&b, bytes.TrimSpace(document), "", "  ") != nil {
+		return "", false
+	}
+	var out strings.Builder
+	for _, r := range b.String() {
+		plain := r >= ' ' && r < 0x7f || r == '\n' || unicode.In(r, unicode.L, unicode.N, unicode.P, unicode.S)
+		switch r {
+		case 0x115f, 0x1160, 0x3164, 0xffa0, 0x2800, unicode.ReplacementChar: // fillers, by their class letters or signs
+			plain = false
+		}
+		if plain {
+			out.WriteRune(r)
+			continue
+		}
+		for _, u := range utf16.Encode([]rune{r}) {
+			fmt.Fprintf(&out, `\u%04x`, u)
+		}
+	}
+	return out.String(), true
+}
 
 // PolicyChange is one way in which two policies differ: a key of the policy file,
 // with dots, and what it is in each, as text. Of a list it is one entry, which is

@@ -1,6 +1,8 @@
 package appraise
 
 import (
+	"encoding/json"
+	"errors"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -39,5 +41,21 @@ func TestPolicyChanges(t *testing.T) {
 				t.Error(d)
 			}
 		})
+	}
+}
+
+func TestPolicyText(t *testing.T) {
+	in := "{\"id\":\"é \u202e\u009b\u200b\U000e0001a\u0301\u2800\",\"pcrs\":[]}"
+	want := "{\n  \"id\": \"é \\u202e\\u009b\\u200b\\udb40\\udc01a\\u0301\\u2800\",\n  \"pcrs\": []\n}"
+	got, ok := PolicyText([]byte(" " + in + "\r\n"))
+	if !ok || got != want {
+		t.Errorf("%v %q", ok, got)
+	}
+	var a, b any
+	if err := errors.Join(json.Unmarshal([]byte(in), &a), json.Unmarshal([]byte(got), &b)); err != nil || cmp.Diff(a, b) != "" {
+		t.Errorf("another document: %v %v %v", a, b, err)
+	}
+	if _, ok := PolicyText([]byte("{} x")); ok {
+		t.Error("no JSON")
 	}
 }

@@ -158,6 +158,7 @@ func (p *Page) routes() {
 	show("/vms", p.vmsPage)
 	show("/approvals", p.approvalsPage)
 	show("/values", p.valuesPage)
+	show("/policy", p.policyPage)
 	show("/tokens", p.tokensPage)
 	show("/webhooks", p.hooksPage)
 	show("/audit", p.auditPage)
@@ -265,6 +266,9 @@ func (p *Page) write(w http.ResponseWriter, r *http.Request, v view) {
 	if a.Role >= operate.Reader && v.code < 500 {
 		if nodes, values, err := p.Store.Waiting(r.Context()); err == nil {
 			f.Waiting = nodes + values
+			if s, err := p.proposed(r.Context(), a); err == nil && s != nil {
+				f.Waiting++
+			}
 		}
 	}
 	f.Done = done(r.URL.Query().Get("done"))
