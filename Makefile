@@ -111,7 +111,7 @@ install-verifier: build
 		install -d $(DESTDIR)$(sbindir); ln -sf ../libexec/virt-trust/$$p $(DESTDIR)$(sbindir)/$$p; \
 	done
 	$(INSTALL) packaging/verifier.toml $(DESTDIR)$(sysconfdir)/virt-trust/verifier.toml
-	@set -e; for u in virt-trust-verifier.service virt-trust-verifier.socket virt-trust-signer.service virt-trust-signer.socket; do \
+	@set -e; for u in virt-trust-verifier.service virt-trust-verifier.socket virt-trust-verifier-browsers.socket virt-trust-signer.service virt-trust-signer.socket; do \
 		$(INSTALL) systemd/$$u $(DESTDIR)$(unitdir)/$$u; \
 	done
 	$(INSTALL) packaging/virt-trust-verifier.sysusers $(DESTDIR)$(prefix)/lib/sysusers.d/virt-trust-verifier.conf

@@ -1,6 +1,7 @@
 package page
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -313,7 +314,7 @@ func upload(r *http.Request, name string) ([]byte, error) {
 type tokenMade struct {
 	fleet.JoinToken
 	Secret string
-	Server string // as the browser calls it
+	Server string // where the node goes
 }
 
 // createToken answers with the token itself: it is shown once and is in no
@@ -327,7 +328,11 @@ func (p *Page) createToken(r *http.Request, a operate.Actor) (string, *view, err
 	if err != nil {
 		return "", nil, err
 	}
-	return "", &view{name: "tokenmade", title: "The join token", data: tokenMade{t, secret, r.Host}}, nil
+	server := r.Host
+	if p.Nodes != nil {
+		server = cmp.Or(p.Nodes(), server)
+	}
+	return "", &view{name: "tokenmade", title: "The join token", data: tokenMade{t, secret, server}}, nil
 }
 
 type approvalsView struct {

@@ -66,6 +66,9 @@ type Config struct {
 	OIDC bool
 	// FourEyes says that changes of Reference Values need a second person.
 	FourEyes bool
+	// Nodes is the host and port where nodes enrol, "" for where a browser came to;
+	// nil is that too.
+	Nodes func() string
 	// HookEvents are those that a webhook may want: webhook.Events.
 	HookEvents []string
 	Now        func() time.Time // time.Now
