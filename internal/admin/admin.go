@@ -60,8 +60,8 @@ func (e *exit) Unwrap() error { return e.err }
 
 // notAppraised marks an error of a command that judges: it could not tell.
 func notAppraised(err error) error {
-	if err == nil {
-		return nil
+	if e := (*exit)(nil); err == nil || errors.As(err, &e) { // its code is known
+		return err
 	}
 	return &exit{ExitNotAppraised, err}
 }

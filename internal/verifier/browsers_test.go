@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"fmt"
 	"math/big"
 	"net/http"
 	"os"
@@ -306,6 +307,12 @@ func TestBrowsersCheck(t *testing.T) {
 	}
 	if r := remarks(s.cfg, time.Now().Add(-3*time.Hour)); len(r) != 2 || !strings.Contains(r[0], "not good before") {
 		t.Errorf("%q", r)
+	}
+	file, out := s.path("verifier.toml"), bytes.Buffer{}
+	write(t, file, fmt.Sprintf("[ca]\ncertificate = %q\nkey = %q\n[results]\nkeys = %q\n[browsers]\ncertificate = %q\nkey = %q\n",
+		s.cfg.CA.Certificate, s.cfg.CA.Key, s.cfg.Results.Keys, b.Certificate, b.Key), 0o600)
+	if err := Command(t.Context(), Invocation{Args: []string{"check-config"}, Config: file, Stdout: &out}); err != nil || !strings.Contains(out.String(), "warning: the browsers' certificate expired") {
+		t.Errorf("%v, %s", err, &out)
 	}
 	s.cfg.OIDC.RedirectURL = "https://verifier.example:8444/oidc/callback"
 	write(t, b.Certificate, good, 0o644)

@@ -10,6 +10,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"errors"
 	"io"
 	"math/big"
@@ -20,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"virt-trust/internal/evidence/forge"
 	"virt-trust/internal/vtpm/ekcert"
 )
 
@@ -405,6 +407,40 @@ func TestIdentityBounds(t *testing.T) {
 	}
 }
 
+// The AK itself goes along with its Name; who does not know it yet reads on as ever,
+// and a certificate from before lacks it.
+func TestIdentityHoldsAK(t *testing.T) {
+	tpm := forge.NewTPM()
+	i := identity()
+	i.AK, i.AKPublic = tpm.AKName(), tpm.AK()
+	read := func(i Identity) (Identity, []byte) {
+		t.Helper()
+		ext := must[pkix.Extension](t)(i.extension())
+		return must[Identity](t)(UntrustedIdentity(&x509.Certificate{Extensions: []pkix.Extension{ext}})), ext.Value
+	}
+	got, der := read(i)
+	if !bytes.Equal(got.AKPublic, tpm.AK()) || !bytes.Equal(got.AK, i.AK) {
+		t.Errorf("%+v", got)
+	}
+	var old struct {
+		Version      int
+		Node, Name   string `asn1:"utf8"`
+		EK, AK, Bind []byte
+	}
+	if rest, err := asn1.Unmarshal(der, &old); err != nil || len(rest) > 0 || old.Node != i.Node || !bytes.Equal(old.AK, i.AK) {
+		t.Errorf("%+v, %v", old, err)
+	}
+	if got, _ := read(identity()); got.AKPublic != nil {
+		t.Errorf("%+v", got)
+	}
+	for name, area := range map[string][]byte{"another": forge.NewTPM().AK(), "cut": tpm.AK()[:20], "empty": {}} {
+		i.AKPublic = area
+		if _, err := i.extension(); err == nil {
+			t.Errorf("%s AK: taken", name)
+		}
+	}
+}
+
 func FuzzCheckTBS(f *testing.F) {
 	a, _ := newAuthority(f, elliptic.P256())
 	key := newKey(f)
@@ -447,6 +483,9 @@ func FuzzParseToken(f *testing.F) {
 func FuzzIdentity(f *testing.F) {
 	ext := must[pkix.Extension](f)(identity().extension())
 	f.Add(ext.Value)
+	tpm, with := forge.NewTPM(), identity()
+	with.AK, with.AKPublic = tpm.AKName(), tpm.AK()
+	f.Add(must[pkix.Extension](f)(with.extension()).Value)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		i, err := UntrustedIdentity(&x509.Certificate{Extensions: []pkix.Extension{{Id: OIDNode, Value: b}}})
 		if err == nil {
