@@ -140,7 +140,7 @@ func TestAppraiseByCertificate(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		der, err := ca.Root(key, rand.Reader, name, made.Add(-24*time.Hour))
+		der, err := ca.Root(key, rand.Reader, name, made.Add(-30*24*time.Hour))
 		if err != nil {
 			t.Fatal(err)
 		}
