@@ -119,7 +119,7 @@ func (r reads) Nodes(ctx context.Context, f NodeFilter, p Page) ([]fleet.Status,
 		}
 	}
 	if f.Search != "" {
-		c.contains("n.name", "n.id", f.Search)
+		c.contains(r.d, "n.name", "n.id", f.Search)
 	}
 	if f.Problem {
 		c.add("n.problem <> ''")

@@ -141,7 +141,7 @@ func (r reads) vms(ctx context.Context, f VMFilter, p Page) ([]fleet.VM, error) 
 		c.add("v.ek_digest = ?", f.EK)
 	}
 	if f.Search != "" {
-		c.contains("v.name", "v.uuid", f.Search)
+		c.contains(r.d, "v.name", "v.uuid", f.Search)
 	}
 	query := func(c conditions) (string, []any) {
 		return "SELECT " + vmColumns + fromVMs + c.String() + " ORDER BY v.uuid, v.node LIMIT ?", slices.Concat([]any{r.now()}, c.args, []any{p.limit() + 1})
