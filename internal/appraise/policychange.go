@@ -51,11 +51,14 @@ type PolicyChange struct {
 func PolicyChanges(was, is *Policy) []PolicyChange {
 	changes := []PolicyChange{}
 	before, after := flatten(was), flatten(is)
-	for _, key := range slices.Sorted(maps.Keys(before)) { // both have all keys
+	all := maps.Clone(before)
+	maps.Copy(all, after)
+	for _, key := range slices.Sorted(maps.Keys(all)) {
 		b, a := before[key], after[key]
-		if !b.list {
-			if b.texts[0] != a.texts[0] {
-				changes = append(changes, PolicyChange{key, b.texts[0], a.texts[0]})
+		if !b.list && !a.list {
+			// One text, or none where a key is left out.
+			if b, a := strings.Join(b.texts, ""), strings.Join(a.texts, ""); b != a {
+				changes = append(changes, PolicyChange{key, b, a})
 			}
 			continue
 		}
