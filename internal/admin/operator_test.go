@@ -121,6 +121,14 @@ func TestWebhookCommands(t *testing.T) {
 	if v := decode[[]deadLetter](t, o.want(0, "", "paula", "webhook", "dead", "--last", "3", "--json")); len(v) != 3 || v[0].Attempts != 20 {
 		t.Errorf("%+v", v)
 	}
+	// What the shell offers: none twice, nothing for who may not look.
+	o.want(0, "1\thttps://hooks.example/a\n2\thttps://hooks.example/b\n:4", "paula", "__complete", "webhook", "test", "")
+	if out := o.want(0, "3\ttrust.changed: said 503", "paula", "__complete", "webhook", "revive", "4", ""); strings.Contains(out, "4\t") || strings.Contains(out, "\x1b") {
+		t.Errorf("%q", out)
+	}
+	if out := o.want(0, ":4", "rita", "__complete", "webhook", "revive", ""); strings.Contains(out, "trust") {
+		t.Errorf("%q", out)
+	}
 	o.want(ExitUsage, "or --all", "paula", "webhook", "revive")
 	o.want(ExitUsage, "or --all", "paula", "webhook", "revive", "--all", "1")
 	o.want(ExitUsage, "or --all", "paula", "webhook", "revive", "--webhook", "1", "1")

@@ -72,9 +72,10 @@ func (c *Command) webhookList(f *verifierFlags) *cobra.Command {
 func (c *Command) webhookAdd(f *verifierFlags) *cobra.Command {
 	var events []string
 	cmd := &cobra.Command{
-		Use:   "add URL [--event EVENT]...",
-		Short: "Add a webhook, and print this once the secret that signs its events",
-		Args:  cobra.ExactArgs(1),
+		Use:               "add URL [--event EVENT]...",
+		Short:             "Add a webhook, and print this once the secret that signs its events",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: c.verified(f, func(ctx context.Context, v *verifier, args []string) error {
 			body := map[string]any{"url": args[0]}
 			if len(events) > 0 {
@@ -91,12 +92,37 @@ func (c *Command) webhookAdd(f *verifierFlags) *cobra.Command {
 	return cmd
 }
 
+// completeNumbers offers the numbers in a list of a Verifier that are not among the
+// arguments yet, each with a word on it. It fails quietly.
+func completeNumbers[T any](c *Command, f *verifierFlags, most int, path string, of func(T) (int64, string)) cobra.CompletionFunc {
+	return func(cmd *cobra.Command, args []string, _ string) (found []string, _ cobra.ShellCompDirective) {
+		ctx, cancel := context.WithTimeout(cmd.Context(), time.Second)
+		defer cancel()
+		v, err := c.verifier(f)
+		if err != nil || len(args) >= most {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		answer, _, err := get[struct{ Items []T }](ctx, v, path)
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		for _, item := range answer.Items {
+			id, what := of(item)
+			if number := strconv.FormatInt(id, 10); !slices.Contains(args, number) {
+				found = append(found, number+"\t"+reason.OneLine(what))
+			}
+		}
+		return found, cobra.ShellCompDirectiveNoFileComp
+	}
+}
+
 // webhookDo removes or tests a webhook.
 func (c *Command) webhookDo(f *verifierFlags, action, short, done string) *cobra.Command {
 	return &cobra.Command{
-		Use:   action + " ID",
-		Short: short,
-		Args:  cobra.ExactArgs(1),
+		Use:               action + " ID",
+		Short:             short,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: completeNumbers(c, f, 1, "/v1/webhooks", func(h fleetHook) (int64, string) { return h.ID, h.URL }),
 		RunE: c.verified(f, func(ctx context.Context, v *verifier, args []string) error {
 			id, err := positive(args[0], "webhook")
 			if err != nil {
@@ -152,9 +178,10 @@ func (c *Command) webhookRevive(f *verifierFlags) *cobra.Command {
 	var every bool
 	var of int64
 	cmd := &cobra.Command{
-		Use:   "revive ID... | --all [--webhook ID]",
-		Short: "Queue deliveries anew that were given up",
-		Args:  cobra.ArbitraryArgs,
+		Use:               "revive ID... | --all [--webhook ID]",
+		Short:             "Queue deliveries anew that were given up",
+		Args:              cobra.ArbitraryArgs,
+		ValidArgsFunction: completeNumbers(c, f, 1000, "/v1/deliveries?limit=100", func(d deadLetter) (int64, string) { return d.ID, d.Event + ": " + d.Error }),
 		RunE: c.verified(f, func(ctx context.Context, v *verifier, args []string) error {
 			if every == (len(args) > 0) || of != 0 && !every {
 				return &exit{ExitUsage, errors.New("numbers of deliveries are wanted, or --all")}
