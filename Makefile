@@ -6,7 +6,7 @@
 # make check    the fast part of it, as anyone
 # make demo     a guarded VM on a private test host, and an attack on it
 # make bench    guarded against plain libvirt, as ratios
-# make bench-verifier  the Verifier's appraisal against its bare hashes, its database, a fleet of NODES (10000)
+# make bench-verifier  the Verifier's appraisal against its bare hashes, its database, its page, a fleet of NODES (10000)
 # make faults   kills, power cuts, broken disks and TPMs at every step: figures
 # make soak     EVENTS (2000) random events in the lives of six VMs, for SOAK (24h) at most
 # make fuzz     every fuzzer for FUZZTIME (10m)
@@ -111,7 +111,7 @@ install-verifier: build
 		install -d $(DESTDIR)$(sbindir); ln -sf ../libexec/virt-trust/$$p $(DESTDIR)$(sbindir)/$$p; \
 	done
 	$(INSTALL) packaging/verifier.toml $(DESTDIR)$(sysconfdir)/virt-trust/verifier.toml
-	@set -e; for u in virt-trust-verifier.service virt-trust-verifier.socket virt-trust-signer.service virt-trust-signer.socket; do \
+	@set -e; for u in virt-trust-verifier.service virt-trust-verifier.socket virt-trust-verifier-browsers.socket virt-trust-signer.service virt-trust-signer.socket; do \
 		$(INSTALL) systemd/$$u $(DESTDIR)$(unitdir)/$$u; \
 	done
 	$(INSTALL) packaging/virt-trust-verifier.sysusers $(DESTDIR)$(prefix)/lib/sysusers.d/virt-trust-verifier.conf
@@ -158,6 +158,7 @@ bench-verifier: build
 	internal/lab/install-packages.sh
 	$(GO) test -count=1 -run '^$$' -bench 'Appraise' ./internal/appraise
 	$(GO) test -count=1 -run '^$$' -bench 'Round' ./internal/verifier/store
+	$(GO) test -count=1 -timeout 60m -run '^$$' -bench 'Fleet' ./internal/verifier/page
 	$(GO) build -o bin/fleet ./internal/lab/cmd/fleet
 	bin/fleet -nodes $(NODES)
 

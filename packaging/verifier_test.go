@@ -82,8 +82,11 @@ func TestVerifierUnits(t *testing.T) {
 	root := t.TempDir()
 	unit := read(t, "../systemd/virt-trust-verifier.service")
 	put(t, filepath.Join(root, "virt-trust-verifier.service"), strings.ReplaceAll(unit, "/usr/libexec/virt-trust/virt-trust-verifier", "/bin/true"))
-	put(t, filepath.Join(root, "virt-trust-verifier.socket"), read(t, "../systemd/virt-trust-verifier.socket"))
-	for _, u := range []string{"virt-trust-verifier.service", "virt-trust-verifier.socket"} {
+	units := []string{"virt-trust-verifier.service", "virt-trust-verifier.socket", "virt-trust-verifier-browsers.socket"}
+	for _, u := range units[1:] {
+		put(t, filepath.Join(root, u), read(t, "../systemd/"+u))
+	}
+	for _, u := range units {
 		if out := run(t, analyze, "verify", "--man=no", filepath.Join(root, u)); strings.Contains(out, root) || strings.Contains(out, "virt-trust") {
 			t.Errorf("%s: %s", u, out)
 		}

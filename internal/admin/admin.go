@@ -60,8 +60,8 @@ func (e *exit) Unwrap() error { return e.err }
 
 // notAppraised marks an error of a command that judges: it could not tell.
 func notAppraised(err error) error {
-	if err == nil {
-		return nil
+	if e := (*exit)(nil); err == nil || errors.As(err, &e) { // its code is known
+		return err
 	}
 	return &exit{ExitNotAppraised, err}
 }
@@ -134,7 +134,7 @@ func (c *Command) root() *cobra.Command {
 	root.AddCommand(c.emulatorCommand())
 	root.AddCommand(c.recoveryCommands()...)
 	root.AddCommand(c.launcherCommand(), c.launchLogCommand(), c.evidenceCommand(), c.appraiseCommand())
-	root.AddCommand(c.fleetCommand(), c.referenceCommand(), c.auditCommand())
+	root.AddCommand(c.fleetCommand(), c.referenceCommand(), c.policyCommand(), c.webhookCommand(), c.auditCommand())
 	root.AddCommand(c.enrollCommand(), c.leaveCommand())
 	return root
 }

@@ -22,15 +22,17 @@ import (
 	"virt-trust/internal/evidence/quote"
 	"virt-trust/internal/evidence/report"
 	"virt-trust/internal/launcher/refvalues"
+	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/vtpm/reason"
 )
 
 // appraisal is the flags of virt-trust appraise.
 type appraisal struct {
-	ak, nonce, node, policy, keys string
-	references                    []string
-	learn                         string
-	result, jwks                  string
+	ak, ca, nonce, node, policy, keys string
+	certificate                       *x509.Certificate // that --ak names, to be held against --ca
+	references                        []string
+	learn                             string
+	result, jwks                      string
 }
 
 func (c *Command) appraiseCommand() *cobra.Command {
@@ -53,7 +55,8 @@ func (c *Command) appraiseCommand() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&a.ak, "ak", "", "the host's AK: TPMT_PUBLIC, TPM2B_PUBLIC, or a public key in PEM")
+	f.StringVar(&a.ak, "ak", "", "the host's AK: TPMT_PUBLIC, TPM2B_PUBLIC, a public key in PEM, or the node's certificate")
+	f.StringVar(&a.ca, "ca", "", "the certificate of the CA that the node's certificate has to be by")
 	f.StringVar(&a.nonce, "nonce", "", "the nonce of the newest Evidence, in hexadecimal")
 	f.StringVar(&a.node, "node", "", "the node's id, for Reference Values that are its own")
 	f.StringArrayVar(&a.references, "reference", nil, "a file of Reference Values")
@@ -111,6 +114,12 @@ func (c *Command) appraiseFiles(a *appraisal, files []string) error {
 			in.Values = append(in.Values, appraise.NewValues((&appraise.ValuesFile{Values: values}).Approved("learned")))
 		}
 	}
+	if err := a.checkCertificate(in.Now); err != nil {
+		return notAppraised(err)
+	}
+	if a.certificate != nil && a.ca == "" {
+		fmt.Fprintln(c.Stderr, "virt-trust: without --ca nothing shows that the certificate is the node's")
+	}
 	if a.nonce == "" {
 		fmt.Fprintln(c.Stderr, "virt-trust: without --nonce nothing shows that the Evidence is not an old one")
 	}
@@ -155,8 +164,11 @@ func stated(evidence []byte) (nonce []byte, at time.Time, err error) {
 func (a *appraisal) input() (in appraise.Input, err error) {
 	in.Node.ID = a.node
 	in.Learn = a.learn != ""
-	if in.Node.AK, in.Node.AKName, err = readAK(a.ak); err != nil {
+	if err := a.readAK(&in.Node); err != nil {
 		return in, fmt.Errorf("--ak %s: %w", a.ak, err)
+	}
+	if a.ca != "" && a.certificate == nil {
+		return in, &exit{ExitUsage, errors.New("--ca goes with a certificate as --ak")}
 	}
 	var keys []any
 	if a.keys != "" {
@@ -208,28 +220,82 @@ func (a *appraisal) signed(name string, max int64) (b, sig []byte, err error) {
 }
 
 // readAK reads an AK. Of a key in PEM the Name is not known: that of the report is
-// as good, since the key itself signed it.
-func readAK(name string) (*ecdsa.PublicKey, []byte, error) {
-	b, err := readFile(name, maxSmallFile)
+// as good, since the key itself signed it. A certificate names the node too.
+func (a *appraisal) readAK(n *appraise.Node) error {
+	b, err := readFile(a.ak, maxSmallFile)
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
-	if block, _ := pem.Decode(b); block != nil {
-		if block.Type != "PUBLIC KEY" {
-			return nil, nil, fmt.Errorf("a PEM file with a %.40q, not a PUBLIC KEY", block.Type)
+	block, _ := pem.Decode(b)
+	cert, err := x509.ParseCertificate(b)
+	switch {
+	case err == nil:
+		return a.certified(n, cert)
+	case block == nil:
+		n.AK, n.AKName, err = parseAK(b)
+		return err
+	case block.Type == "CERTIFICATE":
+		if cert, err = x509.ParseCertificate(block.Bytes); err != nil {
+			return err
 		}
-		k, err := x509.ParsePKIXPublicKey(block.Bytes)
-		if err != nil {
-			return nil, nil, err
-		}
-		key, ok := k.(*ecdsa.PublicKey)
-		if !ok {
-			return nil, nil, fmt.Errorf("a %T: an AK is ECDSA over NIST P-256", k)
-		}
-		return key, nil, nil
+		return a.certified(n, cert)
+	case block.Type != "PUBLIC KEY":
+		return fmt.Errorf("a PEM file with a %.40q, not a PUBLIC KEY or CERTIFICATE", block.Type)
 	}
+	k, err := x509.ParsePKIXPublicKey(block.Bytes)
+	if err != nil {
+		return err
+	}
+	var ok bool
+	if n.AK, ok = k.(*ecdsa.PublicKey); !ok {
+		return fmt.Errorf("a %T: an AK is ECDSA over NIST P-256", k)
+	}
+	return nil
+}
+
+// certified takes the AK out of the certificate of a node, or of its certifier.
+func (a *appraisal) certified(n *appraise.Node, cert *x509.Certificate) error {
+	id, err := ca.UntrustedIdentity(cert)
+	switch {
+	case err != nil:
+		return fmt.Errorf("the certificate of no node: %w", err)
+	case id.AKPublic == nil:
+		return errors.New("the certificate names its AK and does not hold it, as those of an older Verifier: give the AK itself")
+	case n.ID != "" && n.ID != id.Node:
+		return fmt.Errorf("the certificate of node %s, and --node is %.40q", id.Node, n.ID)
+	}
+	n.ID, n.AKName, a.certificate = id.Node, id.AK, cert
+	n.AK, err = ca.AKOf(id.AKPublic)
+	return err
+}
+
+// checkCertificate says whether the CA gave the node its certificate, and whether
+// it was good when the Evidence was made. Off line nobody tells of a node that was
+// revoked.
+func (a *appraisal) checkCertificate(at time.Time) error {
+	if a.ca == "" {
+		return nil
+	}
+	b, err := readFile(a.ca, maxSmallFile)
+	if err != nil {
+		return err
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(b) {
+		return fmt.Errorf("--ca %s: no certificate in PEM", a.ca)
+	}
+	// No others: what a node's certifier signed is no node's certificate.
+	_, err = a.certificate.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: at, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
+	if err != nil {
+		return fmt.Errorf("--ak %s: %w", a.ak, err)
+	}
+	return nil
+}
+
+// parseAK reads a TPMT_PUBLIC, or a TPM2B_PUBLIC, as tpm2_readpublic writes it.
+func parseAK(b []byte) (*ecdsa.PublicKey, []byte, error) {
 	o, err := quote.ParsePublic(b)
-	if err != nil && len(b) > 2 && int(b[0])<<8|int(b[1]) == len(b)-2 { // TPM2B_PUBLIC, as tpm2_readpublic writes it
+	if err != nil && len(b) > 2 && int(b[0])<<8|int(b[1]) == len(b)-2 {
 		o, err = quote.ParsePublic(b[2:])
 	}
 	if err != nil {

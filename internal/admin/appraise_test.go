@@ -19,6 +19,7 @@ import (
 	"virt-trust/internal/appraise"
 	"virt-trust/internal/appraise/ear"
 	"virt-trust/internal/evidence/forge"
+	"virt-trust/internal/verifier/ca"
 )
 
 // kept is a host whose Evidence lies in files.
@@ -114,6 +115,102 @@ func TestAppraise(t *testing.T) {
 		known[1] = k.write(name, b)
 		if _, _, code = run(t, with(second)...); code != ExitDone {
 			t.Errorf("AK as %s: exit %d", name, code)
+		}
+	}
+}
+
+// A node's certificate, and its certifier's, stand for its AK: whose they are is
+// the CA's to say.
+func TestAppraiseByCertificate(t *testing.T) {
+	k := keep(t)
+	evidence := k.evidence("evidence", forge.Options{})
+	made := k.host.Now
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spki, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := func(der []byte) []byte { return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}) }
+	authority := func(name string) *ca.Authority {
+		t.Helper()
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		der, err := ca.Root(key, rand.Reader, name, made.Add(-30*24*time.Hour))
+		if err != nil {
+			t.Fatal(err)
+		}
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, err := ca.New(cert, key, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		k.write(name, text(der))
+		return a
+	}
+	ours := authority("ca")
+	authority("other-ca")
+	const node = "11111111-1111-4111-8111-111111111111"
+	id := ca.Identity{Node: node, Name: "alpha", EK: make([]byte, 32), AK: k.host.TPM.AKName(), Bind: k.host.TPM.AKName(), AKPublic: k.host.TPM.AK()}
+	issue := func(name string, f func(ca.Identity, []byte, time.Time) (*x509.Certificate, error), id ca.Identity, at time.Time) []byte {
+		t.Helper()
+		c, err := f(id, spki, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		k.write(name, text(c.Raw))
+		return c.Raw
+	}
+	der := issue("node", ours.Node, id, made)
+	k.write("node.der", der)
+	issue("certifier", ours.Certifier, id, made)
+	issue("expired", ours.Node, id, made.Add(-3*24*time.Hour))
+	bare := id
+	bare.AKPublic = nil
+	issue("bare", ours.Node, bare, made)
+	stranger := forge.NewTPM()
+	strange := id
+	strange.AK, strange.AKPublic = stranger.AKName(), stranger.AK()
+	issue("strange", ours.Node, strange, made)
+
+	nonce := hex.EncodeToString(k.nonce)
+	ask := func(args ...string) (string, string, int) {
+		return run(t, append([]string{"appraise", evidence, "--nonce", nonce, "--learn", k.path("learned")}, args...)...)
+	}
+	for _, name := range []string{"node", "node.der", "certifier"} {
+		stdout, stderr, code := ask("--ak", k.path(name), "--ca", k.path("ca"))
+		if code != ExitDone || stderr != "" || !strings.Contains(stdout, "Host: affirming") || !strings.Contains(stdout, node) {
+			t.Errorf("%s: exit %d\n%s%s", name, code, stdout, stderr)
+		}
+	}
+	if _, stderr, code := ask("--ak", k.path("node")); code != ExitDone || !strings.Contains(stderr, "without --ca") {
+		t.Errorf("without a CA: exit %d, %s", code, stderr)
+	}
+	if stdout, _, code := ask("--ak", k.path("strange"), "--ca", k.path("ca")); code != ExitRefused || !strings.Contains(stdout, "quote-signature") {
+		t.Errorf("another node's: exit %d, %s", code, stdout)
+	}
+	for _, c := range []struct {
+		code int
+		says string
+		args []string
+	}{
+		{ExitNotAppraised, "unknown authority", []string{"--ak", k.path("node"), "--ca", k.path("other-ca")}},
+		{ExitNotAppraised, "expired", []string{"--ak", k.path("expired"), "--ca", k.path("ca")}},
+		{ExitNotAppraised, "does not hold it", []string{"--ak", k.path("bare"), "--ca", k.path("ca")}},
+		{ExitNotAppraised, "certificate of no node", []string{"--ak", k.path("ca"), "--ca", k.path("ca")}},
+		{ExitNotAppraised, "no certificate in PEM", []string{"--ak", k.path("node"), "--ca", k.path("ak")}},
+		{ExitNotAppraised, `and --node is "other"`, []string{"--ak", k.path("node"), "--node", "other"}},
+		{ExitUsage, "--ca goes with a certificate", []string{"--ak", k.path("ak"), "--ca", k.path("ca")}},
+	} {
+		if stdout, stderr, code := ask(c.args...); code != c.code || !strings.Contains(stderr, c.says) || stdout != "" {
+			t.Errorf("%q: exit %d, want %d and %q\n%s%s", c.args, code, c.code, c.says, stdout, stderr)
 		}
 	}
 }

@@ -165,7 +165,7 @@ func readAtMost(path string, most int64) ([]byte, error) {
 	return b, err
 }
 
-// decideAtOnce is how many values a Verifier decides in one request.
+// decideAtOnce is how many values, or deliveries, a Verifier decides in one request.
 const decideAtOnce = 1000
 
 func (c *Command) referenceDecide(f *verifierFlags, action, short string) *cobra.Command {

@@ -63,6 +63,12 @@ func TestEnrolAndRounds(t *testing.T) {
 	if err := ekcert.VerifyChain(chain, m.tpm.CertifierPublic(), time.Now()); err != nil || !chain[1].Equal(v.ca.Certificate()) {
 		t.Error(err)
 	}
+	// Both certificates hold the AK, for who has nothing else.
+	for _, cert := range []*x509.Certificate{a.certificate().Leaf, chain[0]} {
+		if id, err := ca.UntrustedIdentity(cert); err != nil || !bytes.Equal(id.AKPublic, n.AK) || len(n.AK) == 0 {
+			t.Errorf("%+v, %v", id, err)
+		}
+	}
 	goes(t, a, "three rounds", func() bool { return m.rounds() >= 3 })
 	if s := testkit.Must[store.RoundState](t)(v.store.RoundState(t.Context(), st.Node)); s.Round == 0 {
 		t.Errorf("%+v", s)

@@ -136,8 +136,8 @@ func (v *verifier) retain(ctx context.Context, o Options) error {
 	return err
 }
 
-// reloads reads keys of results and people's tokens anew when it is told to. What
-// is wrong leaves all as it is.
+// reloads reads people's tokens, keys of results and the browsers' certificate anew
+// when it is told to. What is wrong stays as it is, and so does what comes after it.
 func (v *verifier) reloads(ctx context.Context, o Options) {
 	for {
 		select {
@@ -152,10 +152,13 @@ func (v *verifier) reloads(ctx context.Context, o Options) {
 		if err == nil {
 			err = v.results.load()
 		}
+		if err == nil && v.browsers != nil {
+			err = v.browsers.reload()
+		}
 		if err != nil {
 			o.Log.WithError(err).Error("reload: all stays as it was")
 			continue
 		}
-		o.Log.Info("reloaded people's tokens and the keys of results")
+		o.Log.Info("reloaded people's tokens, the keys of results and the browsers' certificate")
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"github.com/sirupsen/logrus"
 
@@ -61,6 +62,9 @@ func Command(ctx context.Context, in Invocation) error {
 	case "check-config":
 		if err := Check(cfg); err != nil {
 			return err
+		}
+		for _, r := range remarks(cfg, time.Now()) {
+			fmt.Fprintln(in.Stdout, "warning:", r)
 		}
 		fmt.Fprintln(in.Stdout, "the configuration is right")
 		return nil

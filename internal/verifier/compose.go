@@ -8,8 +8,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/netip"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -37,7 +39,11 @@ type verifier struct {
 	login   *logins
 	sender  *webhook.Sender
 	tls     *tls.Config
-	handler http.Handler
+	handler http.Handler // for everybody
+
+	browsers *pair        // nil where there is no way in for browsers
+	people   http.Handler // what is there: all but what nodes come for
+	nodesAt  net.Addr     // where nodes come
 }
 
 func open(ctx context.Context, o Options) (*verifier, error) {
@@ -62,6 +68,11 @@ func open(ctx context.Context, o Options) (*verifier, error) {
 	if _, err := v.tls.GetCertificate(nil); err != nil {
 		return nil, err
 	}
+	if cfg.Browsers.Certificate != "" {
+		if v.browsers, err = openPair(cfg.Browsers, o.Log); err != nil {
+			return nil, err
+		}
+	}
 	if v.results, err = newResults(cfg.Results.Keys, o.Version); err != nil {
 		return nil, err
 	}
@@ -76,6 +87,10 @@ func open(ctx context.Context, o Options) (*verifier, error) {
 
 func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufacturers, manifests []any) error {
 	cfg := o.Config
+	own, err := names(cfg)
+	if err != nil {
+		return err
+	}
 	v.metrics = metrics.New(metrics.Options{
 		Version: o.Version, Fleet: v.store, CAUntil: authority.Certificate().NotAfter,
 		Server: func() (time.Time, bool) {
@@ -85,8 +100,13 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 			}
 			return c.Leaf.NotAfter, true
 		},
+		Browsers: func() (time.Time, bool) {
+			if v.browsers == nil {
+				return time.Time{}, false
+			}
+			return v.browsers.until(), true
+		},
 	})
-	var err error
 	if v.login, err = newLogins(cfg, v.store); err != nil {
 		return err
 	}
@@ -110,14 +130,10 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 	}
 	service := &operate.Service{
 		Store: v.store, Pin: authority.Pin(), FourEyes: cfg.Policy.FourEyes, ManifestKeys: manifests,
-		CheckPolicy: func(document []byte) error {
-			_, err := appraise.ParsePolicy(document)
-			return err
-		},
-		Guard: guard, Deliver: v.sender.Deliver, Now: time.Now,
+		Unset: policy.document(), Guard: guard, Deliver: v.sender.Deliver, Now: time.Now,
 	}
 	people := api.New(api.Config{
-		Store: v.store, Operate: service, Results: func() api.Results { return v.results.Load() }, Policy: policy.document, Actor: v.login.actor,
+		Store: v.store, Operate: service, Results: func() api.Results { return v.results.Load() }, Actor: v.login.actor,
 		Node: func(r *http.Request) (fleet.Node, bool, error) {
 			id, err := authority.VerifyNode(r.TLS.VerifiedChains, time.Now())
 			if err != nil {
@@ -133,15 +149,13 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 		Requests: cfg.Limits.Requests, Others: cfg.Limits.Anonymous, Now: time.Now, Log: o.Log,
 	})
 	mux := http.NewServeMux()
-	for _, p := range rounds.Patterns() {
-		mux.Handle(p, nodes)
-	}
 	people.Mount(mux)
 	for pattern := range v.login.routes() {
 		mux.Handle(pattern, people.Person(v.login.serve(pattern)))
 	}
 	web, err := page.New(page.Config{
 		Store: v.store, Operator: service, OIDC: cfg.OIDC.Issuer != "", FourEyes: cfg.Policy.FourEyes, HookEvents: webhook.Events(), Log: o.Log,
+		Nodes: func() string { return v.enrolAt(own[0]) },
 	})
 	if err != nil {
 		return err
@@ -155,8 +169,22 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 		}
 		web.ServeHTTP(w, r)
 	})))
-	v.handler = protect(mux)
+	all := http.NewServeMux()
+	for _, p := range rounds.Patterns() {
+		all.Handle(p, nodes)
+	}
+	all.Handle("/", mux)
+	v.handler, v.people = protect(all), protect(mux)
 	return nil
+}
+
+// enrolAt is the host and port where nodes enrol, where that is not where people
+// come.
+func (v *verifier) enrolAt(name string) string {
+	if a, ok := v.nodesAt.(*net.TCPAddr); ok && v.browsers != nil {
+		return net.JoinHostPort(name, strconv.Itoa(a.Port))
+	}
+	return ""
 }
 
 // protect does for every answer what browsers have to be told, and refuses what

@@ -70,10 +70,11 @@ func (s *setting) path(name string) string { return filepath.Join(s.dir, name) }
 // running is one Verifier.
 type running struct {
 	*setting
-	address string
-	log     *safe
-	reload  chan struct{}
-	stop    func() error
+	address  string
+	browsers string // where there is a certificate for them
+	log      *safe
+	reload   chan struct{}
+	stop     func() error
 }
 
 // safe is a buffer for many.
@@ -103,11 +104,19 @@ func (s *setting) start() *running {
 	r := &running{setting: s, address: l.Addr().String(), log: &safe{}, reload: make(chan struct{})}
 	log := logrus.New()
 	log.Out = r.log
+	var browsers []net.Listener
+	if s.cfg.Browsers.Certificate != "" {
+		b, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		browsers, r.browsers = []net.Listener{b}, b.Addr().String()
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended, ready := make(chan error, 1), make(chan struct{})
 	go func() {
 		ended <- Run(ctx, Options{
-			Config: s.cfg, Version: "test", Log: logrus.NewEntry(log), Listeners: []net.Listener{l}, Ready: func() { close(ready) },
+			Config: s.cfg, Version: "test", Log: logrus.NewEntry(log), Listeners: []net.Listener{l}, Browsers: browsers, Ready: func() { close(ready) },
 			Reload: r.reload, Load: func() (config.Verifier, error) { return s.cfg, nil },
 		})
 	}()

@@ -17,23 +17,49 @@ import (
 	"virt-trust/internal/platform/config"
 )
 
-// listeners gives systemd's sockets where it hands some over, else those of the
+// browsersName is what systemd calls the sockets for browsers
+// (FileDescriptorName=).
+const browsersName = "browsers"
+
+// listeners gives the sockets for nodes and people, and those for browsers, where
+// these are wanted: systemd's where it hands some over, else those of the
 // configuration.
-func listeners(addresses []string) ([]net.Listener, error) {
-	handed, err := activation.Listeners()
+func listeners(cfg config.Verifier) (nodes, browsers []net.Listener, err error) {
+	handed, err := activation.ListenersWithNames()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	all := []net.Listener{}
-	for _, l := range handed {
-		if l == nil {
-			return nil, errors.New("systemd handed over something that is no stream socket")
+	for name, of := range handed {
+		for _, l := range of {
+			switch {
+			case l == nil:
+				return nil, nil, errors.New("systemd handed over something that is no stream socket")
+			case name == browsersName:
+				browsers = append(browsers, l)
+			default:
+				nodes = append(nodes, l)
+			}
 		}
-		all = append(all, l)
 	}
-	if len(all) > 0 {
-		return all, nil
+	wanted := cfg.Browsers.Certificate != ""
+	if len(browsers) > 0 && !wanted {
+		return nil, nil, errors.New("systemd hands over sockets for browsers, and browsers.certificate is empty")
 	}
+	if len(nodes) == 0 {
+		if nodes, err = listen(cfg.Listen); err != nil {
+			return nil, nil, err
+		}
+	}
+	if wanted && len(browsers) == 0 {
+		if browsers, err = listen(cfg.Browsers.Listen); err != nil {
+			return nil, nil, errors.Join(err, closeAll(nodes))
+		}
+	}
+	return nodes, browsers, nil
+}
+
+func listen(addresses []string) ([]net.Listener, error) {
+	all := []net.Listener{}
 	for _, a := range addresses {
 		l, err := net.Listen("tcp", a)
 		if err != nil {
@@ -131,6 +157,28 @@ const (
 	patience = 5 * time.Second
 	mercy    = 2 * time.Second
 )
+
+// way is a server and the sockets that lead to it.
+type way struct {
+	srv *http.Server
+	on  []net.Listener
+}
+
+// serveAll serves all ways until ctx ends or one fails: then the others stop too.
+func serveAll(ctx context.Context, all []way, connections int) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ended := make(chan error, len(all))
+	for _, w := range all {
+		go func() { ended <- serve(ctx, w.srv, w.on, connections) }()
+	}
+	var err error
+	for range all {
+		err = errors.Join(err, <-ended)
+		cancel()
+	}
+	return err
+}
 
 // serve serves until ctx ends, and then stops gracefully.
 func serve(ctx context.Context, srv *http.Server, all []net.Listener, connections int) error {

@@ -20,14 +20,14 @@ type Options struct {
 	Config  config.Verifier
 	Version string
 	Log     *logrus.Entry
-	// Reload, where it is not nil, is told when keys of results and people's tokens
-	// are to be read anew; Load reads the configuration then.
+	// Reload, where it is not nil, is told when keys of results, people's tokens and
+	// the browsers' certificate are to be read anew; Load reads the configuration then.
 	Reload <-chan struct{}
 	Load   func() (config.Verifier, error)
-	// Listeners take the place of the configured ones, and Ready is called once they
-	// are served.
-	Listeners []net.Listener
-	Ready     func()
+	// Listeners and Browsers take the place of the configured ones, and Ready is
+	// called once they are served.
+	Listeners, Browsers []net.Listener
+	Ready               func()
 }
 
 // Run serves until ctx ends.
@@ -37,12 +37,13 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	defer v.store.Close()
-	all := o.Listeners
-	if all == nil {
-		if all, err = listeners(o.Config.Listen); err != nil {
+	nodes, browsers := o.Listeners, o.Browsers
+	if nodes == nil {
+		if nodes, browsers, err = listeners(o.Config); err != nil {
 			return err
 		}
 	}
+	v.nodesAt = nodes[0].Addr()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var work sync.WaitGroup
@@ -51,15 +52,20 @@ func Run(ctx context.Context, o Options) error {
 	for _, f := range v.background(o) {
 		work.Go(func() { f(ctx) })
 	}
-	srv := newServer(v.handler, v.tls, o.Config.Limits, o.Log)
-	for _, l := range all {
-		o.Log.WithField("address", l.Addr().String()).Info("serving")
+	all := []way{{newServer(v.handler, v.tls, o.Config.Limits, o.Log), nodes}}
+	if v.browsers != nil {
+		all = append(all, way{newServer(v.people, v.browsers.config(), o.Config.Limits, o.Log), browsers})
+	}
+	for _, w := range all {
+		for _, l := range w.on {
+			o.Log.WithField("address", l.Addr().String()).Info("serving")
+		}
 	}
 	notify(o.Log, daemon.SdNotifyReady)
 	if o.Ready != nil {
 		o.Ready()
 	}
-	err = serve(ctx, srv, all, o.Config.Limits.Connections)
+	err = serveAll(ctx, all, o.Config.Limits.Connections)
 	notify(o.Log, daemon.SdNotifyStopping)
 	return err
 }

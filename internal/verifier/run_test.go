@@ -575,9 +575,9 @@ func TestDatabaseGoneAndBack(t *testing.T) {
 // process is a Verifier in a process of its own.
 type process struct {
 	*setting
-	address string
-	cmd     *exec.Cmd
-	out     *safe
+	address, browsers string
+	cmd               *exec.Cmd
+	out               *safe
 }
 
 var program = sync.OnceValues(func() (string, error) {
@@ -611,18 +611,35 @@ func (s *setting) binary(address string) *process {
 	}
 	defer f.Close()
 	p := &process{setting: s, address: l.Addr().String(), out: &safe{}}
+	files, fdnames := []*os.File{f}, "virt-trust-verifier.socket"
 	file := s.path("verifier.toml")
 	text := fmt.Sprintf("names = [\"localhost\"]\ndatabase = %q\n[ca]\ncertificate = %q\nkey = %q\n[results]\nkeys = %q\n[limits]\nrequests = 1000000\nanonymous = 1000000\nheader_timeout = %q\n",
 		s.cfg.Database, s.cfg.CA.Certificate, s.cfg.CA.Key, s.cfg.Results.Keys, time.Duration(s.cfg.Limits.HeaderTimeout))
 	for _, token := range s.cfg.Tokens {
 		text += fmt.Sprintf("[[token]]\nname = %q\nrole = %q\nsha256 = %q\n", token.Name, token.Role, token.SHA256)
 	}
+	if b := s.cfg.Browsers; b.Certificate != "" {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		defer l.Close()
+		f, err := l.(*net.TCPListener).File()
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		defer f.Close()
+		p.browsers = l.Addr().String()
+		files, fdnames = []*os.File{f, files[0]}, browsersName+":"+fdnames
+		text += fmt.Sprintf("[browsers]\ncertificate = %q\nkey = %q\n", b.Certificate, b.Key)
+	}
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		s.t.Fatal(err)
 	}
 	// The shell sets LISTEN_PID to what becomes the program (sd_listen_fds(3)).
-	p.cmd = exec.Command("/bin/sh", "-c", `LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" --config "$1" serve`, path, file)
-	p.cmd.ExtraFiles = []*os.File{f}
+	p.cmd = exec.Command("/bin/sh", "-c", `LISTEN_PID=$$ exec "$0" --config "$1" serve`, path, file)
+	p.cmd.Env = append(os.Environ(), fmt.Sprint("LISTEN_FDS=", len(files)), "LISTEN_FDNAMES="+fdnames)
+	p.cmd.ExtraFiles = files
 	p.cmd.Stdout, p.cmd.Stderr = p.out, p.out
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	runtime.LockOSThread() // Pdeathsig is the thread's

@@ -99,6 +99,10 @@ func Check(cfg config.Verifier) error {
 	errs = append(errs, err)
 	_, err = names(cfg)
 	errs = append(errs, err)
+	if cfg.Browsers.Certificate != "" {
+		_, err = readPair(cfg.Browsers.Certificate, cfg.Browsers.Key)
+		errs = append(errs, err)
+	}
 	if _, err := secret(cfg.OIDC); err != nil {
 		errs = append(errs, err)
 	}

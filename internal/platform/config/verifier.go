@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"time"
 	"unicode"
@@ -22,6 +23,7 @@ type Verifier struct {
 	Names     []string          `toml:"names"`    // of the server certificate: DNS names, IP addresses; the first is the Verifier's own
 	Database  string            `toml:"database"` // "sqlite:PATH" or "postgres://…"
 	CA        VerifierCA        `toml:"ca"`
+	Browsers  VerifierBrowsers  `toml:"browsers"`
 	Rounds    VerifierRounds    `toml:"rounds"`
 	Results   VerifierResults   `toml:"results"`
 	Policy    VerifierPolicy    `toml:"policy"`
@@ -38,6 +40,14 @@ type Verifier struct {
 type VerifierCA struct {
 	Certificate string `toml:"certificate"` // PEM
 	Key         string `toml:"key"`         // PKCS #8 in PEM
+}
+
+// VerifierBrowsers is a second way in, for people alone, with a certificate that
+// their browsers trust. Without a certificate there is none.
+type VerifierBrowsers struct {
+	Listen      []string `toml:"listen"`      // addresses, unless systemd hands sockets of this name over
+	Certificate string   `toml:"certificate"` // PEM, with those between it and its root
+	Key         string   `toml:"key"`         // PEM
 }
 
 // VerifierRounds is how often nodes are appraised.
@@ -121,6 +131,7 @@ func DefaultVerifier() Verifier {
 	return Verifier{
 		Listen: []string{":8443"}, Names: []string{}, Database: "sqlite:" + state + "verifier.db",
 		CA:        VerifierCA{Certificate: state + "ca.pem", Key: state + "ca-key.pem"},
+		Browsers:  VerifierBrowsers{Listen: []string{":8444"}},
 		Rounds:    VerifierRounds{Interval: Duration(time.Minute), Lifetime: Duration(150 * time.Second)},
 		Results:   VerifierResults{Keys: state + "result-keys.pem", Access: "reader"},
 		Policy:    VerifierPolicy{ReferenceValues: "learn", ManifestKeys: "/etc/virt-trust/verifier-manifest-keys.pem"},
@@ -201,7 +212,23 @@ func (c Verifier) check() error {
 			errs = append(errs, fmt.Errorf("webhooks.allow_networks: %w", err))
 		}
 	}
-	return errors.Join(append(errs, c.OIDC.check(), checkTokens(c.Tokens))...)
+	return errors.Join(append(errs, c.Browsers.check(c.Listen), c.OIDC.check(), checkTokens(c.Tokens))...)
+}
+
+func (b VerifierBrowsers) check(others []string) error {
+	if b.Certificate == "" && b.Key == "" {
+		return nil
+	}
+	errs := []error{abs("browsers.certificate", b.Certificate), abs("browsers.key", b.Key)}
+	if len(b.Listen) == 0 {
+		errs = append(errs, errors.New("browsers.listen: empty"))
+	}
+	for _, a := range b.Listen {
+		if slices.Contains(others, a) {
+			errs = append(errs, fmt.Errorf("browsers.listen: %q is in listen too", a))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func (o VerifierOIDC) check() error {

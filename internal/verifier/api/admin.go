@@ -158,6 +158,14 @@ func (a *API) revive(r *request) (any, error) {
 	return nil, a.Operate.Revive(r.Context(), r.actor, id)
 }
 
+func (a *API) reviveAll(r *request) (any, error) {
+	var b ids
+	if err := r.body(&b); err != nil {
+		return nil, err
+	}
+	return nil, a.Operate.Revive(r.Context(), r.actor, b.IDs...)
+}
+
 func (a *API) audit(r *request) (any, error) {
 	if err := r.query("actor", "action", "subject", "limit", "after"); err != nil {
 		return nil, err

@@ -41,7 +41,6 @@ type Config struct {
 	Store   *store.Store
 	Operate *operate.Service
 	Results func() Results                                // as they are signed now
-	Policy  func() []byte                                 // the policy that counts where none was set
 	Actor   func(*http.Request) (operate.Actor, error)    // package login
 	Node    func(*http.Request) (fleet.Node, bool, error) // who asks, by mutual TLS: an active node
 	Metrics http.Handler
@@ -136,6 +135,9 @@ func (a *API) Routes() []Route {
 
 		{"GET /v1/policy", operate.Reader, false, 0, a.policy},
 		{"PUT /v1/policy", operate.Policy, false, 2 * appraise.MaxPolicy, a.setPolicy},
+		{"POST /v1/policy/check", operate.Reader, false, 2 * appraise.MaxPolicy, a.checkPolicy},
+		{"GET /v1/policy/versions", operate.Reader, false, 0, a.policyVersions},
+		{"GET /v1/policy/versions/{version}", operate.Reader, false, 0, a.policyVersion},
 		{"GET /v1/policy/proposed", operate.Reader, false, 0, a.proposedPolicy},
 		{"POST /v1/policy/proposed/approve", operate.Policy, false, smallBody, a.approvePolicy},
 		{"POST /v1/policy/proposed/reject", operate.Policy, false, smallBody, a.rejectPolicy},
@@ -149,6 +151,7 @@ func (a *API) Routes() []Route {
 		{"DELETE /v1/webhooks/{webhook}", operate.Policy, false, smallBody, a.removeHook},
 		{"POST /v1/webhooks/{webhook}/test", operate.Policy, false, smallBody, a.testHook},
 		{"GET /v1/deliveries", operate.Policy, false, 0, a.deadLetters},
+		{"POST /v1/deliveries/revive", operate.Policy, false, smallBody, a.reviveAll},
 		{"POST /v1/deliveries/{delivery}/revive", operate.Policy, false, smallBody, a.revive},
 
 		{"GET /v1/audit", operate.Reader, false, 0, a.audit},

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -61,7 +62,7 @@ func TestDocument(t *testing.T) {
 // fill puts something into a pattern's wildcards.
 func fill(pattern string) (method, path string) {
 	method, path, _ = strings.Cut(pattern, " ")
-	return method, strings.NewReplacer("{node}", nodeID, "{vm}", vmID, "{round}", "1", "{digest}", "0123456789", "{webhook}", "1", "{delivery}", "1").Replace(path)
+	return method, strings.NewReplacer("{node}", nodeID, "{vm}", vmID, "{round}", "1", "{digest}", "0123456789", "{webhook}", "1", "{delivery}", "1", "{version}", "1").Replace(path)
 }
 
 // Each route asks for its role, whoever comes; nothing that changes anything is
@@ -71,7 +72,7 @@ func TestRoles(t *testing.T) {
 	tokens := []string{"", "reader-token", "operator-token", "policy-token"}
 	for _, r := range h.api.Routes() {
 		method, path := fill(r.Pattern)
-		if method != "GET" && r.Role < operate.Operator {
+		if method != "GET" && r.Role < operate.Operator && r.Pattern != "POST /v1/policy/check" { // which changes nothing
 			t.Errorf("%s changes something and is for %s", r.Pattern, r.Role)
 		}
 		for role, token := range tokens {
@@ -315,7 +316,7 @@ func TestFourEyes(t *testing.T) {
 	set := map[string]any{"version": 1, "document": document}
 	h.want(404, NotFound, "reader-token", "GET", "/v1/policy/proposed", nil)
 	h.want(200, "", "policy-token", "PUT", "/v1/policy", set)
-	if p := decode[Policy](t, h.want(200, "", "reader-token", "GET", "/v1/policy", nil)); p.Version != 0 {
+	if p := decode[Policy](t, h.want(200, "", "reader-token", "GET", "/v1/policy", nil)); p.Version != 0 || p.Next != 2 {
 		t.Errorf("it counts already: %+v", p)
 	}
 	h.want(409, SamePerson, "policy-token", "POST", "/v1/policy/proposed/approve", version{1})
@@ -325,6 +326,9 @@ func TestFourEyes(t *testing.T) {
 	}
 	h.want(404, NotFound, "reader-token", "GET", "/v1/policy/proposed", nil)
 	h.want(409, Conflict, "second-token", "POST", "/v1/policy/proposed/approve", version{1})
+	if p := decode[Policy](t, h.want(200, "", "reader-token", "GET", "/v1/policy", nil)); p.Next != 3 { // a proposal and its end are versions
+		t.Errorf("%+v", p)
+	}
 	set["version"] = 3
 	h.want(200, "", "policy-token", "PUT", "/v1/policy", set)
 	h.want(204, "", "policy-token", "POST", "/v1/policy/proposed/reject", version{3})
@@ -335,7 +339,7 @@ func TestFourEyes(t *testing.T) {
 
 func TestPolicy(t *testing.T) {
 	h := newHouse(t)
-	if p := decode[Policy](t, h.want(200, "", "reader-token", "GET", "/v1/policy", nil)); p.Version != 0 || string(p.Document) != `{"id":"default"}` {
+	if p := decode[Policy](t, h.want(200, "", "reader-token", "GET", "/v1/policy", nil)); p.Version != 0 || p.Next != 1 || p.State != "approved" || string(p.Document) != unsetPolicy {
 		t.Errorf("%+v", p)
 	}
 	set := func(version int, document string) map[string]any {
@@ -347,9 +351,44 @@ func TestPolicy(t *testing.T) {
 	h.want(409, Conflict, "second-token", "PUT", "/v1/policy", set(1, good)) // both had read version 0
 	h.want(400, Invalid, "policy-token", "PUT", "/v1/policy", set(2, `{"format":"virt-trust-policy-1","id":"none","pcrs":[]}`))
 	h.want(400, Invalid, "policy-token", "PUT", "/v1/policy", set(2, `{"format":"virt-trust-policy-1","id":"x","unknown":1}`))
-	if p := decode[Policy](t, h.want(200, "", "reader-token", "GET", "/v1/policy", nil)); p.Version != 1 || p.By != "paula" || string(p.Document) != good {
+	if p := decode[Policy](t, h.want(200, "", "reader-token", "GET", "/v1/policy", nil)); p.Version != 1 || p.Next != 2 || p.By != "paula" || string(p.Document) != good {
 		t.Errorf("%+v", p)
 	}
+
+	// What it would change, for everybody; and what each did.
+	type checked struct {
+		Changes []appraise.PolicyChange
+		Next    int64
+	}
+	document := func(d string) map[string]any { return map[string]any{"document": json.RawMessage(d)} }
+	strict := `{"format": "virt-trust-policy-1", "id": "ours", "ima": {"unknown": "contraindicated"}}`
+	if c := decode[checked](t, h.want(200, "", "reader-token", "POST", "/v1/policy/check", document(strict))); c.Next != 2 || !reflect.DeepEqual(c.Changes, []appraise.PolicyChange{{Key: "ima.unknown", Before: "warning", After: "contraindicated"}}) {
+		t.Errorf("%+v", c)
+	}
+	if c := decode[checked](t, h.want(200, "", "reader-token", "POST", "/v1/policy/check", document(good))); len(c.Changes) != 0 {
+		t.Errorf("%+v", c)
+	}
+	h.want(400, Invalid, "reader-token", "POST", "/v1/policy/check", document(`{"format":"virt-trust-policy-1"}`))
+	h.want(400, Invalid, "reader-token", "POST", "/v1/policy/check", document(`"`+strings.Repeat("x", appraise.MaxPolicy)+`"`))
+	h.want(400, Invalid, "reader-token", "POST", "/v1/policy/check", nil)
+	h.want(200, "", "policy-token", "PUT", "/v1/policy", set(2, strict))
+	type versions struct {
+		Items []PolicyVersion
+		Next  string
+	}
+	all := decode[versions](t, h.want(200, "", "reader-token", "GET", "/v1/policy/versions", nil))
+	if len(all.Items) != 2 || all.Items[0].Version != 2 || all.Items[0].By != "paula" || all.Items[0].Changes[0].Key != "ima.unknown" || all.Items[1].Changes[0].Key != "id" {
+		t.Errorf("%+v", all)
+	}
+	one := decode[versions](t, h.want(200, "", "reader-token", "GET", "/v1/policy/versions?limit=1", nil))
+	if len(one.Items) != 1 || !reflect.DeepEqual(one.Items[0], all.Items[0]) || one.Next == "" { // the version before is on the next page
+		t.Errorf("%+v", one)
+	}
+	if p := decode[Policy](t, h.want(200, "", "reader-token", "GET", "/v1/policy/versions/1", nil)); p.Version != 1 || string(p.Document) != good {
+		t.Errorf("%+v", p)
+	}
+	h.want(404, NotFound, "reader-token", "GET", "/v1/policy/versions/3", nil)
+	h.want(404, NotFound, "reader-token", "GET", "/v1/policy/versions/0", nil)
 }
 
 func TestImport(t *testing.T) {
@@ -550,6 +589,8 @@ func TestWebhooks(t *testing.T) {
 	h.want(404, NotFound, "policy-token", "DELETE", fmt.Sprintf("/v1/webhooks/%d", hook.ID), nil)
 	h.want(404, NotFound, "policy-token", "POST", fmt.Sprintf("/v1/webhooks/%d/test", hook.ID), nil)
 	h.want(404, NotFound, "policy-token", "POST", "/v1/deliveries/5/revive", nil)
+	h.want(404, NotFound, "policy-token", "POST", "/v1/deliveries/revive", ids{[]int64{5}})
+	h.want(400, Invalid, "policy-token", "POST", "/v1/deliveries/revive", ids{[]int64{}})
 }
 
 // What a relying party fetches is as the result is now: signed when it changed,

@@ -48,9 +48,9 @@ func at(t time.Time) *time.Time {
 	return &t
 }
 
-func orEmpty(s []string) []string {
+func orEmpty[T any](s []T) []T {
 	if s == nil {
-		return []string{}
+		return []T{}
 	}
 	return s
 }

@@ -2,7 +2,6 @@ package api
 
 import (
 	"encoding/json"
-	"errors"
 	"time"
 
 	"virt-trust/internal/appraise"
@@ -109,22 +108,82 @@ func (a *API) rejectValues(r *request) (any, error) {
 // 0 is the one that counts where none was set.
 type Policy struct {
 	Version  int64           `json:"version"`
+	State    string          `json:"state"` // approved, proposed
 	By       string          `json:"by,omitempty"`
 	Time     *time.Time      `json:"time,omitempty"`
 	Document json.RawMessage `json:"document"`
+	Next     int64           `json:"next,omitempty"` // what PUT wants to be told as version
 }
 
-func newPolicy(s fleet.Setting) Policy { return Policy{s.Version, s.By, at(s.Time), s.Data} }
+func newPolicy(s fleet.Setting) Policy {
+	state := fleet.Approved
+	if s.Name == operate.ProposedSetting {
+		state = fleet.Proposed
+	}
+	return Policy{Version: s.Version, State: string(state), By: s.By, Time: at(s.Time), Document: s.Data}
+}
 
 func (a *API) policy(r *request) (any, error) {
-	s, err := a.Store.Setting(r.Context(), operate.PolicySetting)
-	if errors.Is(err, store.ErrNotFound) {
-		return Policy{Document: a.Policy()}, nil
+	s, next, err := a.Operate.PolicyNow(r.Context(), r.actor)
+	if err != nil {
+		return nil, err
 	}
+	p := newPolicy(s)
+	p.Next = next
+	return p, nil
+}
+
+// PolicyVersion is one in the history of the policy, as the API gives it.
+type PolicyVersion struct {
+	Version int64                   `json:"version"`
+	By      string                  `json:"by"`
+	Time    *time.Time              `json:"time"`
+	Changes []appraise.PolicyChange `json:"changes"`          // from the version before
+	Unread  bool                    `json:"unread,omitempty"` // it, or the one before, cannot be read any more
+}
+
+func (a *API) policyVersions(r *request) (any, error) {
+	if err := r.query("limit", "after"); err != nil {
+		return nil, err
+	}
+	p, err := r.page()
+	if err != nil {
+		return nil, err
+	}
+	p.Limit = min(p.Limit, 100) // each has a document
+	all, next, err := a.Operate.PolicyVersions(r.Context(), r.actor, p)
+	return listOf(all, next, err, func(v operate.PolicyVersion) PolicyVersion {
+		return PolicyVersion{v.Version, v.By, at(v.Time), orEmpty(v.Changes), v.Unread}
+	})
+}
+
+func (a *API) policyVersion(r *request) (any, error) {
+	n, err := r.number("version")
+	if err != nil {
+		return nil, err
+	}
+	s, err := a.Operate.PolicyVersion(r.Context(), r.actor, n)
 	if err != nil {
 		return nil, err
 	}
 	return newPolicy(s), nil
+}
+
+func (a *API) checkPolicy(r *request) (any, error) {
+	var b struct {
+		Document json.RawMessage `json:"document"`
+	}
+	if err := r.body(&b); err != nil {
+		return nil, err
+	}
+	changes, next, err := a.Operate.CheckPolicy(r.Context(), r.actor, b.Document)
+	if err != nil {
+		return nil, err
+	}
+	return struct {
+		Changes []appraise.PolicyChange `json:"changes"`
+		Next    int64                   `json:"next"`
+	}{changes, next}, nil
 }
 
 func (a *API) setPolicy(r *request) (any, error) {

@@ -10,6 +10,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"errors"
 	"io"
 	"math/big"
@@ -20,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"virt-trust/internal/evidence/forge"
 	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/ekcert"
 )
@@ -396,6 +398,47 @@ func TestIdentityBounds(t *testing.T) {
 	}
 }
 
+// The AK itself goes along with its Name; who does not know it yet reads on as ever,
+// and a certificate from before lacks it.
+func TestIdentityHoldsAK(t *testing.T) {
+	tpm := forge.NewTPM()
+	i := identity()
+	i.AK, i.AKPublic = tpm.AKName(), tpm.AK()
+	read := func(i Identity) (Identity, []byte) {
+		t.Helper()
+		ext, err := i.extension()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := UntrustedIdentity(&x509.Certificate{Extensions: []pkix.Extension{ext}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got, ext.Value
+	}
+	got, der := read(i)
+	if !bytes.Equal(got.AKPublic, tpm.AK()) || !bytes.Equal(got.AK, i.AK) {
+		t.Errorf("%+v", got)
+	}
+	var old struct {
+		Version      int
+		Node, Name   string `asn1:"utf8"`
+		EK, AK, Bind []byte
+	}
+	if rest, err := asn1.Unmarshal(der, &old); err != nil || len(rest) > 0 || old.Node != i.Node || !bytes.Equal(old.AK, i.AK) {
+		t.Errorf("%+v, %v", old, err)
+	}
+	if got, _ := read(identity()); got.AKPublic != nil {
+		t.Errorf("%+v", got)
+	}
+	for name, area := range map[string][]byte{"another": forge.NewTPM().AK(), "cut": tpm.AK()[:20], "empty": {}} {
+		i.AKPublic = area
+		if _, err := i.extension(); err == nil {
+			t.Errorf("%s AK: taken", name)
+		}
+	}
+}
+
 func FuzzCheckTBS(f *testing.F) {
 	a, _ := newAuthority(f, elliptic.P256())
 	key := newKey(f)
@@ -438,6 +481,11 @@ func FuzzParseToken(f *testing.F) {
 func FuzzIdentity(f *testing.F) {
 	ext := testkit.Must[pkix.Extension](f)(identity().extension())
 	f.Add(ext.Value)
+	tpm, with := forge.NewTPM(), identity()
+	with.AK, with.AKPublic = tpm.AKName(), tpm.AK()
+	if ext, err := with.extension(); err == nil {
+		f.Add(ext.Value)
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		i, err := UntrustedIdentity(&x509.Certificate{Extensions: []pkix.Extension{{Id: OIDNode, Value: b}}})
 		if err == nil {

@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -34,6 +35,9 @@ type Identity struct {
 	EK   []byte // SHA-256 of its SubjectPublicKeyInfo, as the Verifier knows EKs
 	AK   []byte // TPM Name: hash algorithm and digest of the public area
 	Bind []byte // TPM Name
+	// AKPublic is the public area itself (TPMT_PUBLIC), of which AK is the Name, for
+	// who has nothing but the certificate. Older certificates lack it: nil.
+	AKPublic []byte
 }
 
 //	NodeIdentity ::= SEQUENCE {
@@ -42,13 +46,15 @@ type Identity struct {
 //	    name     UTF8String,
 //	    ek       OCTET STRING, -- SHA-256 of the SubjectPublicKeyInfo
 //	    ak       OCTET STRING, -- TPM Name
-//	    bind     OCTET STRING  -- TPM Name -- }
+//	    bind     OCTET STRING, -- TPM Name
+//	    akPublic [0] IMPLICIT OCTET STRING OPTIONAL -- TPMT_PUBLIC -- }
 type nodeIdentity struct {
 	Version  int
 	Node     string `asn1:"utf8"`
 	Name     string `asn1:"utf8"`
 	EK       []byte
 	AK, Bind []byte
+	AKPublic []byte `asn1:"optional,tag:0"` // who does not know it passes it over
 }
 
 // Bounds of a node's name, and of TPM Names.
@@ -81,6 +87,11 @@ func (i Identity) check() error {
 			return fmt.Errorf("TPM Name of %d bytes", len(n))
 		}
 	}
+	if i.AKPublic != nil {
+		if name, err := nameOf(i.AKPublic); err != nil || !bytes.Equal(name, i.AK) {
+			return errors.New("an AK that has another Name")
+		}
+	}
 	return nil
 }
 
@@ -88,7 +99,7 @@ func (i Identity) extension() (pkix.Extension, error) {
 	if err := i.check(); err != nil {
 		return pkix.Extension{}, err
 	}
-	der, err := asn1.Marshal(nodeIdentity{Version: 1, Node: i.Node, Name: i.Name, EK: i.EK, AK: i.AK, Bind: i.Bind})
+	der, err := asn1.Marshal(nodeIdentity{Version: 1, Node: i.Node, Name: i.Name, EK: i.EK, AK: i.AK, Bind: i.Bind, AKPublic: i.AKPublic})
 	return pkix.Extension{Id: OIDNode, Value: der}, err
 }
 
@@ -109,7 +120,7 @@ func UntrustedIdentity(c *x509.Certificate) (Identity, error) {
 		case len(rest) > 0 || n.Version != 1:
 			return Identity{}, errors.New("node identity of another form")
 		}
-		i := Identity{Node: n.Node, Name: n.Name, EK: n.EK, AK: n.AK, Bind: n.Bind}
+		i := Identity{Node: n.Node, Name: n.Name, EK: n.EK, AK: n.AK, Bind: n.Bind, AKPublic: n.AKPublic}
 		if err := i.check(); err != nil {
 			return Identity{}, fmt.Errorf("node identity: %w", err)
 		}

@@ -40,6 +40,8 @@ type Options struct {
 	Fleet   Fleet
 	CAUntil time.Time                         // when the CA's certificate ends
 	Server  func() (until time.Time, ok bool) // and the server's; false while there is none
+	// Browsers is the same of the certificate for browsers.
+	Browsers func() (until time.Time, ok bool)
 }
 
 // New makes the registry.
@@ -152,8 +154,10 @@ func (g *gauges) Collect(c chan<- prometheus.Metric) {
 		c <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
 	set(certificate, float64(g.o.CAUntil.Unix()), "ca")
-	if until, ok := g.o.Server(); ok {
-		set(certificate, float64(until.Unix()), "server")
+	for name, until := range map[string]func() (time.Time, bool){"server": g.o.Server, "browsers": g.o.Browsers} {
+		if t, ok := until(); ok {
+			set(certificate, float64(t.Unix()), name)
+		}
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), readTime)
 	defer cancel()

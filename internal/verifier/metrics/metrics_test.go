@@ -32,7 +32,7 @@ func (c *census) Stats(context.Context) (store.Stats, error) {
 }
 
 func newMetrics(c *census) *Metrics {
-	return New(Options{Version: "1.2.3", Fleet: c, CAUntil: time.Unix(2000000000, 0), Server: func() (time.Time, bool) { return time.Unix(1900000000, 0), true }})
+	return New(Options{Version: "1.2.3", Fleet: c, CAUntil: time.Unix(2000000000, 0), Server: func() (time.Time, bool) { return time.Unix(1900000000, 0), true }, Browsers: func() (time.Time, bool) { return time.Unix(1800000000, 0), true }})
 }
 
 func read(t *testing.T, m *Metrics) string {

@@ -105,13 +105,22 @@ func (s *Service) TestHook(ctx context.Context, a Actor, id int64) error {
 	return s.Deliver(ctx, hooks[i], fleet.Delivery{Hook: id, Event: webhook.Test, Body: body})
 }
 
-// Revive queues a delivery anew that was given up. ErrNotFound.
-func (s *Service) Revive(ctx context.Context, a Actor, delivery int64) error {
+// Revive queues deliveries anew that were given up, all or none of them.
+// ErrNotFound.
+func (s *Service) Revive(ctx context.Context, a Actor, deliveries ...int64) error {
 	return s.do(ctx, a, Policy, func(tx *store.Tx) error {
-		if err := tx.Revive(ctx, delivery); err != nil {
-			return err
+		if len(deliveries) == 0 || len(deliveries) > MaxDecisions {
+			return fmt.Errorf("%w: %d deliveries, at least 1 and at most %d", ErrInvalid, len(deliveries), MaxDecisions)
 		}
-		return s.audit(tx, a, "delivery.revive", strconv.FormatInt(delivery, 10), detail{})
+		for _, id := range deliveries {
+			if err := tx.Revive(ctx, id); err != nil {
+				return err
+			}
+			if err := s.audit(tx, a, "delivery.revive", strconv.FormatInt(id, 10), detail{}); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 }
 

@@ -22,10 +22,9 @@ type Service struct {
 	// person has approved them, and that who gave out a join token does not let the
 	// node in that came with it.
 	FourEyes     bool
-	ManifestKeys []any // of the policy authority, see refvalues.ParseKeys
-	// CheckPolicy says whether a document is a policy that can be appraised with.
-	CheckPolicy func(document []byte) error
-	Guard       webhook.Guard
+	ManifestKeys []any  // of the policy authority, see refvalues.ParseKeys
+	Unset        []byte // the policy that counts where none was set, as JSON
+	Guard        webhook.Guard
 	// Deliver makes one attempt to deliver an event.
 	Deliver func(context.Context, fleet.Hook, fleet.Delivery) error
 	Now     func() time.Time

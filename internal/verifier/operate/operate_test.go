@@ -34,7 +34,7 @@ func newService(t *testing.T) *Service {
 	}
 	t.Cleanup(func() { db.Close() })
 	return &Service{
-		Store: db, Now: time.Now, Pin: ca.Pin{1}, CheckPolicy: func(b []byte) error { _, err := appraise.ParsePolicy(b); return err },
+		Store: db, Now: time.Now, Pin: ca.Pin{1}, Unset: []byte(`{"format":"virt-trust-policy-1","id":"default"}`),
 		Deliver: func(context.Context, fleet.Hook, fleet.Delivery) error { return nil },
 	}
 }
@@ -100,6 +100,10 @@ func TestRoles(t *testing.T) {
 		"Hooks":          {Policy, func(a Actor) error { _, err := s.Hooks(ctx, a); return err }},
 		"Revive":         {Policy, func(a Actor) error { return s.Revive(ctx, a, 1) }},
 		"DeadLetters":    {Policy, func(a Actor) error { _, _, err := s.DeadLetters(ctx, a, store.Page{}); return err }},
+		"PolicyNow":      {Reader, func(a Actor) error { _, _, err := s.PolicyNow(ctx, a); return err }},
+		"PolicyVersion":  {Reader, func(a Actor) error { _, err := s.PolicyVersion(ctx, a, 1); return err }},
+		"PolicyVersions": {Reader, func(a Actor) error { _, _, err := s.PolicyVersions(ctx, a, store.Page{}); return err }},
+		"CheckPolicy":    {Reader, func(a Actor) error { _, _, err := s.CheckPolicy(ctx, a, nil); return err }},
 		"ProposedPolicy": {Reader, func(a Actor) error { _, err := s.ProposedPolicy(ctx, a); return err }},
 		"Diff":           {Reader, func(a Actor) error { _, err := s.Diff(ctx, a, 1, 2); return err }},
 	} {

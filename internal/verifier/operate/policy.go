@@ -1,10 +1,13 @@
 package operate
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 
+	"virt-trust/internal/appraise"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/store"
 	"virt-trust/internal/verifier/webhook"
@@ -17,18 +20,145 @@ const (
 	ProposedSetting = "policy.proposed"
 )
 
+// place is where a policy is set: what counts, or what is proposed.
+func (s *Service) place() string {
+	if s.FourEyes {
+		return ProposedSetting
+	}
+	return PolicySetting
+}
+
+func parsePolicy(document []byte) (*appraise.Policy, error) {
+	p, err := appraise.ParsePolicy(document)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
+	}
+	return p, nil
+}
+
+// PolicyNow gives the policy that counts, version 0 where none was set, and the
+// version that SetPolicy wants to be told next.
+func (s *Service) PolicyNow(ctx context.Context, a Actor) (now fleet.Setting, next int64, err error) {
+	if err := a.need(Reader); err != nil {
+		return now, 0, err
+	}
+	newest, err := s.Store.Setting(ctx, s.place())
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return now, 0, told(err)
+	}
+	now, err = s.version(ctx, 0)
+	return now, newest.Version + 1, err
+}
+
+// version gives a version of the policy; the newest, or that which counts where
+// none was set, for 0.
+func (s *Service) version(ctx context.Context, version int64) (fleet.Setting, error) {
+	if version > 0 {
+		v, err := s.Store.SettingVersion(ctx, PolicySetting, version)
+		return v, told(err)
+	}
+	v, err := s.Store.Setting(ctx, PolicySetting)
+	if errors.Is(err, store.ErrNotFound) {
+		return s.unset(), nil
+	}
+	return v, told(err)
+}
+
+func (s *Service) unset() fleet.Setting { return fleet.Setting{Name: PolicySetting, Data: s.Unset} }
+
+// PolicyVersion gives one version that counted, 0 for what counts where none was
+// set; ErrNotFound.
+func (s *Service) PolicyVersion(ctx context.Context, a Actor, version int64) (fleet.Setting, error) {
+	if err := a.need(Reader); err != nil {
+		return fleet.Setting{}, err
+	}
+	if version == 0 {
+		return s.unset(), nil
+	}
+	return s.version(ctx, version)
+}
+
+// PolicyVersion is one in the history of the policy.
+type PolicyVersion struct {
+	fleet.Setting
+	// Changes are from the version before; Unread says that one of the two is none
+	// that this program can read.
+	Changes []appraise.PolicyChange
+	Unread  bool
+}
+
+// PolicyVersions gives the versions that counted, newest first.
+func (s *Service) PolicyVersions(ctx context.Context, a Actor, p store.Page) ([]PolicyVersion, string, error) {
+	if err := a.need(Reader); err != nil {
+		return nil, "", err
+	}
+	all, next, err := s.Store.SettingVersions(ctx, PolicySetting, p)
+	if err != nil || len(all) == 0 {
+		return nil, "", told(err)
+	}
+	before := s.unset()
+	if last := all[len(all)-1].Version; last > 1 {
+		if before, err = s.version(ctx, last-1); err != nil {
+			return nil, "", err
+		}
+	}
+	out := make([]PolicyVersion, len(all))
+	for i, v := range all {
+		was := before
+		if i+1 < len(all) {
+			was = all[i+1]
+		}
+		changes, err := changes(was.Data, v.Data)
+		out[i] = PolicyVersion{v, changes, err != nil}
+	}
+	return out, next, nil
+}
+
+func changes(before, after []byte) ([]appraise.PolicyChange, error) {
+	was, err := parsePolicy(before)
+	if err != nil {
+		return nil, err
+	}
+	is, err := parsePolicy(after)
+	if err != nil {
+		return nil, err
+	}
+	return appraise.PolicyChanges(was, is), nil
+}
+
+// CheckPolicy says how a document differs from the policy that counts, and what
+// SetPolicy wants to be told as version. ErrInvalid where it is no policy.
+func (s *Service) CheckPolicy(ctx context.Context, a Actor, document []byte) (changed []appraise.PolicyChange, next int64, err error) {
+	now, next, err := s.PolicyNow(ctx, a)
+	if err != nil {
+		return nil, 0, err
+	}
+	is, err := parsePolicy(document)
+	if err != nil {
+		return nil, 0, err
+	}
+	was, err := appraise.ParsePolicy(now.Data)
+	if err != nil { // of another version of this program: anything mends it
+		was = appraise.DefaultPolicy()
+	}
+	return appraise.PolicyChanges(was, is), next, nil
+}
+
 // SetPolicy makes a document the appraisal policy, or proposes it where four
 // eyes are wanted. version is one more than that of the newest in that place, so
-// that two people do not overwrite each other: ErrConflict.
+// that two people do not overwrite each other: ErrConflict. White space is not
+// kept.
 func (s *Service) SetPolicy(ctx context.Context, a Actor, document []byte, version int64) (set fleet.Setting, err error) {
-	name := PolicySetting
-	if s.FourEyes {
-		name = ProposedSetting
-	}
+	name := s.place()
 	err = s.do(ctx, a, Policy, func(tx *store.Tx) error {
-		if err := s.CheckPolicy(document); err != nil {
+		if _, err := parsePolicy(document); err != nil {
+			return err
+		}
+		var compact bytes.Buffer
+		if err := json.Compact(&compact, document); err != nil {
 			return fmt.Errorf("%w: %w", ErrInvalid, err)
 		}
+		document := compact.Bytes()
 		set = fleet.Setting{Name: name, Version: version, Data: document, By: a.Name, Time: s.Now()}
 		if err := tx.PutSetting(ctx, set); err != nil {
 			return err
@@ -63,8 +193,8 @@ func (s *Service) ApprovePolicy(ctx context.Context, a Actor, version int64) (se
 		if p.By == a.Name {
 			return ErrSamePerson
 		}
-		if err := s.CheckPolicy(p.Data); err != nil {
-			return fmt.Errorf("%w: %w", ErrInvalid, err)
+		if _, err := parsePolicy(p.Data); err != nil {
+			return err
 		}
 		now, err := tx.Setting(ctx, PolicySetting)
 		if err != nil && !errors.Is(err, store.ErrNotFound) {

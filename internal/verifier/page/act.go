@@ -1,6 +1,7 @@
 package page
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -31,6 +32,11 @@ type Operator interface {
 	ImportValues(ctx context.Context, a operate.Actor, in operate.Import) (operate.Added, error)
 	ApproveValues(ctx context.Context, a operate.Actor, ids ...int64) error
 	RejectValues(ctx context.Context, a operate.Actor, ids ...int64) error
+	PolicyNow(ctx context.Context, a operate.Actor) (now fleet.Setting, next int64, err error)
+	PolicyVersion(ctx context.Context, a operate.Actor, version int64) (fleet.Setting, error)
+	PolicyVersions(ctx context.Context, a operate.Actor, p store.Page) ([]operate.PolicyVersion, string, error)
+	CheckPolicy(ctx context.Context, a operate.Actor, document []byte) ([]appraise.PolicyChange, int64, error)
+	SetPolicy(ctx context.Context, a operate.Actor, document []byte, version int64) (fleet.Setting, error)
 	ProposedPolicy(ctx context.Context, a operate.Actor) (fleet.Setting, error)
 	ApprovePolicy(ctx context.Context, a operate.Actor, version int64) (fleet.Setting, error)
 	RejectPolicy(ctx context.Context, a operate.Actor, version int64) error
@@ -39,6 +45,7 @@ type Operator interface {
 	AddHook(ctx context.Context, a operate.Actor, url string, events []string) (fleet.Hook, error)
 	RemoveHook(ctx context.Context, a operate.Actor, id int64) error
 	TestHook(ctx context.Context, a operate.Actor, id int64) error
+	Revive(ctx context.Context, a operate.Actor, deliveries ...int64) error
 }
 
 // maxForm bounds a form without a file, in bytes.
@@ -57,9 +64,12 @@ func done(code string) string {
 		"values-partly":    "What can be used of the CoRIM was taken. Parts of it cannot: the audit log lists them.",
 		"values-known":     "All of these Reference Values were there already.",
 		"values-rejected":  "The Reference Values count no more.",
+		"policy-set":       "The policy counts from now on.",
+		"policy-proposed":  "The policy was proposed. It counts once another person approves it.",
 		"policy-approved":  "The policy counts from now on.",
 		"policy-rejected":  "The proposed policy was dropped.",
 		"token-revoked":    "The join token was taken back.",
+		"revived":          "The deliveries were queued anew.",
 		"hook-removed":     "The webhook was removed, with all that waited for it.",
 		"hook-tested":      "The receiver took the test event.",
 		"hook-test-failed": "The receiver did not take the test event: see that the address is right, answers with 2xx, and that its network is allowed in verifier.toml.",
@@ -138,6 +148,8 @@ func (p *Page) actions() {
 			return back(r, "/values") + "?done=" + code, nil, err
 		})
 	}
+	do("/policy/check", operate.Policy, maxPolicyForm, p.checkPolicy)
+	do("/policy/set", operate.Policy, 3*appraise.MaxPolicy+maxForm, p.setPolicy)
 	do("/policy/approve", operate.Policy, maxForm, func(r *http.Request, a operate.Actor) (string, *view, error) {
 		ids, err := numbers(r.PostForm["version"])
 		if err == nil {
@@ -162,6 +174,13 @@ func (p *Page) actions() {
 			return "", nil, err
 		}
 		return "", &view{name: "hookmade", title: "The webhook's secret", data: hookMade{h, webhook.EncodeSecret(h.Secret)}}, nil
+	})
+	do("/deliveries/revive", operate.Policy, maxForm, func(r *http.Request, a operate.Actor) (string, *view, error) {
+		ids, err := numbers(r.PostForm["id"])
+		if err == nil {
+			err = p.Operator.Revive(r.Context(), a, ids...)
+		}
+		return "/webhooks?done=revived", nil, err
 	})
 	do("/webhooks/{hook}/remove", operate.Policy, maxForm, func(r *http.Request, a operate.Actor) (string, *view, error) {
 		id, err := numbers([]string{r.PathValue("hook")})
@@ -301,7 +320,7 @@ func upload(r *http.Request, name string) ([]byte, error) {
 type tokenMade struct {
 	fleet.JoinToken
 	Secret string
-	Server string // as the browser calls it
+	Server string // where the node goes
 }
 
 // createToken answers with the token itself: it is shown once and is in no
@@ -315,7 +334,11 @@ func (p *Page) createToken(r *http.Request, a operate.Actor) (string, *view, err
 	if err != nil {
 		return "", nil, err
 	}
-	return "", &view{name: "tokenmade", title: "The join token", data: tokenMade{t, secret, r.Host}}, nil
+	server := r.Host
+	if p.Nodes != nil {
+		server = cmp.Or(p.Nodes(), server)
+	}
+	return "", &view{name: "tokenmade", title: "The join token", data: tokenMade{t, secret, server}}, nil
 }
 
 type approvalsView struct {
@@ -326,7 +349,11 @@ type approvalsView struct {
 	Changes  []row // hosts whose newest round shows what could be approved
 	Policy   *fleet.Setting
 	Mine     bool // the policy was proposed by who looks
-	FourEyes bool
+	// What the proposed policy would change, or why it is none; and its text.
+	PolicyChanges []appraise.PolicyChange
+	PolicyWrong   string
+	PolicyText    string
+	FourEyes      bool
 }
 
 type pendingNode struct {
@@ -367,14 +394,20 @@ func (p *Page) approvalsPage(r *http.Request) (view, error) {
 	if d.Changes, err = p.changedHosts(ctx, sum); err != nil {
 		return view{}, err
 	}
-	s, err := p.Operator.ProposedPolicy(ctx, a)
-	switch {
-	case err == nil:
-		d.Policy, d.Mine = &s, s.By == a.Name
-	case !errors.Is(err, operate.ErrNotFound) && !errors.Is(err, store.ErrNotFound) && !errors.Is(err, operate.ErrForbidden):
+	if d.Policy, err = p.proposed(ctx, a); err != nil {
 		return view{}, err
 	}
-	return view{name: "approvals", title: "Approvals", data: d, sum: &sum}, nil
+	if s := d.Policy; s != nil {
+		d.Mine, d.PolicyText = s.By == a.Name, says(s.Data)
+		d.PolicyChanges, _, err = p.Operator.CheckPolicy(ctx, a, s.Data)
+		if errors.Is(err, operate.ErrInvalid) {
+			d.PolicyWrong, err = err.Error(), nil
+		}
+		if err != nil {
+			return view{}, err
+		}
+	}
+	return view{name: "approvals", title: "Approvals", data: d}, nil
 }
 
 // changedHosts gives hosts whose newest rounds show, of themselves or of a VM,

@@ -3,14 +3,20 @@ package page
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"html"
 	"mime/multipart"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"regexp"
 	"strings"
 	"testing"
+	"unicode"
+	"unicode/utf8"
 
+	"virt-trust/internal/appraise"
 	"virt-trust/internal/appraise/corim"
 	"virt-trust/internal/appraise/corim/corimtest"
 	"virt-trust/internal/verifier/fleet"
@@ -46,7 +52,7 @@ func TestRoles(t *testing.T) {
 		"/nodes/" + pagetest.Waiting + "/approve": operate.Operator, "/nodes/" + pagetest.Waiting + "/reject": operate.Operator,
 		"/nodes/" + pagetest.Good + "/revoke": operate.Operator, "/nodes/" + pagetest.Claimed + "/dismiss": operate.Operator,
 		"/nodes/" + pagetest.Odd + "/rounds/" + round + "/approve": operate.Operator, "/values/add": operate.Policy, "/values/import": operate.Policy,
-		"/values/approve": operate.Policy, "/values/reject": operate.Policy, "/policy/approve": operate.Policy, "/policy/reject": operate.Policy,
+		"/values/approve": operate.Policy, "/values/reject": operate.Policy, "/policy/approve": operate.Policy, "/policy/reject": operate.Policy, "/policy/check": operate.Policy, "/policy/set": operate.Policy, "/deliveries/revive": operate.Policy,
 		"/tokens": operate.Operator, "/tokens/revoke": operate.Operator, "/webhooks": operate.Policy, "/webhooks/1/remove": operate.Policy, "/webhooks/1/test": operate.Policy,
 	} {
 		for _, a := range []operate.Actor{{}, reader, operator} {
@@ -306,14 +312,50 @@ func TestHooks(t *testing.T) {
 	}
 }
 
-// TestPolicy: a proposed policy is shown, not to be approved by who proposed it.
+// TestPolicy: a policy is checked before it is set, what is wrong in it is said and
+// the text kept, and it is proposed; who proposed it does not approve it.
 func TestPolicy(t *testing.T) {
 	h := newHarness(t)
 	s := h.Page.Operator.(*operate.Service)
-	if _, err := s.SetPolicy(context.Background(), policyA, []byte(`{"x": "<b>"}`), 1); err != nil {
-		t.Fatal(err)
+	if body := h.as(reader).get("/policy"); strings.Contains(body, "<textarea") || !strings.Contains(body, "the one that is built in") || !strings.Contains(body, "None was set yet") {
+		t.Error(body)
 	}
-	if body := h.get("/approvals"); !strings.Contains(body, "(you): needs another person") || strings.Contains(body, "Approve the policy") || !strings.Contains(body, "&lt;b&gt;") {
+	h.as(policyA)
+	for _, c := range []struct{ text, says string }{
+		{"pcrs\r\n<b>", "pcrs\n&lt;b&gt;</textarea>"}, {`{"format":"virt-trust-policy-1","id":"x","pcrs":[]}`, "no PCRs have to be quoted"}, {"", "the policy"},
+		{`"` + strings.Repeat("x", appraise.MaxPolicy) + `"`, "too long"},
+	} {
+		w := h.do("POST", "/policy/check", url.Values{"document": {c.text}})
+		if body := w.Body.String(); w.Code != http.StatusBadRequest || !strings.Contains(body, `role="alert"`) || !strings.Contains(body, `aria-invalid="true"`) || !strings.Contains(body, c.says) || strings.Contains(body, `action="/policy/set"`) {
+			t.Errorf("%.40s: %d %.3000s", c.text, w.Code, body)
+		}
+		if w := h.do("POST", "/policy/set", url.Values{"document": {c.text}, "next": {"1"}}); w.Code != http.StatusBadRequest {
+			t.Errorf("%.40s: %d", c.text, w.Code)
+		}
+	}
+	if w := h.do("POST", "/policy/check", url.Values{"document": {strings.Repeat("x", maxPolicyForm)}}); w.Code != http.StatusBadRequest {
+		t.Error(w.Code)
+	}
+	text := "{\"format\": \"virt-trust-policy-1\",\r\n\"id\": \"<b>\", \"ima\": {\"excludes\": [\"/a b\"]}}"
+	w := h.do("POST", "/policy/check", url.Values{"document": {text}})
+	form := regexp.MustCompile(`(?s)name="next" value="(\d+)"><input type="hidden" name="document" value="([^"]*)"`).FindStringSubmatch(w.Body.String())
+	if w.Code != http.StatusOK || form == nil || !strings.Contains(w.Body.String(), "Propose this policy") || !strings.Contains(w.Body.String(), "/a b") || strings.Contains(w.Body.String(), "<b>") {
+		t.Fatalf("%d %s", w.Code, w.Body)
+	}
+	if _, err := s.ProposedPolicy(context.Background(), reader); !errors.Is(err, operate.ErrNotFound) {
+		t.Errorf("checking proposed it: %v", err)
+	}
+	set := url.Values{"next": {form[1]}, "document": {html.UnescapeString(form[2])}}
+	if to := h.post("/policy/set", set); to != "/policy?done=policy-proposed" || !strings.Contains(h.get(to), "counts once another person approves it") {
+		t.Error(to)
+	}
+	if w := h.do("POST", "/policy/set", set); w.Code != http.StatusConflict { // another was proposed meanwhile
+		t.Error(w.Code)
+	}
+	if body := h.get("/"); !strings.Contains(body, `<span class="count">1<span class="vh"> waiting`) {
+		t.Error("the proposed policy is not among what waits")
+	}
+	if body := h.get("/approvals"); !strings.Contains(body, "(you): needs another person") || strings.Contains(body, "Approve the policy") || !strings.Contains(body, "ima.excludes") || strings.Contains(body, "<b>") {
 		t.Error(body)
 	}
 	if w := h.do("POST", "/policy/approve", url.Values{"version": {"1"}}); w.Code != http.StatusConflict {
@@ -321,6 +363,86 @@ func TestPolicy(t *testing.T) {
 	}
 	if to := h.as(policyB).post("/policy/approve", url.Values{"version": {"1"}}); to != "/approvals?done=policy-approved" {
 		t.Error(to)
+	}
+	now, _, err := s.PolicyNow(context.Background(), reader)
+	if want := `{"format":"virt-trust-policy-1","id":"<b>","ima":{"excludes":["/a b"]}}`; err != nil || string(now.Data) != want {
+		t.Errorf("%s, %v", now.Data, err)
+	}
+	w = h.do("POST", "/policy/check", set)
+	if !strings.Contains(w.Body.String(), "nothing to set") || strings.Contains(w.Body.String(), `action="/policy/set"`) {
+		t.Error(w.Body)
+	}
+
+	// Without four eyes; and the history, from which an earlier one is taken up.
+	h.Page.FourEyes, s.FourEyes = false, false
+	w = h.do("POST", "/policy/check", url.Values{"document": {`{"format":"virt-trust-policy-1","id":"two"}`}})
+	if !strings.Contains(w.Body.String(), "Set this policy") || !strings.Contains(w.Body.String(), `name="next" value="2"`) {
+		t.Error(w.Body)
+	}
+	if to := h.post("/policy/set", url.Values{"document": {`{"format":"virt-trust-policy-1","id":"two"}`}, "next": {"2"}}); to != "/policy?done=policy-set" {
+		t.Error(to)
+	}
+	if body := h.get("/policy"); !strings.Contains(body, "version 2, set by") || !strings.Contains(body, `<a href="/policy?version=1">`) || !strings.Contains(body, "/a b <span class=\"muted\">gone") {
+		t.Error(body)
+	}
+	if body := h.get("/policy?version=1"); !strings.Contains(body, "Version 1, which does not count any more") || strings.Count(body, "/a b") < 3 { // shown, in the editor, in the history
+		t.Error(body)
+	}
+	h.get("/policy?version=0")
+	for _, v := range []string{"3", "-1", "x", ""} {
+		if w := h.do("GET", "/policy?version="+v, nil); w.Code != http.StatusNotFound {
+			t.Errorf("version %q: %d", v, w.Code)
+		}
+	}
+}
+
+// What the editor shows of a policy goes through reveal as it is: what is set is
+// what was typed.
+func TestPolicyTextIsRevealed(t *testing.T) {
+	var all strings.Builder
+	for r := rune(1); r <= unicode.MaxRune; r++ {
+		if utf8.ValidRune(r) && r != '"' && r != '\\' && r >= ' ' {
+			all.WriteRune(r)
+		}
+	}
+	text, ok := appraise.PolicyText([]byte(`"` + all.String() + `"`))
+	if !ok || string(reveal([]byte(text))) != text {
+		t.Error("the editor's text is changed on its way")
+	}
+}
+
+// TestRevive: what was given up is queued anew, one or all that are shown.
+func TestRevive(t *testing.T) {
+	h := newFleet(t)
+	dead := func() int {
+		t.Helper()
+		_, n, err := h.Store.Queued(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if body := h.as(operator).get("/webhooks"); !strings.Contains(body, "503 Service Unavailable") || strings.Contains(body, "/deliveries/revive") {
+		t.Error(body)
+	}
+	ids := regexp.MustCompile(`name="id" value="(\d+)"`).FindAllStringSubmatch(h.as(policyA).get("/webhooks"), -1)
+	if dead() != 2 || len(ids) != 4 { // each alone, and both
+		t.Fatalf("%d, %v", dead(), ids)
+	}
+	if to := h.post("/deliveries/revive", url.Values{"id": {ids[0][1]}}); to != "/webhooks?done=revived" || dead() != 1 {
+		t.Errorf("%s, %d", to, dead())
+	}
+	if w := h.do("POST", "/deliveries/revive", url.Values{"id": {ids[1][1], "99"}}); w.Code != http.StatusNotFound || dead() != 1 {
+		t.Errorf("%d, %d", w.Code, dead())
+	}
+	for _, id := range []string{"", "x", "-1"} {
+		if w := h.do("POST", "/deliveries/revive", url.Values{"id": {id}}); w.Code != http.StatusBadRequest {
+			t.Errorf("%q: %d", id, w.Code)
+		}
+	}
+	h.post("/deliveries/revive", url.Values{"id": {ids[1][1]}})
+	if body := h.get("/webhooks?done=revived"); dead() != 0 || !strings.Contains(body, "queued anew") || strings.Contains(body, "Given up") || !strings.Contains(body, "2 deliveries wait") {
+		t.Error(body)
 	}
 }
 

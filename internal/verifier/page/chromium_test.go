@@ -29,6 +29,7 @@ import (
 	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/page/pagetest"
+	"virt-trust/internal/verifier/store/storetest"
 )
 
 // chromium is one headless Chromium for all tests, with a profile of its own; each
@@ -41,7 +42,7 @@ var chromium struct {
 }
 
 func TestMain(m *testing.M) {
-	code := m.Run()
+	code := storetest.Main(m)
 	for _, f := range slices.Backward(chromium.stop) {
 		f()
 	}
@@ -151,7 +152,7 @@ func TestLooks(t *testing.T) {
 		"fleet": "/", "host-bad": "/nodes/" + pagetest.BadHost, "host-vm": "/nodes/" + pagetest.BadVM, "vm-bad": "/nodes/" + pagetest.BadVM + "/vms/" + pagetest.Vault,
 		"vm-good": "/nodes/" + pagetest.Good + "/vms/" + pagetest.GoodVM, "vm-hostbad": "/nodes/" + pagetest.BadHost + "/vms/" + pagetest.ID("vm", 701),
 		"rounds": "/nodes/" + pagetest.BadVM + "/rounds", "round": "/nodes/" + pagetest.Odd + "/rounds/" + h.newest(pagetest.Odd),
-		"diff": h.diffPath(pagetest.BadVM), "approvals": "/approvals", "values": "/values", "tokens": "/tokens", "webhooks": "/webhooks", "audit": "/audit",
+		"diff": h.diffPath(pagetest.BadVM), "approvals": "/approvals", "values": "/values", "tokens": "/tokens", "webhooks": "/webhooks", "audit": "/audit", "policy": "/policy", "policy-old": "/policy?version=1",
 		"vms": "/vms", "login": "/login?failed=token", "missing": "/nodes/x", "pending": "/nodes/" + pagetest.Waiting,
 	}
 	for _, look := range []struct {
@@ -198,9 +199,14 @@ func (h *harness) site(t *testing.T) string {
 // until waits for an expression to be true.
 func until(t *testing.T, ctx context.Context, expression string) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !eval[bool](t, ctx, expression); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		// An error may be that the page goes at this moment.
+		v, err := chromedp.Run(ctx, chromedp.Evaluate[bool](expression))
+		if err == nil && v {
+			return
+		}
 		if time.Now().After(end) {
-			t.Fatalf("not within 10 s: %s", expression)
+			t.Fatalf("not within 10 s: %s: %v", expression, err)
 		}
 	}
 }
@@ -269,6 +275,25 @@ func TestWithoutScript(t *testing.T) {
 	until(t, ctx, `location.search.includes("q=kvm-04") && document.querySelectorAll("#hosts tbody tr").length === 1`)
 	run(t, ctx, chromedp.Click(chromedp.CSS(`#hosts a[href="/nodes/`+pagetest.BadVM+`"]`)))
 	until(t, ctx, `location.pathname === "/nodes/`+pagetest.BadVM+`"`)
+	// A policy is checked, mended, checked again and proposed.
+	run(t, ctx, chromedp.Navigate(url+"/policy"), chromedp.SendKeys(chromedp.CSS("#document"), "x"), chromedp.Click(chromedp.CSS(`form[action="/policy/check"] button`)))
+	until(t, ctx, `!!document.querySelector('[role="alert"]') && document.querySelector("#document").value.startsWith("x{")`)
+	eval[bool](t, ctx, `(document.querySelector("#document").value = document.querySelector("#document").value.slice(1), true)`)
+	run(t, ctx, chromedp.Click(chromedp.CSS(`form[action="/policy/check"] button`)))
+	until(t, ctx, `document.querySelector("main").textContent.includes("nothing to set")`)
+	eval[bool](t, ctx, `(document.querySelector("#document").value = document.querySelector("#document").value.replace('"acme"', '"acm\u00e9 \\u202e"'), true)`)
+	run(t, ctx, chromedp.Click(chromedp.CSS(`form[action="/policy/check"] button`)))
+	until(t, ctx, `!!document.querySelector('form[action="/policy/set"]')`)
+	if dir := os.Getenv("VIRT_TRUST_SHOTS"); dir != "" {
+		shoot(t, ctx, filepath.Join(dir, "policy-check.png"), 1280, 900)
+	}
+	run(t, ctx, chromedp.Click(chromedp.CSS(`form[action="/policy/set"] button`)))
+	until(t, ctx, `location.search === "?done=policy-proposed"`)
+	if s, err := h.Page.Operator.ProposedPolicy(t.Context(), policyA); err != nil || s.Version != 2 || !strings.Contains(string(s.Data), `"acmé \u202e"`) {
+		t.Errorf("%+v, %v", s, err)
+	}
+	run(t, ctx, chromedp.Navigate(url+"/webhooks"), chromedp.Click(chromedp.CSS(`#letters td button`)))
+	until(t, ctx, `location.search === "?done=revived" && document.querySelectorAll("#letters tbody tr").length === 1`)
 	// A browser's own form of the round's page, ticked by hand.
 	run(t, ctx, chromedp.Navigate(url+"/nodes/"+pagetest.Odd+"/rounds/"+h.newest(pagetest.Odd)), chromedp.Click(chromedp.CSS(`input[name="ref"]`)), chromedp.Click(chromedp.CSS(`form[action$="/approve"] button`)))
 	until(t, ctx, `location.search.startsWith("?done=values-")`)
@@ -427,7 +452,7 @@ func TestHostileInBrowser(t *testing.T) {
 		t.Error(bad)
 	}
 	mu.Unlock()
-	for _, path := range []string{"/", "/vms", "/nodes/" + node, "/nodes/" + node + "/vms/" + vm, "/nodes/" + node + "/rounds", "/nodes/" + node + "/rounds/" + h.newest(node), h.diffPath(node), "/approvals", "/values", "/audit"} {
+	for _, path := range []string{"/", "/vms", "/nodes/" + node, "/nodes/" + node + "/vms/" + vm, "/nodes/" + node + "/rounds", "/nodes/" + node + "/rounds/" + h.newest(node), h.diffPath(node), "/approvals", "/values", "/policy", "/policy?version=1", "/webhooks", "/audit"} {
 		run(t, ctx, chromedp.Navigate(url+path))
 		got := eval[map[string]any](t, ctx, `({
 			images: [...document.images].filter((i) => !i.matches(".brand img")).length, scripts: document.scripts.length, frames: document.querySelectorAll("iframe, object, embed, base").length,

@@ -184,7 +184,7 @@ func (p *Page) fleetPage(r *http.Request) (view, error) {
 		return view{}, err
 	}
 	d.Next = nextPage("/", d.Filter.values(), next)
-	return view{name: "fleet", title: "Fleet", data: d, sum: &sum}, nil
+	return view{name: "fleet", title: "Fleet", data: d}, nil
 }
 
 func nextPage(path string, v url.Values, next string) string {
@@ -353,21 +353,4 @@ func (p *Page) vmsPage(r *http.Request) (view, error) {
 		return view{}, err
 	}
 	return view{name: "vms", title: "VMs", data: vmsView{f, vms, nextPage("/vms", f.values(), next), after != ""}}, nil
-}
-
-// waiting counts what waits for someone: nodes, and Reference Values of which a
-// second person is wanted; at most 100 of these are counted.
-func (p *Page) waiting(ctx context.Context, sum *fleet.Summary) (int, error) {
-	if sum == nil {
-		v, err := p.Store.Summary(ctx)
-		if err != nil {
-			return 0, err
-		}
-		sum = &v
-	}
-	vs, _, err := p.Store.Values(ctx, store.ValueFilter{State: fleet.Proposed}, store.Page{Limit: 100})
-	if err != nil {
-		return 0, err
-	}
-	return sum.Nodes[fleet.Pending] + len(vs), nil
 }

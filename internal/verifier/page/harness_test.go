@@ -23,6 +23,7 @@ import (
 	"virt-trust/internal/verifier/operate"
 	"virt-trust/internal/verifier/page/pagetest"
 	"virt-trust/internal/verifier/store"
+	"virt-trust/internal/verifier/store/storetest"
 	"virt-trust/internal/verifier/webhook"
 )
 
@@ -47,6 +48,9 @@ var (
 	start    = time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
 )
 
+// unset is the policy that counts where none was set.
+var unset = []byte(`{"format":"virt-trust-policy-1","id":"default"}`)
+
 func (h *harness) Now() time.Time {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -66,13 +70,13 @@ func (h *harness) as(a operate.Actor) *harness {
 	return h
 }
 
-func newHarness(t testing.TB) *harness { return openHarness(t, filepath.Join(t.TempDir(), "v.db")) }
+func newHarness(t testing.TB) *harness { return openHarness(t, storetest.SQLite(t)) }
 
-func openHarness(t testing.TB, file string) *harness {
+func openHarness(t testing.TB, dsn string) *harness {
 	t.Helper()
 	h := &harness{t: t, now: start, actor: policyA}
 	var err error
-	h.Store, err = store.Open(context.Background(), "sqlite:"+file, store.Options{Now: h.Now})
+	h.Store, err = store.Open(context.Background(), dsn, store.Options{Now: h.Now})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +84,7 @@ func openHarness(t testing.TB, file string) *harness {
 	h.Build = &pagetest.Builder{Store: h.Store, Now: h.Now}
 	service := &operate.Service{
 		Store: h.Store, Pin: ca.Pin(sha256.Sum256([]byte("ca"))), FourEyes: true,
-		CheckPolicy: func([]byte) error { return nil }, Guard: webhook.Guard{}, Now: h.Now,
+		Unset: unset, Guard: webhook.Guard{}, Now: h.Now,
 		Deliver: func(context.Context, fleet.Hook, fleet.Delivery) error { return io.ErrUnexpectedEOF },
 	}
 	l := logrus.New()
@@ -120,7 +124,7 @@ func newFleet(t testing.TB) *harness {
 	if err := os.WriteFile(file, fleetDB, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return openHarness(t, file)
+	return openHarness(t, "sqlite:"+file)
 }
 
 var (

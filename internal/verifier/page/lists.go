@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 	"time"
 
@@ -87,8 +88,16 @@ func (v tokensView) State(t fleet.JoinToken) string {
 type hooksView struct {
 	Hooks         []fleet.Hook
 	Waiting, Dead int
-	Letters       []fleet.Delivery
+	Letters       []letter
+	Next          string
+	Later         bool
 	Events        []string
+}
+
+// letter is a delivery that was given up.
+type letter struct {
+	fleet.Delivery
+	URL string // of its webhook
 }
 
 func (p *Page) hooksPage(r *http.Request) (view, error) {
@@ -105,9 +114,19 @@ func (p *Page) hooksPage(r *http.Request) (view, error) {
 		return view{}, err
 	}
 	if d.Dead > 0 {
-		if d.Letters, _, err = p.Store.DeadLetters(ctx, store.Page{Limit: 20}); err != nil {
+		after := r.URL.Query().Get("after")
+		letters, next, err := p.Store.DeadLetters(ctx, store.Page{Limit: rowsPerPage, After: after})
+		if err != nil {
 			return view{}, err
 		}
+		for _, l := range letters {
+			w := letter{Delivery: l}
+			if i := slices.IndexFunc(d.Hooks, func(h fleet.Hook) bool { return h.ID == l.Hook }); i >= 0 {
+				w.URL = d.Hooks[i].URL
+			}
+			d.Letters = append(d.Letters, w)
+		}
+		d.Next, d.Later = nextPage("/webhooks", url.Values{}, next), after != ""
 	}
 	return view{name: "webhooks", title: "Webhooks", data: d}, nil
 }

@@ -37,6 +37,7 @@ import (
 // Reader is what the page reads; *store.Store.
 type Reader interface {
 	Summary(ctx context.Context) (fleet.Summary, error)
+	Waiting(ctx context.Context) (nodes, values int, err error)
 	Nodes(ctx context.Context, f store.NodeFilter, p store.Page) ([]fleet.Status, string, error)
 	Status(ctx context.Context, id string) (fleet.Status, error)
 	Result(ctx context.Context, node string) (*appraise.Result, error)
@@ -65,6 +66,9 @@ type Config struct {
 	OIDC bool
 	// FourEyes says that changes of Reference Values need a second person.
 	FourEyes bool
+	// Nodes is the host and port where nodes enrol, "" for where a browser came to;
+	// nil is that too.
+	Nodes func() string
 	// HookEvents are those that a webhook may want: webhook.Events.
 	HookEvents []string
 	Now        func() time.Time // time.Now
@@ -157,6 +161,7 @@ func (p *Page) routes() {
 	show("/vms", p.vmsPage)
 	show("/approvals", p.approvalsPage)
 	show("/values", p.valuesPage)
+	show("/policy", p.policyPage)
 	show("/tokens", p.tokensPage)
 	show("/webhooks", p.hooksPage)
 	show("/audit", p.auditPage)
@@ -201,8 +206,7 @@ type view struct {
 	name  string // of the template
 	title string
 	data  any
-	code  int            // of HTTP; 0 is 200
-	sum   *fleet.Summary // where it was read for the page already
+	code  int // of HTTP; 0 is 200
 }
 
 // frame is what every template gets.
@@ -263,8 +267,11 @@ func (p *Page) write(w http.ResponseWriter, r *http.Request, v view) {
 		CSS: p.assets["style.css"].url, JS: p.assets["live.js"].url, Icon: p.assets["icon.svg"].url, D: v.data,
 	}
 	if a.Role >= operate.Reader && v.code < 500 {
-		if n, err := p.waiting(r.Context(), v.sum); err == nil {
-			f.Waiting = n
+		if nodes, values, err := p.Store.Waiting(r.Context()); err == nil {
+			f.Waiting = nodes + values
+			if s, err := p.proposed(r.Context(), a); err == nil && s != nil {
+				f.Waiting++
+			}
 		}
 	}
 	f.Done = done(r.URL.Query().Get("done"))

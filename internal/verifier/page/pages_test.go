@@ -3,7 +3,9 @@ package page
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -28,6 +30,7 @@ func (h *harness) paths() []string {
 		"/nodes/" + pagetest.Silent, "/nodes/" + pagetest.Waiting, "/nodes/" + pagetest.Claimed, "/nodes/" + pagetest.Revoked, bad + "/vms/" + pagetest.Vault,
 		bad + "/rounds", bad + "/rounds?only=bad", bad + "/rounds?vm=" + pagetest.Vault, bad + "/rounds/" + h.newest(pagetest.BadVM), h.diffPath(pagetest.BadVM),
 		"/approvals", "/values", "/values?kind=host-ima&state=proposed&source=file", "/values?subject=" + pagetest.Good, "/tokens", "/webhooks", "/audit",
+		"/policy", "/policy?version=1",
 	}
 }
 
@@ -119,7 +122,7 @@ func TestEmptyFleet(t *testing.T) {
 	if body := h.get("/"); !strings.Contains(body, "No host is enrolled yet") {
 		t.Error(body)
 	}
-	for _, path := range []string{"/vms", "/approvals", "/values", "/tokens", "/webhooks", "/audit"} {
+	for _, path := range []string{"/vms", "/approvals", "/values", "/policy", "/tokens", "/webhooks", "/audit"} {
 		h.get(path)
 	}
 }
@@ -272,8 +275,9 @@ func TestActorErrors(t *testing.T) {
 // come again.
 func TestDatabaseGone(t *testing.T) {
 	h := newFleet(t)
-	h.Page.Store = gone{h.Store}
-	for _, path := range h.paths() {
+	paths := h.paths()
+	h.Page.Store, h.Page.Operator = gone{h.Store}, goneOperator{h.Page.Operator}
+	for _, path := range paths {
 		w := h.do("GET", path, nil)
 		if w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" || strings.Contains(w.Body.String(), "affirming") {
 			t.Errorf("%s: %d", path, w.Code)
@@ -284,6 +288,12 @@ func TestDatabaseGone(t *testing.T) {
 // gone is a store whose database does not answer. TestDatabaseGone alone uses it:
 // a real one cannot be made to fail at will in every query.
 type gone struct{ Reader }
+
+type goneOperator struct{ Operator }
+
+func (goneOperator) PolicyNow(context.Context, operate.Actor) (fleet.Setting, int64, error) {
+	return fleet.Setting{}, 0, store.ErrUnavailable
+}
 
 func (gone) Summary(context.Context) (fleet.Summary, error) {
 	return fleet.Summary{}, store.ErrUnavailable
@@ -314,7 +324,7 @@ func TestHostile(t *testing.T) {
 	node, vm := h.hostile()
 	rounds := h.roundsOf(node)
 	round := rounds[0]
-	for _, path := range []string{"/", "/vms", "/nodes/" + node, "/nodes/" + node + "/vms/" + vm, "/nodes/" + node + "/rounds", "/approvals", "/values", "/audit", "/?q=" + url.QueryEscape(payload),
+	for _, path := range []string{"/", "/vms", "/nodes/" + node, "/nodes/" + node + "/vms/" + vm, "/nodes/" + node + "/rounds", "/approvals", "/values", "/policy", "/policy?version=1", "/webhooks", "/audit", "/?q=" + url.QueryEscape(payload),
 		"/nodes/" + node + "/rounds/" + h.newest(node), "/vms?q=" + url.QueryEscape(payload), "/values?q=" + url.QueryEscape(payload) + "&subject=" + url.QueryEscape(payload),
 		"/nodes/" + node + "/rounds?vm=" + url.QueryEscape(payload), h.diffPath(node)} {
 		body := h.get(path)
@@ -323,6 +333,10 @@ func TestHostile(t *testing.T) {
 				t.Errorf("%s has %q", path, never)
 			}
 		}
+	}
+	w := h.do("POST", "/policy/check", url.Values{"document": {"{" + payload}})
+	if body := w.Body.String(); w.Code != http.StatusBadRequest || strings.Contains(body, "<img src=x") || strings.Contains(body, "\u202e") {
+		t.Error(body)
 	}
 	body := h.get("/nodes/" + node + "/vms/" + vm)
 	for _, want := range []string{"⟨U+202E⟩", "&lt;script&gt;", "<details class=\"long\">", strings.Repeat("A", 3000)} {
@@ -336,7 +350,7 @@ func TestHostile(t *testing.T) {
 }
 
 // payload tries to leave text, attribute, SVG, title, script and address.
-const payload = "\"'><img src=x onerror=alert(1)></title></svg><script>alert(2)</script><svg/onload=alert(3)>{{.}}${1}\u202egnp.exe\u200b\x1b[31m"
+const payload = "\"'></textarea></pre><img src=x onerror=alert(1)></title></svg><script>alert(2)</script><svg/onload=alert(3)>{{.}}${1}\u202egnp.exe\u200b\x1b[31m"
 
 // hostile adds a node whose every text is the payload, and gives it and its VM.
 func (h *harness) hostile() (node, vm string) {
@@ -372,10 +386,25 @@ func (h *harness) hostile() (node, vm string) {
 	}
 	err := h.Store.Do(ctx, func(tx *store.Tx) error {
 		tx.Audit(fleet.AuditEntry{Actor: payload, Action: payload, Subject: payload, Detail: `{"` + "x" + `": "<script>alert(5)</script>"}`})
+		for i, name := range []string{operate.PolicySetting, operate.PolicySetting, operate.ProposedSetting} {
+			d, err := json.Marshal(map[string]any{"format": appraise.PolicyFormat, "id": payload[:100-i], "ima": map[string]any{"excludes": []string{"/" + payload, fmt.Sprint("/", i, long)}}})
+			if err != nil {
+				return err
+			}
+			if err := tx.PutSetting(ctx, fleet.Setting{Name: name, Version: []int64{1, 2, 1}[i], By: payload, Data: bytes.ReplaceAll(d, []byte(`\u202e`), []byte("\u202e"))}); err != nil {
+				return err
+			}
+		}
+		if _, err := tx.AddHook(ctx, fleet.Hook{URL: payload, Events: []string{payload}}); err != nil {
+			return err
+		}
+		if _, err := tx.Enqueue(ctx, payload, []byte("{}")); err != nil {
+			return err
+		}
 		_, err := tx.AddValues(ctx, []fleet.Value{{Subject: vm, Kind: fleet.VMPCR, Path: long, Digest: "sha256:" + strings.Repeat("0", 64), Source: "file", Detail: payload, State: fleet.Proposed, By: payload, FourEyes: true}})
 		return err
 	})
-	if err != nil {
+	if err := errors.Join(err, h.Build.GiveUp(ctx, payload)); err != nil {
 		h.t.Fatal(err)
 	}
 	return node, vm

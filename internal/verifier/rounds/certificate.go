@@ -85,7 +85,7 @@ func (h *Handler) membership(ctx context.Context, n fleet.Node, spki []byte, cer
 	if err != nil {
 		return 0, nil, err
 	}
-	id := ca.Identity{Node: n.ID, Name: n.Name, EK: ek, AK: n.AKName, Bind: n.BindName}
+	id := ca.Identity{Node: n.ID, Name: n.Name, EK: ek, AK: n.AKName, Bind: n.BindName, AKPublic: n.AK}
 	cert, err := h.CA.Node(id, spki, h.now())
 	if err != nil {
 		return 0, nil, err

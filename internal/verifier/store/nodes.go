@@ -18,6 +18,11 @@ const fromNodes = ` FROM nodes n JOIN node_state s ON s.node = n.id`
 // query gives a tier by another way.
 const tierNow = `CASE WHEN n.state = 'active' AND s.expires > ? THEN s.tier ELSE 0 END`
 
+// fresh says that a node's newest result counts; its parameter is the time. Where
+// it does tierNow is s.tier, else None: databases know how many such rows there
+// are, and do not of tierNow.
+const fresh = "(n.state = 'active' AND s.expires > ?)"
+
 func nodeFields(n *fleet.Node) []any {
 	return []any{&n.ID, &n.Version, &n.Name, &n.State, &n.EKDigest, &n.EKCertificate, &n.EKTrust, &n.AKName, &n.AK, &n.BindName, &n.Bind,
 		&n.Certifier, &n.Serial, at{&n.Enrolled}, &n.Problem, &n.ApprovedBy, &n.RevokedWhy, &n.AgentAddress, at{&n.Seen}}
@@ -99,14 +104,22 @@ func (r reads) Nodes(ctx context.Context, f NodeFilter, p Page) ([]fleet.Status,
 	if after != nil {
 		c.add("(n.name, n.id) > (?, ?)", after[0], after[1])
 	}
-	if f.State != "" {
+	switch f.State {
+	case "":
+	case fleet.Pending: // of which there is an index
+		c.add("n.state = 'pending'")
+	default:
 		c.add("n.state = ?", f.State)
 	}
 	if f.Tier != nil {
-		c.add(tierNow+" = ?", r.now(), *f.Tier)
+		if *f.Tier == appraise.None {
+			c.add("(s.tier = 0 OR NOT "+fresh+")", r.now())
+		} else {
+			c.add(fresh+" AND s.tier = ?", r.now(), *f.Tier)
+		}
 	}
 	if f.Search != "" {
-		c.contains("n.name", "n.id", f.Search)
+		c.contains(r.d, "n.name", "n.id", f.Search)
 	}
 	if f.Problem {
 		c.add("n.problem <> ''")
@@ -161,6 +174,17 @@ func (r reads) Summary(ctx context.Context) (fleet.Summary, error) {
 		return fleet.Summary{}, fmt.Errorf("counting the fleet: %w", err)
 	}
 	return v, nil
+}
+
+// Waiting counts what waits for someone: nodes that are pending, and Reference
+// Values that are proposed; of each at most 100.
+func (r reads) Waiting(ctx context.Context) (nodes, values int, err error) {
+	err = r.one(ctx, `SELECT (SELECT count(*) FROM (SELECT 1 FROM nodes WHERE state = 'pending' LIMIT 100) n),
+ (SELECT count(*) FROM (SELECT 1 FROM reference_values WHERE state = 'proposed' LIMIT 100) v)`, nil, &nodes, &values)
+	if err != nil {
+		return 0, 0, fmt.Errorf("counting what waits: %w", err)
+	}
+	return nodes, values, nil
 }
 
 // Bounds of what is kept of a node, in bytes.

@@ -21,6 +21,7 @@ type dialect struct {
 	numbered    bool   // $1 for ?
 	forUpdate   string // ends a SELECT whose rows are then written
 	skipLocked  string // the same, of rows that nobody else is at
+	like        string // whether a column, %s, is like a text, whatever its case
 	inJSON      string // the strings in a JSON array, as a subquery
 	eachJSON    string // the same, as a table with a column value
 	size        string // of the database in bytes
@@ -30,6 +31,7 @@ type dialect struct {
 
 var sqlite = dialect{
 	name:        "sqlite",
+	like:        "%s LIKE ?",
 	inJSON:      "(SELECT value FROM json_each(?))",
 	eachJSON:    "(SELECT value FROM json_each(?))",
 	size:        "SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()",
@@ -40,6 +42,7 @@ var postgres = dialect{
 	name: "postgres", numbered: true,
 	forUpdate:   " FOR UPDATE",
 	skipLocked:  " FOR UPDATE SKIP LOCKED",
+	like:        "lower(%s) LIKE lower(?)",
 	inJSON:      "(SELECT jsonb_array_elements_text(CAST(? AS jsonb)))",
 	eachJSON:    "(SELECT jsonb_array_elements_text(CAST(? AS jsonb)) AS value)",
 	size:        "SELECT pg_database_size(current_database())",
@@ -280,9 +283,9 @@ func (c *conditions) add(cond string, args ...any) {
 }
 
 // contains wants text in a column, whatever its case, or the whole of another.
-func (c *conditions) contains(column, whole, text string) {
+func (c *conditions) contains(d *dialect, column, whole, text string) {
 	escaped := strings.NewReplacer("!", "!!", "%", "!%", "_", "!_").Replace(text)
-	c.add("(lower("+column+") LIKE lower(?) ESCAPE '!' OR "+whole+" = ?)", "%"+escaped+"%", text)
+	c.add("("+fmt.Sprintf(d.like, column)+" ESCAPE '!' OR "+whole+" = ?)", "%"+escaped+"%", text)
 }
 
 func (c *conditions) String() string {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"virt-trust/internal/appraise"
@@ -97,7 +98,10 @@ type VMFilter struct {
 	Search string         // part of the name, or the whole UUID
 }
 
-const fromVMs = " FROM vms v JOIN nodes n ON n.id = v.node JOIN node_state s ON s.node = v.node"
+const (
+	joinVMs = " JOIN nodes n ON n.id = v.node JOIN node_state s ON s.node = v.node"
+	fromVMs = " FROM vms v" + joinVMs
+)
 
 // vmTierNow is tierNow of a VM.
 const vmTierNow = `CASE WHEN n.state = 'active' AND s.expires > ? THEN v.tier ELSE 0 END`
@@ -110,10 +114,19 @@ func readVM(scan func(...any) error, v *fleet.VM) error {
 
 // VMs gives VMs by UUID and node.
 func (r reads) VMs(ctx context.Context, f VMFilter, p Page) ([]fleet.VM, string, error) {
+	all, err := r.vms(ctx, f, p)
+	if err != nil {
+		return nil, "", fmt.Errorf("VMs: %w", err)
+	}
+	all, next := paged(all, p, func(v fleet.VM) string { return cursor(v.UUID, v.Node) })
+	return all, next, nil
+}
+
+func (r reads) vms(ctx context.Context, f VMFilter, p Page) ([]fleet.VM, error) {
 	var c conditions
 	after, err := p.after(2)
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	if after != nil {
 		c.add("(v.uuid, v.node) > (?, ?)", after[0], after[1])
@@ -127,19 +140,58 @@ func (r reads) VMs(ctx context.Context, f VMFilter, p Page) ([]fleet.VM, string,
 	if f.EK != "" {
 		c.add("v.ek_digest = ?", f.EK)
 	}
-	if f.Tier != nil {
-		c.add(vmTierNow+" = ?", r.now(), *f.Tier)
-	}
 	if f.Search != "" {
-		c.contains("v.name", "v.uuid", f.Search)
+		c.contains(r.d, "v.name", "v.uuid", f.Search)
 	}
-	args := append([]any{r.now()}, c.args...)
-	all, err := list(ctx, r, "SELECT "+vmColumns+fromVMs+c.String()+" ORDER BY v.uuid, v.node LIMIT ?", append(args, p.limit()+1), readVM)
-	if err != nil {
-		return nil, "", fmt.Errorf("VMs: %w", err)
+	query := func(c conditions) (string, []any) {
+		return "SELECT " + vmColumns + fromVMs + c.String() + " ORDER BY v.uuid, v.node LIMIT ?", slices.Concat([]any{r.now()}, c.args, []any{p.limit() + 1})
 	}
-	all, next := paged(all, p, func(v fleet.VM) string { return cursor(v.UUID, v.Node) })
-	return all, next, nil
+	if f.Tier == nil {
+		q, args := query(c)
+		if f.Search != "" { // an index has all that is looked at; the rest is fetched for what was found
+			q = "SELECT " + vmColumns + " FROM (SELECT v.uuid, v.node FROM vms v" + c.String() + " ORDER BY v.uuid, v.node LIMIT ?) f JOIN vms v ON v.uuid = f.uuid AND v.node = f.node" +
+				joinVMs + " ORDER BY v.uuid, v.node"
+		}
+		return list(ctx, r, q, args, readVM)
+	}
+	// What vmTierNow says, in terms that an index has: a tier is that of the row, of a
+	// node whose result counts; None is that too, and all rows of other nodes.
+	narrow := f.UUID+f.Node+f.EK == ""
+	if *f.Tier != appraise.None {
+		c.add("v.tier = ?", *f.Tier)
+		if err := r.ofNodes(ctx, &c, fresh, narrow); err != nil {
+			return nil, err
+		}
+		q, args := query(c)
+		return list(ctx, r, q, args, readVM)
+	}
+	stale := conditions{slices.Clone(c.where), slices.Clone(c.args)}
+	c.add("v.tier = ?", appraise.None)
+	stale.add("v.tier <> ?", appraise.None)
+	if err := r.ofNodes(ctx, &stale, "NOT "+fresh, narrow); err != nil {
+		return nil, err
+	}
+	q1, args1 := query(c)
+	q2, args2 := query(stale)
+	return list(ctx, r, "SELECT * FROM ("+q1+") a UNION ALL SELECT * FROM ("+q2+") b ORDER BY 1, 2 LIMIT ?", slices.Concat(args1, args2, []any{p.limit() + 1}), readVM)
+}
+
+// few is how many nodes are so few that their VMs are looked up by them.
+const few = 200
+
+// ofNodes wants VMs of nodes for which cond holds; its parameter is the time. Where
+// these are few among very many, a look at all VMs in their order would find a page
+// of theirs late: they are named.
+func (r reads) ofNodes(ctx context.Context, c *conditions, cond string, narrow bool) error {
+	c.add(cond, r.now())
+	if !narrow {
+		return nil
+	}
+	ids, err := list(ctx, r, "SELECT n.id"+fromNodes+" WHERE "+cond+" LIMIT ?", []any{r.now(), few + 1}, func(scan func(...any) error, v *string) error { return scan(v) })
+	if err == nil && len(ids) <= few {
+		c.add("v.node IN "+r.d.inJSON, jsonStrings(ids))
+	}
+	return err
 }
 
 // VMsByEK gives the VMs, of any node that is not revoked, whose EK digest is one

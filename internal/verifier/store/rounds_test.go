@@ -315,6 +315,114 @@ func TestVMs(t *testing.T) {
 	})
 }
 
+// VMs at a tier are those of whose rows vmTierNow says so, page by page, whether
+// few nodes or many have results that count.
+func TestVMsAtTier(t *testing.T) {
+	both(t, func(t *testing.T, b *bench) {
+		const nodes = 2*few + 2
+		tiers := []appraise.Tier{appraise.None, appraise.Affirming, appraise.Warning, appraise.Contraindicated}
+		b.do(func(ctx context.Context, tx *Tx) error {
+			for i := range nodes {
+				n := testNode(i)
+				if i == 5 {
+					n.State = fleet.Revoked
+				}
+				if err := tx.PutNode(ctx, n); err != nil {
+					return err
+				}
+				for j := range 2 {
+					if _, err := tx.exec(ctx, "INSERT INTO vms (uuid, node, name, running, ek_digest, tier, changed) VALUES (?, ?, ?, 1, '', ?, 0)",
+						fmt.Sprint((i*7+j)%nodes), n.ID, fmt.Sprint("vm", i), tiers[(i+j)%4]); err != nil {
+						return err
+					}
+				}
+			}
+			return nil
+		})
+		every := func(f VMFilter, limit int) (out []fleet.VM) {
+			for p := (Page{Limit: limit}); ; {
+				vms, next, err := b.VMs(t.Context(), f, p)
+				if err != nil || next != "" && len(vms) != limit {
+					t.Fatalf("%d VMs, %v", len(vms), err)
+				}
+				out = append(out, vms...)
+				if p.After = next; next == "" {
+					return out
+				}
+			}
+		}
+		for _, counts := range []int{0, 7, few, few + 1, nodes - 7, nodes} {
+			b.do(func(ctx context.Context, tx *Tx) error {
+				if _, err := tx.exec(ctx, "UPDATE node_state SET expires = 0"); err != nil {
+					return err
+				}
+				if _, err := tx.exec(ctx, "UPDATE node_state SET tier = 32 WHERE node < ?", testNode(9).ID); err != nil {
+					return err
+				}
+				_, err := tx.exec(ctx, "UPDATE node_state SET expires = ? WHERE node < ?", b.clock.Now().Add(time.Minute), testNode(counts).ID)
+				return err
+			})
+			all := every(VMFilter{}, 1000)
+			if found := every(VMFilter{Search: "M1"}, 37); !slices.Equal(found, slices.DeleteFunc(slices.Clone(all), func(v fleet.VM) bool { return !strings.Contains(v.Name, "m1") })) {
+				t.Errorf("%d VMs found", len(found))
+			}
+			for _, tier := range tiers {
+				want := slices.DeleteFunc(slices.Clone(all), func(v fleet.VM) bool { return v.Tier != tier })
+				hosts, _, err := b.Nodes(t.Context(), NodeFilter{}, Page{Limit: 1000})
+				if err != nil {
+					t.Fatal(err)
+				}
+				hosts = slices.DeleteFunc(hosts, func(n fleet.Status) bool { return n.Tier != tier })
+				if got, _, err := b.Nodes(t.Context(), NodeFilter{Tier: &tier}, Page{Limit: 1000}); err != nil || !reflect.DeepEqual(ids(got), ids(hosts)) {
+					t.Errorf("%d nodes count: %d are %s, want %d, %v", counts, len(got), tier, len(hosts), err)
+				}
+				if got := every(VMFilter{Tier: &tier}, 37); !slices.Equal(got, want) {
+					t.Errorf("%d nodes count: %d VMs are %s, want %d", counts, len(got), tier, len(want))
+				}
+				want = slices.DeleteFunc(want, func(v fleet.VM) bool { return v.Node != testNode(5).ID && v.UUID != "9" })
+				got := append(every(VMFilter{Tier: &tier, Node: testNode(5).ID}, 1), every(VMFilter{Tier: &tier, UUID: "9"}, 1)...)
+				if len(got) != len(want) {
+					t.Errorf("%d nodes count: %d VMs of one node or UUID are %s, want %d", counts, len(got), tier, len(want))
+				}
+			}
+		}
+	})
+}
+
+func ids(all []fleet.Status) (out []string) {
+	for _, n := range all {
+		out = append(out, n.ID)
+	}
+	return out
+}
+
+func TestWaiting(t *testing.T) {
+	both(t, func(t *testing.T, b *bench) {
+		b.addNode(1)
+		b.do(func(ctx context.Context, tx *Tx) error {
+			for i := range 2 {
+				n := testNode(10 + i)
+				if n.State = fleet.Pending; i == 1 {
+					n.Problem = "whose is it?"
+				}
+				if err := tx.PutNode(ctx, n); err != nil {
+					return err
+				}
+			}
+			_, err := tx.AddValues(ctx, []fleet.Value{{Kind: fleet.HostPCR, Path: "a", Digest: "d", State: fleet.Proposed}, {Kind: fleet.HostPCR, Path: "b", Digest: "d", State: fleet.Approved}})
+			return err
+		})
+		if nodes, values, err := b.Waiting(t.Context()); nodes != 2 || values != 1 || err != nil {
+			t.Errorf("%d nodes and %d values wait, %v", nodes, values, err)
+		}
+		for f, want := range map[NodeFilter]int{{State: fleet.Pending}: 2, {State: fleet.Active}: 1, {Problem: true}: 1, {}: 3} {
+			if all, _, err := b.Nodes(t.Context(), f, Page{}); err != nil || len(all) != want {
+				t.Errorf("%+v: %d, %v", f, len(all), err)
+			}
+		}
+	})
+}
+
 func TestTakeExpired(t *testing.T) {
 	both(t, func(t *testing.T, b *bench) {
 		replicas := []*Store{b.Store, b.replica()}
@@ -433,7 +541,7 @@ func TestExpire(t *testing.T) {
 			t.Fatal(err)
 		}
 		stats := testkit.Must[Stats](t)(b.Stats(ctx))
-		if stats.Evidence != 11 || stats.EvidenceBytes < 11000 || stats.Audit != 1 || stats.Bytes < 10000 || stats.Schema != 2 {
+		if stats.Evidence != 11 || stats.EvidenceBytes < 11000 || stats.Audit != 1 || stats.Bytes < 10000 || stats.Schema != 3 {
 			t.Errorf("%+v", stats)
 		}
 		if v := testkit.Must[Removed](t)(b.Expire(ctx, b.clock.Now(), Retention{})); v != (Removed{Sessions: 1, Tokens: 1}) {

@@ -23,6 +23,16 @@ func (r reads) Setting(ctx context.Context, name string) (fleet.Setting, error) 
 	return v, nil
 }
 
+// SettingVersion gives one version of a document; ErrNotFound.
+func (r reads) SettingVersion(ctx context.Context, name string, version int64) (fleet.Setting, error) {
+	v := fleet.Setting{Name: name, Version: version}
+	err := r.one(ctx, "SELECT data, set_by, time FROM settings WHERE name = ? AND version = ?", []any{name, version}, &v.Data, &v.By, at{&v.Time})
+	if err != nil {
+		return fleet.Setting{}, fmt.Errorf("setting %q, version %d: %w", name, version, err)
+	}
+	return v, nil
+}
+
 // SettingVersions gives all versions, newest first.
 func (r reads) SettingVersions(ctx context.Context, name string, p Page) ([]fleet.Setting, string, error) {
 	before, err := p.before()

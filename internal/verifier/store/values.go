@@ -193,7 +193,7 @@ func (r reads) Values(ctx context.Context, f ValueFilter, p Page) ([]fleet.Value
 		c.add("source = ?", f.Source)
 	}
 	if f.Search != "" {
-		c.contains("path", "digest", f.Search)
+		c.contains(r.d, "path", "digest", f.Search)
 	}
 	all, err := list(ctx, r, "SELECT "+valueColumns+" FROM reference_values"+c.String()+" ORDER BY id DESC LIMIT ?", append(c.args, p.limit()+1), readValue)
 	if err != nil {

@@ -254,9 +254,10 @@ func (b *Builder) mischief(ctx context.Context, id string, res appraise.Result, 
 	return nil
 }
 
-// papers adds Reference Values, tokens and webhooks.
+// papers adds Reference Values, tokens, webhooks with what they did not take, and
+// policies.
 func (b *Builder) papers(ctx context.Context) error {
-	return b.Store.Do(ctx, func(tx *store.Tx) error {
+	err := b.Store.Do(ctx, func(tx *store.Tx) error {
 		now := b.Now()
 		vs := []fleet.Value{
 			{Kind: fleet.HostIMA, Path: "/usr/bin/bash", Digest: "sha256:" + Digest("bash"), Source: "package", Detail: "bash 5.2.15-2+b8", State: fleet.Approved, By: "alice", Time: now.Add(-30 * 24 * time.Hour)},
@@ -280,8 +281,48 @@ func (b *Builder) papers(ctx context.Context) error {
 			}
 		}
 		_, err := tx.AddHook(ctx, fleet.Hook{URL: "https://alerts.example.net/virt-trust", Secret: []byte("0123456789abcdef0123456789abcdef"), Events: []string{"trust.changed", "result.expired"}, Created: now.Add(-9 * 24 * time.Hour)})
-		return err
+		if err != nil {
+			return err
+		}
+		if _, err := tx.Enqueue(ctx, "trust.changed", []byte("{}")); err != nil {
+			return err
+		}
+		if _, err := tx.Enqueue(ctx, "result.expired", []byte("{}")); err != nil {
+			return err
+		}
+		for _, s := range []fleet.Setting{
+			{Name: "policy", Version: 1, By: "alice, bob", Time: now.Add(-11 * 24 * time.Hour), Data: []byte(`{"format":"virt-trust-policy-1","id":"acme","ima":{"require":true,"excludes":["/var/tmp/*"]}}`)},
+			{Name: "policy", Version: 2, By: "bob, alice", Time: now.Add(-2 * 24 * time.Hour), Data: []byte(`{"format":"virt-trust-policy-1","id":"acme","ima":{"require":true,"excludes":["/var/tmp/*","/var/lib/build/*"]},"audit_mode":"contraindicated"}`)},
+			{Name: "policy.proposed", Version: 1, By: "bob", Time: now.Add(-40 * time.Minute), Data: []byte(`{"format":"virt-trust-policy-1","id":"acme","ima":{"require":true,"excludes":["/var/tmp/*"]},"audit_mode":"contraindicated","max_age":150}`)},
+		} {
+			if err := tx.PutSetting(ctx, s); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
+	if err != nil {
+		return err
+	}
+	return b.GiveUp(ctx, "the receiver answered 503 Service Unavailable")
+}
+
+// GiveUp makes dead letters of all deliveries that wait.
+func (b *Builder) GiveUp(ctx context.Context, why string) error {
+	for range store.MaxAttempts {
+		due, err := b.Store.Claim(ctx, 100, 0)
+		if err != nil {
+			return err
+		}
+		for _, d := range due {
+			if d.Attempts == store.MaxAttempts {
+				if err := b.Store.Retry(ctx, d, why); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
 }
 
 // ekCertificate makes one as a TPM's maker, or a node's certifier, would.
