@@ -31,6 +31,8 @@ type round struct {
 	host      []Reason
 	softOnly  bool // Executables is vouched for up to the boot alone: there is no IMA list
 	learnHost bool
+	// learnLaunchers: the first good round in which the host had any is this one.
+	learnLaunchers bool
 	// launchKnown: the launch log was replayed, or there is nothing that it could say.
 	launchKnown bool
 	unknown     map[int]bool  // launchers that are no Reference Values, by number
@@ -192,6 +194,7 @@ func (r *round) begin() {
 	r.values = r.in.view(append([]string{"", r.in.Node.ID}, r.in.Node.Groups...)...)
 	n.Values, n.Policy = r.values.revision(), r.policy.revision
 	own := r.in.view(r.in.Node.ID)
+	r.learnLaunchers = r.in.Learn && !n.Launchers && !own.hasLauncher() && !own.rejected(fleet.Launcher)
 	r.learnHost = r.in.Learn && !n.Learned && !own.hasHost() && !own.rejected(fleet.HostEvent, fleet.HostPCR, fleet.HostIMA)
 }
 
@@ -350,6 +353,9 @@ func (r *round) conclude(res *Result) {
 	good := rank(n.Host) <= rank(Warning)
 	if r.learnHost && good {
 		n.Learned = true
+	}
+	if good && len(n.Launch.Files) > 0 {
+		n.Launchers = true
 	}
 	if !good { // nothing is learned of a host that is not right, and not of its VMs
 		r.learned, r.vmLearned = nil, nil

@@ -211,6 +211,10 @@ func (v view) hasHost() bool {
 	return v.has(func(s *subjectValues) bool { return len(s.events) > 0 || len(s.pcrs[ofHost]) > 0 })
 }
 
+func (v view) hasLauncher() bool {
+	return v.has(func(s *subjectValues) bool { return len(s.files[ofLauncher]) > 0 })
+}
+
 func (v view) hasVM() bool {
 	return v.has(func(s *subjectValues) bool { return len(s.pcrs[ofVM]) > 0 })
 }
