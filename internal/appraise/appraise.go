@@ -31,6 +31,7 @@ type round struct {
 	host      []Reason
 	softOnly  bool // Executables is vouched for up to the boot alone: there is no IMA list
 	learnHost bool
+	again     bool // the logs are wanted whole in the next round, which is then learned
 	// learnLaunchers: the first good round in which the host had any is this one.
 	learnLaunchers bool
 	// launchKnown: the launch log was replayed, or there is nothing that it could say.
@@ -196,6 +197,9 @@ func (r *round) begin() {
 	own := r.in.view(r.in.Node.ID)
 	r.learnLaunchers = r.in.Learn && !n.Launchers && !own.hasLauncher() && !own.rejected(fleet.Launcher)
 	r.learnHost = r.in.Learn && !n.Learned && !own.hasHost() && !own.rejected(fleet.HostEvent, fleet.HostPCR, fleet.HostIMA)
+	// A part of a log was appraised while the host was not to be learned.
+	r.again = r.learnHost && r.sameBoot && (n.Events.Size > 0 || n.IMA.At.Offset > 0)
+	r.learnHost = r.learnHost && !r.again
 }
 
 // clock tells reboots from replays and from TPMs that were reset behind the
@@ -356,6 +360,9 @@ func (r *round) conclude(res *Result) {
 	}
 	if good && len(n.Launch.Files) > 0 {
 		n.Launchers = true
+	}
+	if r.again {
+		n.Events, n.IMA = eventState{}, imaState{}
 	}
 	if !good { // nothing is learned of a host that is not right, and not of its VMs
 		r.learned, r.vmLearned = nil, nil

@@ -62,6 +62,9 @@ func Command(ctx context.Context, in Invocation) error {
 		if err := Check(cfg); err != nil {
 			return err
 		}
+		for _, c := range cautions(cfg) {
+			fmt.Fprintln(in.Stdout, "note:", c)
+		}
 		fmt.Fprintln(in.Stdout, "the configuration is right")
 		return nil
 	}

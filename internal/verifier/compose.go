@@ -99,17 +99,17 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 		guard.Allow = append(guard.Allow, p)
 	}
 	v.sender = &webhook.Sender{Queue: v.store, Client: guard.Client(), Now: time.Now, Log: o.Log, Observe: v.metrics.Delivered}
-	policy := &policies{store: v.store, learn: cfg.Policy.ReferenceValues == "learn", unset: defaultPolicy(cfg)}
+	policy := &policies{store: v.store, learn: learns(cfg), unset: defaultPolicy(cfg)}
 
 	nodes, err := rounds.New(rounds.Options{
-		Store: v.store, CA: authority, Manufacturers: makers, Policy: policy.get, Rules: ca.Rules{Operator: cfg.Enrolment.Approval == "operator"},
+		Store: v.store, CA: authority, Manufacturers: makers, Policy: policy.get, Rules: admission(cfg),
 		Log: o.Log, Interval: time.Duration(cfg.Rounds.Interval), Anonymous: cfg.Limits.Anonymous, Observe: v.metrics,
 	})
 	if err != nil {
 		return err
 	}
 	service := &operate.Service{
-		Store: v.store, Pin: authority.Pin(), FourEyes: cfg.Policy.FourEyes, ManifestKeys: manifests,
+		Store: v.store, Pin: authority.Pin(), FourEyes: cfg.Policy.FourEyes, Learning: learns(cfg), ManifestKeys: manifests,
 		CheckPolicy: func(document []byte) error {
 			_, err := appraise.ParsePolicy(document)
 			return err
@@ -141,7 +141,7 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 		mux.Handle(pattern, people.Person(v.login.serve(pattern)))
 	}
 	web, err := page.New(page.Config{
-		Store: v.store, Operator: service, OIDC: cfg.OIDC.Issuer != "", FourEyes: cfg.Policy.FourEyes, HookEvents: webhook.Events(), Log: o.Log,
+		Store: v.store, Operator: service, OIDC: cfg.OIDC.Issuer != "", FourEyes: cfg.Policy.FourEyes, Learn: learns(cfg), HookEvents: webhook.Events(), Log: o.Log,
 	})
 	if err != nil {
 		return err
@@ -157,6 +157,16 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 	})))
 	v.handler = protect(mux)
 	return nil
+}
+
+// learns: with four eyes nothing is, since nobody has looked.
+func learns(cfg config.Verifier) bool {
+	return cfg.Policy.ReferenceValues == "learn" && !cfg.Policy.FourEyes
+}
+
+// admission: with four eyes a token alone, which one person gives out, lets nobody in.
+func admission(cfg config.Verifier) ca.Rules {
+	return ca.Rules{Operator: cfg.Enrolment.Approval == "operator" || cfg.Policy.FourEyes}
 }
 
 // protect does for every answer what browsers have to be told, and refuses what

@@ -37,6 +37,9 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	defer v.store.Close()
+	for _, c := range cautions(o.Config) {
+		o.Log.Info(c)
+	}
 	all := o.Listeners
 	if all == nil {
 		if all, err = listeners(o.Config.Listen); err != nil {

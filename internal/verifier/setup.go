@@ -105,6 +105,18 @@ func Check(cfg config.Verifier) error {
 	return errors.Join(errs...)
 }
 
+// cautions are what a configuration that is right leads to, and who wrote it may not
+// think of.
+func cautions(cfg config.Verifier) (all []string) {
+	if cfg.Policy.FourEyes && cfg.Policy.ReferenceValues == "learn" {
+		all = append(all, `with policy.four_eyes nothing is learned, whatever policy.reference_values says: two people approve what first rounds show, or import it`)
+	}
+	if cfg.Policy.FourEyes && cfg.Enrolment.Approval == "manufacturer" {
+		all = append(all, `with policy.four_eyes each node waits for an operator who did not give out its join token, whatever enrolment.approval says`)
+	}
+	return all
+}
+
 // names are the Verifier's own.
 func names(cfg config.Verifier) ([]string, error) {
 	if len(cfg.Names) > 0 {

@@ -116,6 +116,7 @@ func (a *API) Routes() []Route {
 		{"GET /v1/nodes/{node}/result", operate.Reader, true, 0, a.nodeResult},
 		{"GET /v1/nodes/{node}/rounds", operate.Reader, false, 0, a.rounds},
 		{"POST /v1/nodes/{node}/approve", operate.Operator, false, smallBody, a.approve},
+		{"POST /v1/nodes/{node}/learn", operate.Operator, false, smallBody, a.learn},
 		{"POST /v1/nodes/{node}/reject", operate.Operator, false, smallBody, a.reject},
 		{"POST /v1/nodes/{node}/revoke", operate.Operator, false, smallBody, a.revoke},
 		{"POST /v1/nodes/{node}/dismiss", operate.Operator, false, smallBody, a.dismiss},

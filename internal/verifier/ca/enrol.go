@@ -41,6 +41,9 @@ type Decision struct {
 	TokenNames bool
 	State      fleet.NodeState // of a new node
 	Problem    Code            // that an operator should look at; "" for none
+	// Learns: what the new node shows in its first round may be learned. Not of one
+	// that was here before: what it shows now may be why it went.
+	Learns bool
 }
 
 // Decide says what is to be done with a claim. Errors are Refusals; one with a
@@ -95,6 +98,7 @@ func Decide(c Claim, k Known, r Rules) (Decision, error) {
 	if r.Operator {
 		d.State = fleet.Pending
 	}
+	d.Learns = d.ID == "" && k.Revoked == nil
 	return d, nil
 }
 

@@ -378,9 +378,9 @@ func TestDecide(t *testing.T) {
 		rules Rules
 		want  Decision
 	}{
-		"new":                  {Claim{Name: "a", Keys: keys, Token: true}, Known{}, Rules{}, Decision{State: fleet.Active, UseToken: true}},
-		"new, operator":        {Claim{Name: "a", Keys: keys, Token: true}, Known{}, Rules{Operator: true}, Decision{State: fleet.Pending, UseToken: true}},
-		"new, doubtful EK":     {Claim{Name: "a", Keys: keys, Token: true, EKTrust: doubt}, Known{}, Rules{}, Decision{State: fleet.Pending, UseToken: true, Problem: EKUnknownRoot}},
+		"new":                  {Claim{Name: "a", Keys: keys, Token: true}, Known{}, Rules{}, Decision{State: fleet.Active, UseToken: true, Learns: true}},
+		"new, operator":        {Claim{Name: "a", Keys: keys, Token: true}, Known{}, Rules{Operator: true}, Decision{State: fleet.Pending, UseToken: true, Learns: true}},
+		"new, doubtful EK":     {Claim{Name: "a", Keys: keys, Token: true, EKTrust: doubt}, Known{}, Rules{}, Decision{State: fleet.Pending, UseToken: true, Learns: true, Problem: EKUnknownRoot}},
 		"the same":             {Claim{Name: "a", Keys: keys}, Known{ByName: node, ByEK: node, ByAK: node}, Rules{}, Decision{Node: node}},
 		"the same, with token": {Claim{Name: "a", Keys: keys, Token: true}, Known{ByName: node, ByEK: node, ByAK: node}, Rules{Operator: true}, Decision{Node: node}},
 		"forgotten":            {Claim{Name: "a", Keys: keys, Former: &former}, Known{}, Rules{}, Decision{ID: former.Node, State: fleet.Pending, Problem: NodeRestored}},

@@ -82,6 +82,7 @@ func TestRoles(t *testing.T) {
 	}{
 		"Approve":        {Operator, func(a Actor) error { _, err := s.Approve(ctx, a, "a"); return err }},
 		"Reject":         {Operator, func(a Actor) error { _, err := s.Reject(ctx, a, "a", ""); return err }},
+		"Learn":          {Operator, func(a Actor) error { _, err := s.Learn(ctx, a, "a", false); return err }},
 		"Revoke":         {Operator, func(a Actor) error { _, err := s.Revoke(ctx, a, "a", ""); return err }},
 		"Dismiss":        {Operator, func(a Actor) error { _, err := s.Dismiss(ctx, a, "a"); return err }},
 		"CreateToken":    {Operator, func(a Actor) error { _, _, err := s.CreateToken(ctx, a, "", time.Hour); return err }},
@@ -118,6 +119,31 @@ func TestRoles(t *testing.T) {
 	}
 	if log := s.actions(t); len(log) != 0 {
 		t.Errorf("%q", log)
+	}
+}
+
+// Whether a node is learned is somebody's decision, which is written down.
+func TestLearn(t *testing.T) {
+	s := newService(t)
+	s.node(t, "a", fleet.Active)
+	if _, err := s.Learn(t.Context(), otto, "a", true); !errors.Is(err, ErrConflict) || !strings.Contains(err.Error(), "approve a round") {
+		t.Errorf("where nothing is learned: %v", err)
+	}
+	s.Learning = true
+	for _, on := range []bool{true, false} {
+		n, err := s.Learn(t.Context(), otto, "a", on)
+		if err != nil || n.Learns != on {
+			t.Errorf("%+v %v", n, err)
+		}
+		if _, err := s.Learn(t.Context(), otto, "a", on); !errors.Is(err, ErrConflict) {
+			t.Errorf("twice: %v", err)
+		}
+	}
+	if _, err := s.Learn(t.Context(), otto, "b", true); !errors.Is(err, ErrNotFound) {
+		t.Errorf("%v", err)
+	}
+	if got := s.actions(t); !slices.Equal(got, []string{"otto node.learn", "otto node.learn"}) {
+		t.Errorf("%q", got)
 	}
 }
 

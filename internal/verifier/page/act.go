@@ -23,6 +23,7 @@ import (
 // the second person again, and writes the audit log.
 type Operator interface {
 	Approve(ctx context.Context, a operate.Actor, node string) (fleet.Node, error)
+	Learn(ctx context.Context, a operate.Actor, node string, on bool) (fleet.Node, error)
 	Reject(ctx context.Context, a operate.Actor, node, why string) (fleet.Node, error)
 	Revoke(ctx context.Context, a operate.Actor, node, why string) (fleet.Node, error)
 	Dismiss(ctx context.Context, a operate.Actor, node string) (fleet.Node, error)
@@ -49,6 +50,7 @@ const maxForm = 256 << 10
 func done(code string) string {
 	return map[string]string{
 		"node-approved":    "The node was let in. Its first round follows.",
+		"node-learned":     "What the node shows in its next good round is learned.",
 		"node-rejected":    "The node was turned away.",
 		"node-revoked":     "The node was revoked. Its result is none from now on.",
 		"node-dismissed":   "The problem was put aside.",
@@ -99,6 +101,10 @@ func (p *Page) actions() {
 	do("/nodes/{node}/approve", operate.Operator, maxForm, func(r *http.Request, a operate.Actor) (string, *view, error) {
 		n, err := p.Operator.Approve(r.Context(), a, r.PathValue("node"))
 		return back(r, "/nodes/"+n.ID) + "?done=node-approved", nil, err
+	})
+	do("/nodes/{node}/learn", operate.Operator, maxForm, func(r *http.Request, a operate.Actor) (string, *view, error) {
+		n, err := p.Operator.Learn(r.Context(), a, r.PathValue("node"), true)
+		return "/nodes/" + n.ID + "?done=node-learned", nil, err
 	})
 	do("/nodes/{node}/reject", operate.Operator, maxForm, func(r *http.Request, a operate.Actor) (string, *view, error) {
 		n, err := p.Operator.Reject(r.Context(), a, r.PathValue("node"), r.PostFormValue("why"))

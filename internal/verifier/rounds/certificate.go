@@ -98,15 +98,16 @@ func (h *Handler) membership(ctx context.Context, n fleet.Node, spki []byte, cer
 		}
 		m.CertifierChain = chain(c.Raw, h.CA.Certificate().Raw)
 	}
-	if err := h.noteSerial(ctx, n, ca.Serial(cert)); err != nil {
+	if err := h.noteCertificate(ctx, n, cert); err != nil {
 		return 0, nil, err
 	}
 	return http.StatusOK, m, nil
 }
 
-// noteSerial writes the newest certificate down, unless the node was revoked while
-// it was signed.
-func (h *Handler) noteSerial(ctx context.Context, n fleet.Node, serial string) error {
+// noteCertificate writes the newest certificate down before the node has it, unless
+// the node was revoked while it was signed.
+func (h *Handler) noteCertificate(ctx context.Context, n fleet.Node, cert *x509.Certificate) error {
+	serial := ca.Serial(cert)
 	note := h.shown.again("certificate "+n.ID, h.now())
 	return h.Store.Do(ctx, func(tx *store.Tx) error {
 		now, err := tx.Node(ctx, n.ID)
@@ -117,6 +118,9 @@ func (h *Handler) noteSerial(ctx context.Context, n fleet.Node, serial string) e
 			return &ca.Refusal{Code: ca.NodeRevoked, What: "the node was revoked", Node: n.ID}
 		}
 		now.Serial = serial
+		if cert.NotBefore.After(now.Certified) { // replicas' clocks differ
+			now.Certified = cert.NotBefore
+		}
 		if _, err := tx.UpdateNode(ctx, now); err != nil {
 			return err
 		}

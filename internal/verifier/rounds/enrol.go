@@ -188,7 +188,7 @@ func (h *Handler) admit(ctx context.Context, q *nodeapi.EnrolmentRequest, keys *
 		n = fleet.Node{
 			ID: d.ID, Name: q.Name, State: d.State, EKDigest: keys.EKDigest, EKCertificate: q.EKCertificate, EKTrust: "manufacturer",
 			AKName: keys.AK.Name, AK: q.AK, BindName: keys.Bind.Name, Bind: q.Bind, Certifier: q.Certifier,
-			Enrolled: now, Problem: string(d.Problem), AgentAddress: q.Address,
+			Enrolled: now, Problem: string(d.Problem), AgentAddress: q.Address, Learns: d.Learns,
 		}
 		if n.ID == "" {
 			n.ID = fresh

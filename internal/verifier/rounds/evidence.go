@@ -3,6 +3,7 @@ package rounds
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -95,6 +96,9 @@ func (h *Handler) evidence(r *http.Request, id ca.Identity) (int, any, error) {
 	if state.Nonce == nil || h.now().After(state.Expires) {
 		return 0, nil, refuse(ca.NonceBad, "no nonce is outstanding: Evidence replayed, or too late")
 	}
+	if n.Node, err = h.older(ctx, n.Node, r.TLS.PeerCertificates[0]); err != nil {
+		return 0, nil, h.standing(ctx, id.Node, err)
+	}
 	body, held, readErr := h.readEvidence(r)
 	defer func() { h.budget.give(held) }()
 	if readErr == errFull || readErr != nil && ctx.Err() != nil {
@@ -119,6 +123,30 @@ func (h *Handler) evidence(r *http.Request, id ca.Identity) (int, any, error) {
 		return 0, nil, readErr
 	}
 	return http.StatusOK, outcome, nil
+}
+
+// older finds out that the store is older than a node's certificate, which this CA
+// gave and the store does not know: it was brought back from a backup. What the node
+// shows then for the first time it may have shown before, and otherwise: it is not
+// learned.
+func (h *Handler) older(ctx context.Context, n fleet.Node, cert *x509.Certificate) (fleet.Node, error) {
+	if n.Certified.IsZero() || !cert.NotBefore.After(n.Certified) {
+		return n, nil
+	}
+	err := h.Store.Do(ctx, func(tx *store.Tx) (err error) {
+		if n, err = tx.Node(ctx, n.ID); err != nil {
+			return err
+		}
+		n.Learns, n.Certified = false, cert.NotBefore
+		n.Problem = string(ca.NodeRestored) + ": the Verifier's database is older than the node's certificate: nothing of the node is learned from now on"
+		if n.Version, err = tx.UpdateNode(ctx, n); err != nil {
+			return err
+		}
+		now := h.now()
+		tx.Audit(fleet.AuditEntry{Time: now, Actor: "verifier", Action: "node.restored", Subject: n.ID, Detail: detail("name", n.Name, "serial", ca.Serial(cert))})
+		return webhook.Queue(ctx, tx, webhook.Problem(n, string(ca.NodeRestored), now))
+	})
+	return n, err
 }
 
 // complete appraises the Evidence and stores what came of it, with all that
@@ -212,7 +240,7 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 	parsed := appraise.Parse(body)
 	vms, eks := untrustedVMs(parsed)
 	values, err := h.nodes.values(ctx, h.Store, n, vms)
-	learn := policy.Learn && damaged == nil
+	learn := policy.Learn && n.Learns && damaged == nil
 	if err == nil && learn && previous == nil {
 		// A checkpoint that was lost is no first round: what was learned once is not
 		// learned again.

@@ -27,7 +27,7 @@ import (
 // Policy is what counts now.
 type Policy struct {
 	Appraisal *appraise.Policy
-	Learn     bool // what a first good round shows becomes Reference Values
+	Learn     bool // what a first good round shows becomes Reference Values, of nodes that learn
 }
 
 // Options are what the Verifier's body knows. Store, CA, Manufacturers, Policy and

@@ -167,7 +167,7 @@ func (b *bench) join(name string, host *forge.Host) *member {
 	ek := sha256.Sum256([]byte("EK of host " + name))
 	n := fleet.Node{
 		ID: id, Name: name, State: fleet.Active, EKDigest: hex.EncodeToString(ek[:]), EKTrust: "manufacturer",
-		AK: host.TPM.AK(), AKName: host.TPM.AKName(), BindName: host.TPM.AKName(), Bind: firstBind()[:64], Certifier: host.TPM.AK(), Enrolled: b.clock.now(),
+		AK: host.TPM.AK(), AKName: host.TPM.AKName(), BindName: host.TPM.AKName(), Bind: firstBind()[:64], Certifier: host.TPM.AK(), Enrolled: b.clock.now(), Learns: true,
 	}
 	b.do(func(ctx context.Context, tx *store.Tx) error { return tx.PutNode(ctx, n) })
 	key := must[*ecdsa.PrivateKey](b.t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))

@@ -173,6 +173,31 @@ func (r reads) OthersByEK(ctx context.Context, node string, vms []VMKey) ([]flee
 	return all, nil
 }
 
+// OthersByUUID gives the VMs with these UUIDs that other nodes have, of those that
+// are not revoked; at most 1000.
+func (r reads) OthersByUUID(ctx context.Context, node string, uuids []string) ([]fleet.VM, error) {
+	all, err := list(ctx, r, "SELECT "+vmColumns+fromVMs+" WHERE n.state <> 'revoked' AND v.node <> ? AND v.uuid IN "+r.d.inJSON+
+		" ORDER BY v.uuid, v.node LIMIT 1000", []any{r.now(), node, jsonStrings(uuids)}, readVM)
+	if err != nil {
+		return nil, fmt.Errorf("VMs by UUID: %w", err)
+	}
+	return all, nil
+}
+
+// LeftVMs gives the VMs with these UUIDs that another node was the last to have, as
+// they were there, and Changed as the time since when it has them no more. Only VMs of
+// which there are, or were, Reference Values are remembered so.
+func (r reads) LeftVMs(ctx context.Context, node string, uuids []string) ([]fleet.VM, error) {
+	all, err := list(ctx, r, "SELECT l.uuid, l.node, n.name, l.ek_digest, l.gone FROM vm_left l JOIN nodes n ON n.id = l.node WHERE l.node <> ? AND l.uuid IN "+r.d.inJSON,
+		[]any{node, jsonStrings(uuids)}, func(scan func(...any) error, v *fleet.VM) error {
+			return scan(&v.UUID, &v.Node, &v.NodeName, &v.EKDigest, at{&v.Changed})
+		})
+	if err != nil {
+		return nil, fmt.Errorf("VMs that left: %w", err)
+	}
+	return all, nil
+}
+
 // SharedEKs gives the EK digests that more than one UUID has, on nodes that are
 // not revoked; at most 1000.
 func (r reads) SharedEKs(ctx context.Context) ([]string, error) {

@@ -432,7 +432,7 @@ func TestExpire(t *testing.T) {
 			t.Fatal(err)
 		}
 		stats := must[Stats](t)(b.Stats(ctx))
-		if stats.Evidence != 11 || stats.EvidenceBytes < 11000 || stats.Audit != 1 || stats.Bytes < 10000 || stats.Schema != 2 {
+		if stats.Evidence != 11 || stats.EvidenceBytes < 11000 || stats.Audit != 1 || stats.Bytes < 10000 || stats.Schema != 3 {
 			t.Errorf("%+v", stats)
 		}
 		if v := must[Removed](t)(b.Expire(ctx, b.clock.Now(), Retention{})); v != (Removed{Sessions: 1, Tokens: 1}) {
