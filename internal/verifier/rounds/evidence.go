@@ -22,8 +22,12 @@ import (
 	"virt-trust/internal/verifier/webhook"
 )
 
-// CodeTwice is the reason of a VM that two nodes have running.
-const CodeTwice = "vm-runs-twice"
+// Reasons of VMs that only who knows several nodes can give.
+const (
+	CodeTwice     = "vm-runs-twice" // two nodes have it running
+	CodeElsewhere = "vm-elsewhere"  // another node has one of this UUID, with another vTPM
+	CodeMoved     = "vm-moved"      // another node had one of this UUID, with another vTPM
+)
 
 // completeTime bounds an appraisal and its transaction.
 const completeTime = 30 * time.Second
@@ -248,6 +252,10 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 		version, err = h.Store.ValuesVersion(ctx, n.ID)
 		learn = version == 0
 	}
+	var others []fleet.VM
+	if err == nil {
+		others, err = h.elsewhere(ctx, n, vms)
+	}
 	if err != nil {
 		none(appraise.CodeInternal, "the Reference Values could not be read")
 		h.Log.WithError(err).Error("reading Reference Values")
@@ -256,7 +264,10 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 	in := appraise.Input{
 		Node:  appraise.Node{ID: n.ID, AK: n.ak, AKName: n.AKName},
 		Nonce: state.Nonce, Expires: state.Expires, Evidence: body, Parsed: parsed, Previous: previous, Values: values, Policy: policy.Appraisal,
-		Learn: learn, Now: now,
+		Learn: learn, Elsewhere: map[string]bool{}, Now: now,
+	}
+	for _, o := range others {
+		in.Elsewhere[o.UUID] = true
 	}
 	a.result, a.checkpoint, a.learned = appraise.Round(in)
 	if n := len(a.learned); n > store.MaxValues {
@@ -269,7 +280,7 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 			a.encoded, a.checkpoint = nil, nil
 		}
 	}
-	if err := h.across(ctx, n, &a.result, eks); err != nil {
+	if err := h.across(ctx, n, &a.result, eks, others); err != nil {
 		none(appraise.CodeInternal, "the other nodes' VMs could not be compared")
 		h.Log.WithError(err).Error("comparing VMs of several nodes")
 	}
@@ -312,13 +323,61 @@ func spell(u [16]byte) string {
 	return d[:8] + "-" + d[8:12] + "-" + d[12:16] + "-" + d[16:20] + "-" + d[20:]
 }
 
-// maxEKs bounds the question for VMs with the same EK.
-const maxEKs = 500
+// maxAsked bounds a question for VMs of other nodes.
+const maxAsked = 500
+
+// elsewhere gives the VMs of other nodes that have the same UUIDs.
+func (h *Handler) elsewhere(ctx context.Context, n *node, vms []string) (all []fleet.VM, err error) {
+	for batch := range slices.Chunk(vms, maxAsked) {
+		some, err := h.Store.OthersByUUID(ctx, n.ID, batch)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, some...)
+	}
+	return all, nil
+}
 
 // across holds the VMs against those of other nodes: two VMs with one EK share a
-// vTPM, and a VM runs in one place only.
-func (h *Handler) across(ctx context.Context, n *node, r *appraise.Result, eks []store.VMKey) error {
-	for batch := range slices.Chunk(eks, maxEKs) {
+// vTPM, a VM runs in one place only, and takes its vTPM along when it moves. others
+// have the same UUIDs.
+func (h *Handler) across(ctx context.Context, n *node, r *appraise.Result, eks []store.VMKey, others []fleet.VM) error {
+	byUUID, fresh := map[string]*appraise.VM{}, []string{}
+	for i := range r.VMs {
+		v := &r.VMs[i]
+		byUUID[v.UUID] = v
+		if _, known := n.last.tiers[v.UUID]; !known {
+			fresh = append(fresh, v.UUID)
+		}
+	}
+	for i := range others {
+		o := &others[i]
+		v := byUUID[o.UUID]
+		switch {
+		case v == nil:
+		case v.Running && o.Running && n.last.runs(v.UUID) && o.Expires.After(n.last.expires):
+			// Both have said so after both had: while a VM moves, the one that it left has
+			// not spoken again yet.
+			add(v, appraise.Reason{Code: CodeTwice, Tier: appraise.Contraindicated,
+				What: fmt.Sprintf("node %q has this VM running, too", o.NodeName), Digest: v.EK})
+		case another(v.EK, o.EKDigest):
+			add(v, appraise.Reason{Code: CodeElsewhere, Tier: appraise.Warning,
+				What: fmt.Sprintf("node %q has a VM of this UUID, too, with another vTPM", o.NodeName), Digest: v.EK, Expected: o.EKDigest})
+		}
+	}
+	for batch := range slices.Chunk(fresh, maxAsked) {
+		left, err := h.Store.LeftVMs(ctx, n.ID, batch)
+		if err != nil {
+			return err
+		}
+		for _, o := range left {
+			if v := byUUID[o.UUID]; another(v.EK, o.EKDigest) {
+				add(v, appraise.Reason{Code: CodeMoved, Tier: appraise.Warning,
+					What: fmt.Sprintf("node %q had a VM of this UUID, with another vTPM, until %s", o.NodeName, o.Changed.Format(time.RFC3339)), Digest: v.EK, Expected: o.EKDigest})
+			}
+		}
+	}
+	for batch := range slices.Chunk(eks, maxAsked) {
 		others, err := h.Store.OthersByEK(ctx, n.ID, batch)
 		if err != nil {
 			return err
@@ -327,24 +386,18 @@ func (h *Handler) across(ctx context.Context, n *node, r *appraise.Result, eks [
 			v := &r.VMs[i]
 			for j := range others {
 				o := &others[j]
-				if v.EK == "" || o.EKDigest != v.EK || o.Node == n.ID && o.UUID == v.UUID {
-					continue
-				}
-				switch {
-				case o.UUID != v.UUID:
+				if v.EK != "" && o.EKDigest == v.EK && o.UUID != v.UUID {
 					add(v, appraise.Reason{Code: appraise.CodeVMSharedEK, Tier: appraise.Contraindicated,
 						What: fmt.Sprintf("VM %s of node %q has the same vTPM", o.UUID, o.NodeName), Digest: v.EK})
-				case v.Running && o.Running && n.last.runs(v.UUID) && o.Expires.After(n.last.expires):
-					// Both have said so after both had: while a VM moves, the one that it left has
-					// not spoken again yet.
-					add(v, appraise.Reason{Code: CodeTwice, Tier: appraise.Contraindicated,
-						What: fmt.Sprintf("node %q has this VM running, too", o.NodeName), Digest: v.EK})
 				}
 			}
 		}
 	}
 	return nil
 }
+
+// another says whether two EKs, where both are known, are not the same.
+func another(a, b string) bool { return a != "" && b != "" && a != b }
 
 // add puts a reason to a VM's others.
 func add(v *appraise.VM, r appraise.Reason) {

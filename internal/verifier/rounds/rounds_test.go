@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -308,6 +309,77 @@ func TestVMRunsTwice(t *testing.T) {
 		if v := m.vm("vm"); v.Tier != appraise.Contraindicated || !hasCode(v.Reasons, CodeTwice) {
 			t.Errorf("a VM in two places: %+v", v)
 		}
+	}
+}
+
+// A name that two nodes give to VMs of their own is nobody's to teach, and both are
+// told of; so is a VM that comes up elsewhere without its vTPM.
+func TestVMElsewhere(t *testing.T) {
+	b := newBench(t, nil)
+	one, two := b.newHost("vm"), b.newHost()
+	squat := two.AddVM("mine")
+	squat.UUID = one.VMs[0].UUID
+	c := b.join("host-b", two)
+	c.round(forge.Options{}) // it does not run, and teaches nothing
+	a := b.join("host-a", one)
+	for range 2 {
+		a.round(forge.Options{})
+		if v := a.vm("vm"); v.Tier != appraise.None || !hasCode(v.Reasons, CodeElsewhere) || !hasCode(v.Reasons, appraise.CodeVMNoValues) {
+			t.Errorf("%+v", v.Appraisal)
+		}
+	}
+	c.round(forge.Options{})
+	if v := c.vm("mine"); !hasCode(v.Reasons, CodeElsewhere) {
+		t.Errorf("%+v", v.Appraisal)
+	}
+	if all, _, err := b.store.Values(t.Context(), store.ValueFilter{Kind: fleet.VMPCR}, store.Page{}); err != nil || len(all) != 0 {
+		t.Errorf("%d values, %v", len(all), err)
+	}
+	// Once the other has given the name up, it is learned.
+	two.Delete(squat)
+	c.round(forge.Options{})
+	a.round(forge.Options{})
+	if v := a.vm("vm"); v.Tier != appraise.Affirming {
+		t.Errorf("%+v", v.Appraisal)
+	}
+	// Two that run, with two vTPMs.
+	two.VMs = append(two.VMs, squat)
+	n := two.Launchers([3]string{"emulator", "/usr/bin/qemu-system-x86_64", "qemu"})
+	two.Start(squat, bootLog(t, "sd"), n...)
+	two.Tick(5 * time.Minute)
+	b.clock.jump(5 * time.Minute)
+	for range 3 {
+		c.round(forge.Options{})
+		a.round(forge.Options{})
+	}
+	for m, name := range map[*member]string{a: "vm", c: "mine"} {
+		if v := m.vm(name); v.Tier != appraise.Contraindicated || !hasCode(v.Reasons, CodeTwice) {
+			t.Errorf("%+v", v.Appraisal)
+		}
+	}
+	page := string(must[[]byte](t)(os.ReadFile("../../../packaging/man/virt-trust-verifier-appraisal.7")))
+	for _, code := range []string{CodeTwice, CodeElsewhere, CodeMoved} {
+		if !strings.Contains(page, ".It Ql "+code+"\n") {
+			t.Errorf("%s is not in virt-trust-verifier-appraisal(7)", code)
+		}
+	}
+	// And one that is gone here, and new there with another vTPM.
+	two.Delete(squat)
+	c.round(forge.Options{})
+	a.round(forge.Options{})
+	one.Delete(one.VMs[0])
+	a.round(forge.Options{})
+	two.VMs = append(two.VMs, squat)
+	two.Start(squat, bootLog(t, "sd"), n...)
+	two.Tick(5 * time.Minute)
+	b.clock.jump(5 * time.Minute)
+	c.round(forge.Options{})
+	if v := c.vm("mine"); v.Tier != appraise.Warning || !hasCode(v.Reasons, CodeMoved) {
+		t.Errorf("%+v", v.Appraisal)
+	}
+	c.round(forge.Options{})
+	if v := c.vm("mine"); v.Tier != appraise.Affirming {
+		t.Errorf("%+v", v.Appraisal)
 	}
 }
 
