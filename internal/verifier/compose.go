@@ -46,6 +46,9 @@ func open(ctx context.Context, o Options) (*verifier, error) {
 	if err != nil {
 		return nil, err
 	}
+	if cfg.CA.CRLURL != "" {
+		authority.Points = []string{cfg.CA.CRLURL}
+	}
 	makers, err := manufacturers(cfg.Enrolment.ManufacturerRoots)
 	if err != nil {
 		return nil, err

@@ -42,6 +42,12 @@ func Init(cfg config.Verifier, w io.Writer) error {
 	if err != nil {
 		return err
 	}
+	if !authority.Lists() {
+		if err := cakey.Renew(cfg.CA.Certificate, authority, time.Now()); err != nil {
+			return fmt.Errorf("%w (of one whose key is in a TPM, 'virt-trust-signer init NAME' does so)", err)
+		}
+		fmt.Fprintf(w, "made the certificate of the CA anew, so that it signs revocation lists: %s\n", cfg.CA.Certificate)
+	}
 	if missing(cfg.Results.Keys) {
 		if err := resultkeys.Rotate(cfg.Results.Keys); err != nil {
 			return fmt.Errorf("making the keys of results: %w", err)

@@ -38,6 +38,7 @@ type Verifier struct {
 type VerifierCA struct {
 	Certificate string `toml:"certificate"` // PEM
 	Key         string `toml:"key"`         // PKCS #8 in PEM
+	CRLURL      string `toml:"crl_url"`     // of the revocation list, for certificates; "" for none
 }
 
 // VerifierRounds is how often nodes are appraised.
@@ -184,6 +185,9 @@ func (c Verifier) check() error {
 	}
 	if c.Rounds.Lifetime <= c.Rounds.Interval {
 		errs = append(errs, errors.New("rounds.lifetime: not longer than rounds.interval: every result would expire before the next"))
+	}
+	if u, err := url.Parse(c.CA.CRLURL); c.CA.CRLURL != "" && (err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || len(c.CA.CRLURL) > 300) {
+		errs = append(errs, fmt.Errorf("ca.crl_url: %.80q is no URL with http or https", c.CA.CRLURL))
 	}
 	if len(c.Listen) == 0 {
 		errs = append(errs, errors.New("listen: empty"))

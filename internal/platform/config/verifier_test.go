@@ -64,6 +64,8 @@ func TestVerifierRefusals(t *testing.T) {
 		"names = [\"\"]":                               "no DNS name",
 		"database = \"mysql://u:secret@h/d\"":          "neither sqlite",
 		"[ca]\nkey = \"ca.pem\"":                       "absolute",
+		"[ca]\ncrl_url = \"ldap://x\"":                 "crl_url",
+		"[ca]\ncrl_url = \"http:///ca.crl\"":           "crl_url",
 		"[rounds]\ninterval = \"10ms\"":                "between",
 		"[rounds]\ninterval = \"5m\"":                  "not longer than",
 		"[results]\naccess = \"all\"":                  "all",

@@ -39,6 +39,7 @@ func TestDocument(t *testing.T) {
 	for _, p := range rounds.Patterns() {
 		code[strings.Replace(p, "/v1/nodes/{id}", "/v1/nodes/{node}", 1)] = "node"
 	}
+	code["GET "+rounds.CRLPath] = operate.Nobody.String()
 	for path, item := range doc.Paths.Map() {
 		for method, op := range item.Operations() {
 			p := method + " " + path

@@ -91,22 +91,26 @@ func (h *Handler) membership(ctx context.Context, n fleet.Node, spki []byte, cer
 		return 0, nil, err
 	}
 	m.CertificateChain = chain(cert.Raw, h.CA.Certificate().Raw)
+	given := []store.Certificate{{Serial: ca.Serial(cert), Node: n.ID, Expires: cert.NotAfter}}
 	if certifier {
-		c, err := h.certifier(n, id)
+		c, fresh, err := h.certifier(ctx, n, id)
 		if err != nil {
 			return 0, nil, err
 		}
+		if fresh {
+			given = append(given, store.Certificate{Serial: ca.Serial(c), Node: n.ID, Expires: c.NotAfter, Data: c.Raw})
+		}
 		m.CertifierChain = chain(c.Raw, h.CA.Certificate().Raw)
 	}
-	if err := h.noteCertificate(ctx, n, cert); err != nil {
+	if err := h.noteCertificates(ctx, n, cert, given); err != nil {
 		return 0, nil, err
 	}
 	return http.StatusOK, m, nil
 }
 
-// noteCertificate writes the newest certificate down before the node has it, unless
-// the node was revoked while it was signed.
-func (h *Handler) noteCertificate(ctx context.Context, n fleet.Node, cert *x509.Certificate) error {
+// noteCertificates writes down what was given, of which cert is the node's own,
+// before the node has it, unless the node was revoked while it was signed.
+func (h *Handler) noteCertificates(ctx context.Context, n fleet.Node, cert *x509.Certificate, given []store.Certificate) error {
 	serial := ca.Serial(cert)
 	note := h.shown.again("certificate "+n.ID, h.now())
 	return h.Store.Do(ctx, func(tx *store.Tx) error {
@@ -124,6 +128,11 @@ func (h *Handler) noteCertificate(ctx context.Context, n fleet.Node, cert *x509.
 		if _, err := tx.UpdateNode(ctx, now); err != nil {
 			return err
 		}
+		for _, c := range given {
+			if err := tx.AddCertificate(ctx, c); err != nil {
+				return err
+			}
+		}
 		if note {
 			tx.Audit(fleet.AuditEntry{Time: h.now(), Actor: "node " + n.ID, Action: "node.certificate", Subject: n.ID, Detail: detail("serial", serial)})
 		}
@@ -131,12 +140,23 @@ func (h *Handler) noteCertificate(ctx context.Context, n fleet.Node, cert *x509.
 	})
 }
 
-func (h *Handler) certifier(n fleet.Node, id ca.Identity) (*x509.Certificate, error) {
+// certifier gives the certificate of a node's certifier: the last, while that is good
+// for a while yet and says what a new one would say, so that there are few to revoke.
+func (h *Handler) certifier(ctx context.Context, n fleet.Node, id ca.Identity) (c *x509.Certificate, fresh bool, err error) {
 	spki, err := ca.CertifierSPKI(n.Certifier)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	return h.CA.Certifier(id, spki, h.now())
+	der, err := h.Store.CertifierCertificate(ctx, n.ID)
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return nil, false, err
+	}
+	now := h.now()
+	if last, err := x509.ParseCertificate(der); err == nil && h.CA.Still(last, id, spki, now) {
+		return last, false, nil
+	}
+	c, err = h.CA.Certifier(id, spki, now)
+	return c, true, err
 }
 
 // firstWord gives the code that a fleet.Node.Problem begins with.

@@ -64,7 +64,7 @@ func (nobody) Round(appraise.Tier, int, time.Duration, error) {}
 func (nobody) Refused(ca.Code)                                {}
 func (nobody) Enrolled(string)                                {}
 
-// Handler serves /v1/enrolments, /v1/enrolments/{id} and /v1/nodes/{id}/….
+// Handler serves /v1/enrolments, /v1/enrolments/{id}, /v1/nodes/{id}/… and /v1/crl.
 type Handler struct {
 	Options
 	mux       *http.ServeMux
@@ -73,6 +73,7 @@ type Handler struct {
 	busy      sync.Map // IDs of nodes whose Evidence is at work
 	nodes     nodes    // caches
 	shown     shown
+	lists     lists
 }
 
 // New makes the handler.
@@ -106,6 +107,7 @@ func New(o Options) (*Handler, error) {
 	h.mux.HandleFunc("POST /v1/nodes/{id}/certificates", h.unknown(h.certificate))
 	h.mux.HandleFunc("POST /v1/nodes/{id}/rounds", h.known(h.round))
 	h.mux.HandleFunc("POST /v1/nodes/{id}/evidence", h.known(h.evidence))
+	h.mux.HandleFunc("GET "+CRLPath, h.crl)
 	return h, nil
 }
 
@@ -113,7 +115,7 @@ func New(o Options) (*Handler, error) {
 func Patterns() []string {
 	return []string{
 		"POST /v1/enrolments", "POST /v1/enrolments/{id}", "POST /v1/nodes/{id}/challenges", "POST /v1/nodes/{id}/certificates",
-		"POST /v1/nodes/{id}/rounds", "POST /v1/nodes/{id}/evidence",
+		"POST /v1/nodes/{id}/rounds", "POST /v1/nodes/{id}/evidence", "GET " + CRLPath,
 	}
 }
 
@@ -126,12 +128,14 @@ func (h *Handler) now() time.Time { return h.Now().Round(0) }
 // handler is a request's: what it gives is the answer in JSON, with its status.
 type handler func(*http.Request) (status int, answer any, err error)
 
+var tooMany = &ca.Refusal{Code: ca.TooMany, What: "too many requests from this address; try again in a minute"}
+
 // unknown serves requests of those who need no certificate, as often as their
 // address may.
 func (h *Handler) unknown(f handler) http.HandlerFunc {
 	return h.serve(func(r *http.Request) (int, any, error) {
 		if !h.anonymous.allow(r.RemoteAddr, h.Now()) {
-			return 0, nil, &ca.Refusal{Code: ca.TooMany, What: "too many requests from this address; try again in a minute"}
+			return 0, nil, tooMany
 		}
 		return f(r)
 	})
