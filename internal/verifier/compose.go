@@ -1,6 +1,7 @@
 package verifier
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -253,7 +254,7 @@ func newLogins(cfg config.Verifier, db *store.Store) (*logins, error) {
 func (l *logins) set(cfg config.Verifier) error {
 	n := &login.Login{Sessions: l.db, SessionTime: time.Duration(cfg.People.SessionTime), Source: api.Source, Now: time.Now}
 	for _, t := range cfg.Tokens {
-		a := operate.Actor{Name: t.Name}
+		a := operate.Actor{Name: cmp.Or(t.Person, t.Name)}
 		if err := a.Role.UnmarshalText([]byte(t.Role)); err != nil {
 			return err
 		}

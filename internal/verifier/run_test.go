@@ -246,11 +246,11 @@ func TestReload(t *testing.T) {
 	if err := Rotate(s.cfg, io.Discard); err != nil {
 		t.Fatal(err)
 	}
-	s.cfg.Tokens = []config.VerifierToken{{Name: "nina", Role: "reader", SHA256: digestOf("another token")}}
+	s.cfg.Tokens = []config.VerifierToken{{Name: "laptop", Person: "nina", Role: "reader", SHA256: digestOf("another token")}}
 	v.reload <- struct{}{}
 	v.reload <- struct{}{} // the one before is done
-	if code, _, _ := ask(c, "GET", v.url("/v1/me"), "another token", ""); code != 200 {
-		t.Fatalf("nothing changed: %d", code)
+	if code, _, body := ask(c, "GET", v.url("/v1/me"), "another token", ""); code != 200 || !strings.Contains(body, `"nina"`) {
+		t.Fatalf("%d %s", code, body)
 	}
 	if code, _, _ := ask(c, "GET", v.url("/v1/me"), adminToken, ""); code != 401 {
 		t.Errorf("a token that was taken out: %d", code)

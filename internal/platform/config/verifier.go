@@ -112,6 +112,7 @@ type VerifierLimits struct {
 // its digest only.
 type VerifierToken struct {
 	Name   string `toml:"name"`
+	Person string `toml:"person"` // whose it is, as the OpenID provider names him; "" for Name
 	Role   string `toml:"role"`   // reader, operator, policy
 	SHA256 string `toml:"sha256"` // hexadecimal
 }
@@ -205,7 +206,7 @@ func (c Verifier) check() error {
 			errs = append(errs, fmt.Errorf("webhooks.allow_networks: %w", err))
 		}
 	}
-	return errors.Join(append(errs, c.OIDC.check(), checkTokens(c.Tokens))...)
+	return errors.Join(append(errs, c.OIDC.check(), checkTokens(c.Tokens), c.checkPersons())...)
 }
 
 func (o VerifierOIDC) check() error {
@@ -238,7 +239,10 @@ func checkTokens(tokens []VerifierToken) error {
 	for i, t := range tokens {
 		key := fmt.Sprintf("token %d", i+1)
 		errs = append(errs, oneOf(key+": role", t.Role, "reader", "operator", "policy"))
-		if t.Name == "" || len(t.Name) > 100 || strings.ContainsFunc(t.Name, func(r rune) bool { return !unicode.IsGraphic(r) }) {
+		strange := func(s string) bool {
+			return len(s) > 100 || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsGraphic(r) })
+		}
+		if t.Name == "" || strange(t.Name) || strange(t.Person) {
 			errs = append(errs, fmt.Errorf("%s: it has no name, or a strange one", key))
 		}
 		if b, err := hex.DecodeString(t.SHA256); err != nil || len(b) != 32 || strings.ToLower(t.SHA256) != t.SHA256 {
@@ -252,6 +256,18 @@ func checkTokens(tokens []VerifierToken) error {
 			errs = append(errs, fmt.Errorf("%s: its name or digest stands there twice", key))
 		}
 		names[t.Name], digests[t.SHA256] = true, true
+	}
+	return errors.Join(errs...)
+}
+
+// checkPersons: where people log in by two ways and two have to agree, it has to be
+// known who is who.
+func (c Verifier) checkPersons() error {
+	var errs []error
+	for _, t := range c.Tokens {
+		if c.Policy.FourEyes && c.OIDC.Issuer != "" && t.Role != "reader" && t.Person == "" {
+			errs = append(errs, fmt.Errorf("token of %q: with policy.four_eyes and oidc it needs a person, as the claim %q names him: one who has both would count as two", t.Name, c.OIDC.NameClaim))
+		}
 	}
 	return errors.Join(errs...)
 }

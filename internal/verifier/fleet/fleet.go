@@ -3,6 +3,7 @@
 package fleet
 
 import (
+	"strings"
 	"time"
 
 	"virt-trust/internal/appraise/tier"
@@ -215,3 +216,7 @@ type JoinToken struct {
 	Used    time.Time // zero while it has not been
 	UsedBy  string    // node ID
 }
+
+// SamePerson says whether two names are one person's, for four eyes. A name is often
+// an e-mail address, which people and providers spell in upper and lower case.
+func SamePerson(a, b string) bool { return strings.EqualFold(a, b) }

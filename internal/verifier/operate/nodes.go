@@ -23,7 +23,7 @@ func (s *Service) Approve(ctx context.Context, a Actor, node string) (n fleet.No
 			if err != nil {
 				return err
 			}
-			if giver == a.Name {
+			if fleet.SamePerson(giver, a.Name) {
 				return fmt.Errorf("%w: the node came with a join token of %s", ErrSamePerson, giver)
 			}
 		}

@@ -161,8 +161,10 @@ func TestFourEyesForNodes(t *testing.T) {
 	if err := s.Store.Do(ctx, func(tx *store.Tx) error { return tx.UseToken(ctx, token.Digest, "n-a", "a") }); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Approve(ctx, otto, "a"); !errors.Is(err, ErrSamePerson) {
-		t.Errorf("%v", err)
+	for _, a := range []Actor{otto, {"OTTO", Operator}} {
+		if _, err := s.Approve(ctx, a, "a"); !errors.Is(err, ErrSamePerson) {
+			t.Errorf("%v", err)
+		}
 	}
 	if n, err := s.Approve(ctx, paula, "a"); err != nil || n.State != fleet.Active || n.ApprovedBy != "paula" {
 		t.Errorf("%+v %v", n, err)

@@ -60,7 +60,7 @@ func (s *Service) ProposedPolicy(ctx context.Context, a Actor) (fleet.Setting, e
 // ErrSamePerson, ErrConflict where it is not the newest proposal.
 func (s *Service) ApprovePolicy(ctx context.Context, a Actor, version int64) (set fleet.Setting, err error) {
 	err = s.settle(ctx, a, version, func(tx *store.Tx, p fleet.Setting) error {
-		if p.By == a.Name {
+		if fleet.SamePerson(p.By, a.Name) {
 			return ErrSamePerson
 		}
 		if err := s.CheckPolicy(p.Data); err != nil {

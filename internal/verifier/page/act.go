@@ -370,7 +370,7 @@ func (p *Page) approvalsPage(r *http.Request) (view, error) {
 	s, err := p.Operator.ProposedPolicy(ctx, a)
 	switch {
 	case err == nil:
-		d.Policy, d.Mine = &s, s.By == a.Name
+		d.Policy, d.Mine = &s, fleet.SamePerson(s.By, a.Name)
 	case !errors.Is(err, operate.ErrNotFound) && !errors.Is(err, store.ErrNotFound) && !errors.Is(err, operate.ErrForbidden):
 		return view{}, err
 	}
@@ -453,7 +453,7 @@ func (p *Page) valueRows(ctx context.Context, vs []fleet.Value, a operate.Actor)
 			}
 			names[v.Subject] = w
 		}
-		w.Value, w.Mine = v, v.FourEyes && v.By == a.Name
+		w.Value, w.Mine = v, v.FourEyes && fleet.SamePerson(v.By, a.Name)
 		out = append(out, w)
 	}
 	return out

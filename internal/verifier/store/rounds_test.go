@@ -559,6 +559,7 @@ func TestValues(t *testing.T) {
 			return b.Do(ctx, func(tx *Tx) error { return tx.SetValueState(ctx, id, from, to, who) })
 		}
 		wantErr(t, set(fleet.Proposed, fleet.Approved, "anna"), ErrSamePerson)
+		wantErr(t, set(fleet.Proposed, fleet.Approved, "Anna"), ErrSamePerson)
 		wantErr(t, set(fleet.Proposed, fleet.Approved, ""), ErrSamePerson)
 		wantErr(t, set(fleet.Approved, fleet.Rejected, "berta"), ErrVersion)
 		for _, second := range []string{"", "anna"} {
