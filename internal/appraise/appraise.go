@@ -196,7 +196,7 @@ func (r *round) begin() {
 	n.Values, n.Policy = r.values.revision(), r.policy.revision
 	own := r.in.view(r.in.Node.ID)
 	r.learnLaunchers = r.in.Learn && !n.Launchers && !own.hasLauncher() && !own.rejected(fleet.Launcher)
-	r.learnHost = r.in.Learn && !n.Learned && !own.hasHost() && !own.rejected(fleet.HostEvent, fleet.HostPCR, fleet.HostIMA)
+	r.learnHost = r.in.Learn && !n.Learned && !own.hasHost(pcrPath(r.policy.Bank, r.policy.LaunchPCR)) && !own.rejected(fleet.HostEvent, fleet.HostPCR, fleet.HostIMA)
 	// A part of a log was appraised while the host was not to be learned.
 	r.again = r.learnHost && r.sameBoot && (n.Events.Size > 0 || n.IMA.At.Offset > 0)
 	r.learnHost = r.learnHost && !r.again

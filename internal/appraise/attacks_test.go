@@ -681,6 +681,24 @@ func TestLaunchLogs(t *testing.T) {
 		early.Tick(time.Minute)
 	}
 
+	// Of what came later, what the finding names is that value; and it keeps the host
+	// from being learned by no means.
+	b.values, b.state, b.learn = nil, nil, false
+	early.Tick(time.Minute)
+	b.round(forge.Options{})
+	i := slices.IndexFunc(b.result.Host.Reasons, func(r Reason) bool { return r.Code == CodeLaunchBefore })
+	if i < 0 {
+		t.Fatal(dump(b.result.Host.Reasons))
+	}
+	r := b.result.Host.Reasons[i]
+	b.values = []fleet.Value{{Subject: nodeID, Kind: fleet.HostPCR, Path: r.Path, Digest: r.Digest, State: fleet.Approved}}
+	b.learn = true
+	for range 2 {
+		early.Tick(time.Minute)
+		b.round(forge.Options{})
+	}
+	b.want(Affirming)
+
 	h := forge.NewHost("sha256", bootLog(t, "sd"), epoch)
 	h.Log(launchlog.Entry{Event: launchlog.EventBoot, Boot: &launchlog.Boot{
 		ID: h.BootID, ResetCount: h.TPM.Resets, PCR: 15, Before: map[string]string{"sha256": hex.EncodeToString(make([]byte, 32))}, Gap: "it was deleted",

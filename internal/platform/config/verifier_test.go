@@ -109,7 +109,7 @@ func TestVerifierPersons(t *testing.T) {
 		both + token("role = \"reader\""):                                 false,
 		one + token("role = \"policy\""):                                  false,
 		"[policy]\nfour_eyes = true\n" + token("role = \"policy\""):       false,
-		both + token("role = \"policy\"\nperson = \"a\\u0007\""):           true,
+		both + token("role = \"policy\"\nperson = \"a\\u0007\""):          true,
 	} {
 		if _, err := ParseVerifier([]byte(text)); (err != nil) != bad {
 			t.Errorf("%s: %v", text, err)

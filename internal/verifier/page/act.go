@@ -425,7 +425,7 @@ func (p *Page) changedHosts(ctx context.Context, sum fleet.Summary) ([]row, erro
 func approvableCode(code string) bool {
 	switch code {
 	case appraise.CodeEventUnknown, appraise.CodeIMAUnknown, appraise.CodeIMAChanged, appraise.CodeIMAWithdrawn, appraise.CodeLauncherUnknown,
-		appraise.CodeHostPCR, appraise.CodeVMPCR:
+		appraise.CodeHostPCR, appraise.CodeVMPCR, appraise.CodeLaunchBefore:
 		return true
 	}
 	return false
