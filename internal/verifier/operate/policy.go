@@ -2,6 +2,7 @@ package operate
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 
@@ -33,7 +34,7 @@ func (s *Service) SetPolicy(ctx context.Context, a Actor, document []byte, versi
 		if err := tx.PutSetting(ctx, set); err != nil {
 			return err
 		}
-		if err := s.audit(tx, a, "policy.set", name, detail{"version": version, "document": string(document)}); err != nil {
+		if err := s.audit(tx, a, "policy.set", name, documented(version, document)); err != nil {
 			return err
 		}
 		if !s.FourEyes {
@@ -42,6 +43,12 @@ func (s *Service) SetPolicy(ctx context.Context, a Actor, document []byte, versi
 		return webhook.Queue(ctx, tx, webhook.Proposed(webhook.ProposedData{By: a.Name, Count: 1, What: "policy"}, s.Now()))
 	})
 	return set, err
+}
+
+// documented is what the audit log says of a policy: it may be longer than an entry,
+// and is kept with all its versions in the store.
+func documented(version int64, document []byte) detail {
+	return detail{"version": version, "sha256": fmt.Sprintf("%x", sha256.Sum256(document)), "bytes": len(document)}
 }
 
 // ProposedPolicy gives the policy that waits for a second person; ErrNotFound.
@@ -74,7 +81,9 @@ func (s *Service) ApprovePolicy(ctx context.Context, a Actor, version int64) (se
 		if err := tx.PutSetting(ctx, set); err != nil {
 			return err
 		}
-		return s.audit(tx, a, "policy.approve", PolicySetting, detail{"version": set.Version, "proposed": version, "by": p.By})
+		d := documented(set.Version, p.Data)
+		d["proposed"], d["by"] = version, p.By
+		return s.audit(tx, a, "policy.approve", PolicySetting, d)
 	})
 	return set, err
 }
