@@ -152,7 +152,7 @@ func findNode(ctx context.Context, v *verifier, name string) (*fleetNode, error)
 	if err != nil {
 		return nil, err
 	}
-	nodes = slices.DeleteFunc(nodes, func(n fleetNode) bool { return n.ID != name && n.Name != name })
+	nodes = slices.DeleteFunc(nodes, func(n fleetNode) bool { return n.ID != name && !strings.EqualFold(n.Name, name) })
 	if len(nodes) == 0 {
 		return nil, nil
 	}

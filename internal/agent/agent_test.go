@@ -125,6 +125,11 @@ func TestRefusedEnrolments(t *testing.T) {
 	}
 	wantCode(t, enrol(other, EnrolOptions{Token: v.token("", time.Hour), Name: "host-a"}), ca.NameTaken)
 	shown("another TPM under a known name", ca.NameTaken)
+	wantCode(t, enrol(other, EnrolOptions{Token: v.token("", time.Hour), Name: "HOST-a"}), ca.NameTaken)
+	wantCode(t, enrol(other, EnrolOptions{Token: v.token("", time.Hour), Name: "host-\u0430"}), ca.NameBad) // a Cyrillic one
+	if again := must[Status](t)(newTestAgent(t, m, "").Enrol(t.Context(), v.url(), EnrolOptions{Token: v.token("", time.Hour), Name: "Host-A"})); again.Node != st.Node {
+		t.Errorf("another node: %+v", again)
+	}
 	wantCode(t, enrol(m, EnrolOptions{Token: v.token("", time.Hour), Name: "host-x"}), ca.EKKnown)
 	shown("a known TPM under another name", ca.EKKnown)
 	m.newKeys()

@@ -53,7 +53,7 @@ type Decision struct {
 // needs no token, because it shows that it still has the TPM. Anything between
 // that and an entirely new node is someone who wants to be another.
 func Decide(c Claim, k Known, r Rules) (Decision, error) {
-	if !ValidName(c.Name) {
+	if !ValidName(c.Name) || c.Name != FoldName(c.Name) {
 		return Decision{}, refuse(NameBad, "%.60q is no name for a node: a host name is", c.Name)
 	}
 	if n := k.ByEK; n != nil {

@@ -400,6 +400,7 @@ func TestDecide(t *testing.T) {
 	}{
 		"no token":            {Claim{Name: "a", Keys: keys}, Known{}, TokenMissing, ""},
 		"no name":             {Claim{Name: "a\n", Keys: keys, Token: true}, Known{}, NameBad, ""},
+		"upper case":          {Claim{Name: "A", Keys: others, Token: true}, Known{}, NameBad, ""},
 		"name takeover":       {Claim{Name: "a", Keys: others, Token: true}, Known{ByName: node}, NameTaken, "id-a"},
 		"TPM under two names": {Claim{Name: "b", Keys: keys, Token: true}, Known{ByEK: node, ByAK: node}, EKKnown, "id-a"},
 		"TPM under another's": {Claim{Name: "b", Keys: keys, Token: true}, Known{ByName: nodeOf("b", others, nil), ByEK: node}, EKKnown, "id-a"},

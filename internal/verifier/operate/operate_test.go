@@ -154,6 +154,9 @@ func TestFourEyesForNodes(t *testing.T) {
 	s := newService(t)
 	s.FourEyes = true
 	ctx := t.Context()
+	if _, named, err := s.CreateToken(ctx, otto, "HV-01.Example", time.Hour); err != nil || named.Name != "hv-01.example" {
+		t.Errorf("%+v %v", named, err)
+	}
 	_, token, err := s.CreateToken(ctx, otto, "", time.Hour)
 	if err != nil {
 		t.Fatal(err)
@@ -174,7 +177,7 @@ func TestFourEyesForNodes(t *testing.T) {
 	if _, err := s.Approve(ctx, otto, "b"); err != nil {
 		t.Errorf("%v", err)
 	}
-	if log := s.actions(t); !slices.Equal(log, []string{"otto node.approve", "paula node.approve", "otto token.create"}) {
+	if log := s.actions(t); !slices.Equal(log, []string{"otto node.approve", "paula node.approve", "otto token.create", "otto token.create"}) {
 		t.Errorf("%q", log)
 	}
 }

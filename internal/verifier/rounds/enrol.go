@@ -45,6 +45,7 @@ func (h *Handler) begin(r *http.Request) (int, any, error) {
 	if err := readJSON(r, &q); err != nil {
 		return 0, nil, err
 	}
+	q.Name = ca.FoldName(q.Name)
 	if len(q.Token) > 64 || len(q.Address) > 300 || !ca.ValidName(q.Name) {
 		return 0, nil, refuse(ca.NameBad, "%.60q is no name for a node: a host name is", q.Name)
 	}
