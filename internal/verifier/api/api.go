@@ -218,6 +218,19 @@ type created struct{ v any }
 // person says who asks, within the rates of people and of addresses.
 func (a *API) person(r *http.Request) (operate.Actor, error) {
 	now, source := a.Now(), Source(r)
+	if len(r.Header["Authorization"])+len(r.Cookies()) == 0 && r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
+		// A node is not limited by what others ask at its address.
+		n, ok, err := a.Node(r)
+		if err != nil {
+			return operate.Actor{}, err
+		}
+		if ok {
+			if wait, ok := a.persons.allow("node "+n.ID, now); !ok {
+				return operate.Actor{}, tooMany(wait)
+			}
+			return operate.Actor{}, nil
+		}
+	}
 	if a.others.spent(source, now) && !cheap(r) {
 		return operate.Actor{}, tooMany(time.Second)
 	}

@@ -607,6 +607,25 @@ func TestRates(t *testing.T) {
 	h.want(200, "", "", "GET", "/healthz", nil)
 }
 
+// What others ask at an address does not limit a node behind it, which has a rate of
+// its own.
+func TestNodeRate(t *testing.T) {
+	h := newHouse(t, func(c *Config) { c.Requests, c.Others = 5, 2 })
+	h.enrol(nodeID, "alpha", fleet.Active)
+	h.round(h.appraised(nodeID, appraise.Affirming, appraise.Affirming), "")
+	result := "/v1/nodes/" + nodeID + "/result"
+	for range 2 {
+		h.want(401, Unauthenticated, "", "GET", result, nil)
+	}
+	h.want(429, TooMany, "", "GET", result, nil)
+	h.certificate(&h.server.TLS.Certificates[0])
+	h.node = func(r *http.Request) (fleet.Node, bool, error) { return fleet.Node{ID: nodeID}, true, nil }
+	for range 5 {
+		h.want(200, "", "", "GET", result, nil)
+	}
+	h.want(429, TooMany, "", "GET", result, nil)
+}
+
 func TestLimitsAreBounded(t *testing.T) {
 	l, now := newLimits(1), time.Now()
 	l.most = 3

@@ -21,13 +21,16 @@ func (h *Handler) challenge(r *http.Request) (int, any, error) {
 	if err != nil {
 		return 0, nil, err
 	}
+	if err := h.pays(r, "node "+n.ID); err != nil {
+		return 0, nil, err
+	}
 	nonce := make([]byte, 32)
 	if err := h.random(nonce); err != nil {
 		return 0, nil, err
 	}
 	c := nodeapi.Challenge{Nonce: nonce, Expires: h.now().Add(challengeTime)}
 	err = h.Store.PutChallenge(r.Context(), fleet.Challenge{
-		ID: hex.EncodeToString(nonce), Purpose: certificatePurpose, Source: source(r), Data: []byte(n.ID), Expires: c.Expires,
+		ID: hex.EncodeToString(nonce), Purpose: certificatePurpose, Source: n.ID + " " + source(r), Data: []byte(n.ID), Expires: c.Expires,
 	})
 	return http.StatusCreated, c, err
 }
@@ -58,6 +61,9 @@ func (h *Handler) certificate(r *http.Request) (int, any, error) {
 		return 0, nil, refuse(ca.NonceBad, "the nonce was not given out for this, was used, or is too old")
 	}
 	if err != nil {
+		return 0, nil, err
+	}
+	if err := h.pays(r, "challenge "+c.ID); err != nil {
 		return 0, nil, err
 	}
 	n, err := h.node(ctx, string(c.Data))

@@ -48,7 +48,7 @@ func (h *Handler) crl(w http.ResponseWriter, r *http.Request) {
 }
 
 func (h *Handler) lately(r *http.Request) (store.CRL, error) {
-	if !h.anonymous.allow(r.RemoteAddr, h.Now()) {
+	if !h.anonymous.allow(source(r), h.Now()) {
 		return store.CRL{}, tooMany
 	}
 	if !h.CA.Lists() {

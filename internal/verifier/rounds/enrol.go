@@ -2,6 +2,7 @@ package rounds
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -56,6 +57,10 @@ func (h *Handler) begin(r *http.Request) (int, any, error) {
 		}
 		q.Token = ca.TokenDigest(secret)
 	}
+	counted, err := h.counted(r, &q)
+	if err != nil {
+		return 0, nil, err
+	}
 	keys, err := keysOf(&q).Verify()
 	if err != nil {
 		return 0, nil, err
@@ -77,11 +82,27 @@ func (h *Handler) begin(r *http.Request) (int, any, error) {
 		return 0, nil, err
 	}
 	if err := h.Store.PutChallenge(r.Context(), fleet.Challenge{
-		ID: c.ID, Purpose: enrolmentPurpose, Source: source(r), Data: data, Expires: h.now().Add(enrolmentTime),
+		ID: c.ID, Purpose: enrolmentPurpose, Source: counted, Data: data, Expires: h.now().Add(enrolmentTime),
 	}); err != nil {
 		return 0, nil, err
 	}
 	return http.StatusCreated, c, nil
+}
+
+// counted says for whom an enrolment is counted: a join token that is good, or the
+// address.
+func (h *Handler) counted(r *http.Request, q *nodeapi.EnrolmentRequest) (string, error) {
+	key := ""
+	if q.Token != "" {
+		switch t, err := h.Store.Token(r.Context(), q.Token); {
+		case errors.Is(err, store.ErrNotFound):
+		case err != nil:
+			return "", err
+		case t.Used.IsZero() && t.Expires.After(h.now()):
+			key = "token " + t.Digest
+		}
+	}
+	return cmp.Or(key, source(r)), h.pays(r, key)
 }
 
 func (h *Handler) random(b []byte) error {
@@ -130,6 +151,9 @@ func (h *Handler) finish(r *http.Request) (int, any, error) {
 		return 0, nil, refuse(ca.Enrolment, "there is no such enrolment, or it is over: begin anew")
 	}
 	if err != nil {
+		return 0, nil, err
+	}
+	if err := h.pays(r, "challenge "+c.ID); err != nil {
 		return 0, nil, err
 	}
 	var p pending
@@ -297,21 +321,11 @@ func useToken(ctx context.Context, tx *store.Tx, digest, name, node string, name
 }
 
 func tokenOf(ctx context.Context, tx *store.Tx, digest string) (fleet.JoinToken, error) {
-	for page := (store.Page{Limit: 1000}); ; {
-		all, next, err := tx.Tokens(ctx, page)
-		if err != nil {
-			return fleet.JoinToken{}, err
-		}
-		for _, t := range all {
-			if t.Digest == digest {
-				return t, nil
-			}
-		}
-		if next == "" {
-			return fleet.JoinToken{}, refuse(ca.TokenWrong, "the Verifier gave out no such join token")
-		}
-		page.After = next
+	t, err := tx.Token(ctx, digest)
+	if errors.Is(err, store.ErrNotFound) {
+		return t, refuse(ca.TokenWrong, "the Verifier gave out no such join token")
 	}
+	return t, err
 }
 
 // shown remembers what was written down lately, so that nobody fills the audit log

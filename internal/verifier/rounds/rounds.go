@@ -41,7 +41,7 @@ type Options struct {
 	Log           *logrus.Entry
 
 	Interval  time.Duration    // between two rounds of a node [1 min]
-	Anonymous int              // requests a minute of one address without identity [120]
+	Anonymous int              // requests a minute of one address that nobody vouches for, and of each who is vouched for [120]
 	InFlight  int64            // bytes of Evidence that are held at once [256 MiB]
 	Now       func() time.Time // [time.Now]
 	Random    io.Reader        // [crypto/rand]
@@ -68,7 +68,9 @@ func (nobody) Enrolled(string)                                {}
 type Handler struct {
 	Options
 	mux       *http.ServeMux
-	anonymous *addresses
+	anonymous *rates // by address, as are doubtful
+	doubtful  *rates
+	proven    *rates // by what a request has shown
 	budget    budget
 	busy      sync.Map // IDs of nodes whose Evidence is at work
 	nodes     nodes    // caches
@@ -99,7 +101,7 @@ func New(o Options) (*Handler, error) {
 	if o.Observe == nil {
 		o.Observe = nobody{}
 	}
-	h := &Handler{Options: o, mux: http.NewServeMux(), anonymous: newAddresses(o.Anonymous)}
+	h := &Handler{Options: o, mux: http.NewServeMux(), anonymous: newRates(o.Anonymous), doubtful: newRates(doubtRate * o.Anonymous), proven: newRates(o.Anonymous)}
 	h.budget.left = o.InFlight
 	h.mux.HandleFunc("POST /v1/enrolments", h.unknown(h.begin))
 	h.mux.HandleFunc("POST /v1/enrolments/{id}", h.unknown(h.finish))
@@ -130,12 +132,13 @@ type handler func(*http.Request) (status int, answer any, err error)
 
 var tooMany = &ca.Refusal{Code: ca.TooMany, What: "too many requests from this address; try again in a minute"}
 
-// unknown serves requests of those who need no certificate, as often as their
-// address may.
+// unknown serves requests of those who need no certificate, as often as they, or else
+// their address, may.
 func (h *Handler) unknown(f handler) http.HandlerFunc {
 	return h.serve(func(r *http.Request) (int, any, error) {
-		if !h.anonymous.allow(r.RemoteAddr, h.Now()) {
-			return 0, nil, tooMany
+		r, err := h.charged(r)
+		if err != nil {
+			return 0, nil, err
 		}
 		return f(r)
 	})

@@ -2,6 +2,7 @@ package rounds
 
 import (
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"crypto/ecdsa"
@@ -81,6 +82,7 @@ type bench struct {
 	clock   clock
 	policy  *appraise.Policy
 	options func(*Options)
+	open    int // challenges that one may have open; 0: 1000
 }
 
 func newBench(t testing.TB, options func(*Options)) *bench {
@@ -95,7 +97,7 @@ func newBench(t testing.TB, options func(*Options)) *bench {
 
 func (b *bench) start() {
 	b.t.Helper()
-	b.store = must[*store.Store](b.t)(store.Open(context.Background(), b.dsn, store.Options{Now: b.clock.now, Challenge: store.ChallengeLimits{PerSource: 1000, Total: 10_000}}))
+	b.store = must[*store.Store](b.t)(store.Open(context.Background(), b.dsn, store.Options{Now: b.clock.now, Challenge: store.ChallengeLimits{PerSource: cmp.Or(b.open, 1000), Total: 10_000}}))
 	l := logrus.New()
 	l.Out = io.Discard
 	if testing.Verbose() {
