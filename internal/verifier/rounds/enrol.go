@@ -57,13 +57,24 @@ func (h *Handler) begin(r *http.Request) (int, any, error) {
 		}
 		q.Token = ca.TokenDigest(secret)
 	}
-	counted, err := h.counted(r, &q)
+	counted, err := h.goodToken(r.Context(), q.Token)
+	if err == nil && (counted != "" || len(q.Certificate) == 0) {
+		err = h.pays(r, counted)
+	}
 	if err != nil {
 		return 0, nil, err
 	}
 	keys, err := keysOf(&q).Verify()
 	if err != nil {
 		return 0, nil, err
+	}
+	if counted == "" && len(q.Certificate) > 0 {
+		if f := h.CA.Former(q.Certificate, keys); f != nil {
+			counted = "node " + f.Node
+		}
+		if err := h.pays(r, counted); err != nil {
+			return 0, nil, err
+		}
 	}
 	if _, err := h.ekTrust(keys, q.EKCertificate); err != nil {
 		return 0, nil, err
@@ -82,27 +93,27 @@ func (h *Handler) begin(r *http.Request) (int, any, error) {
 		return 0, nil, err
 	}
 	if err := h.Store.PutChallenge(r.Context(), fleet.Challenge{
-		ID: c.ID, Purpose: enrolmentPurpose, Source: counted, Data: data, Expires: h.now().Add(enrolmentTime),
+		ID: c.ID, Purpose: enrolmentPurpose, Source: cmp.Or(counted, source(r)), Data: data, Expires: h.now().Add(enrolmentTime),
 	}); err != nil {
 		return 0, nil, err
 	}
 	return http.StatusCreated, c, nil
 }
 
-// counted says for whom an enrolment is counted: a join token that is good, or the
-// address.
-func (h *Handler) counted(r *http.Request, q *nodeapi.EnrolmentRequest) (string, error) {
-	key := ""
-	if q.Token != "" {
-		switch t, err := h.Store.Token(r.Context(), q.Token); {
-		case errors.Is(err, store.ErrNotFound):
-		case err != nil:
-			return "", err
-		case t.Used.IsZero() && t.Expires.After(h.now()):
-			key = "token " + t.Digest
-		}
+// goodToken says for whom an enrolment is counted that has a join token with which a
+// node could be let in; "" where it has none.
+func (h *Handler) goodToken(ctx context.Context, digest string) (string, error) {
+	if digest == "" {
+		return "", nil
 	}
-	return cmp.Or(key, source(r)), h.pays(r, key)
+	t, err := h.Store.Token(ctx, digest)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		return "", nil
+	case err == nil && t.Used.IsZero() && t.Expires.After(h.now()):
+		return "token " + t.Digest, nil
+	}
+	return "", err
 }
 
 func (h *Handler) random(b []byte) error {
