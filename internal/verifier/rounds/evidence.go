@@ -100,7 +100,7 @@ func (h *Handler) evidence(r *http.Request, id ca.Identity) (int, any, error) {
 	if state.Nonce == nil || h.now().After(state.Expires) {
 		return 0, nil, refuse(ca.NonceBad, "no nonce is outstanding: Evidence replayed, or too late")
 	}
-	if n.Node, err = h.older(ctx, n.Node, r.TLS.PeerCertificates[0]); err != nil {
+	if n.Node, err = h.older(ctx, n.Node, r.TLS.VerifiedChains[0][0]); err != nil {
 		return 0, nil, h.standing(ctx, id.Node, err)
 	}
 	body, held, readErr := h.readEvidence(r)
