@@ -242,7 +242,7 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 	}
 	previous, damaged := appraise.DecodeCheckpoint(state.Checkpoint)
 	parsed := appraise.Parse(body)
-	vms, eks := untrustedVMs(parsed)
+	vms, keys := untrustedVMs(parsed)
 	values, err := h.nodes.values(ctx, h.Store, n, vms)
 	learn := policy.Learn && n.Learns && damaged == nil
 	if err == nil && learn && previous == nil {
@@ -254,7 +254,7 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 	}
 	var others []fleet.VM
 	if err == nil {
-		others, err = h.elsewhere(ctx, n, vms)
+		others, err = h.others(ctx, n, keys)
 	}
 	if err != nil {
 		none(appraise.CodeInternal, "the Reference Values could not be read")
@@ -267,7 +267,9 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 		Learn: learn, Elsewhere: map[string]bool{}, Now: now,
 	}
 	for _, o := range others {
-		in.Elsewhere[o.UUID] = true
+		if o.Node != n.ID {
+			in.Elsewhere[o.UUID] = true
+		}
 	}
 	a.result, a.checkpoint, a.learned = appraise.Round(in)
 	if n := len(a.learned); n > store.MaxValues {
@@ -280,7 +282,7 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 			a.encoded, a.checkpoint = nil, nil
 		}
 	}
-	if err := h.across(ctx, n, &a.result, eks, others); err != nil {
+	if err := h.across(ctx, n, &a.result, others); err != nil {
 		none(appraise.CodeInternal, "the other nodes' VMs could not be compared")
 		h.Log.WithError(err).Error("comparing VMs of several nodes")
 	}
@@ -303,19 +305,17 @@ func nothing(n *node, state store.RoundState, code, what string, now, expires ti
 	return r
 }
 
-// untrustedVMs gives UUIDs, and those with an EK digest, out of a report that
+// untrustedVMs gives UUIDs, and them with their EKs' digests, out of a report that
 // nobody has vouched for yet.
-func untrustedVMs(p *appraise.Parsed) (uuids []string, eks []store.VMKey) {
+func untrustedVMs(p *appraise.Parsed) (uuids []string, keys []store.VMKey) {
 	vms := p.UntrustedVMs()
 	for i := range vms {
 		v := &vms[i]
 		uuid := spell(v.UUID)
 		uuids = append(uuids, uuid)
-		if len(v.EK) > 0 {
-			eks = append(eks, store.VMKey{UUID: uuid, EK: hex.EncodeToString(v.EK)})
-		}
+		keys = append(keys, store.VMKey{UUID: uuid, EK: hex.EncodeToString(v.EK)})
 	}
-	return uuids, eks
+	return uuids, keys
 }
 
 func spell(u [16]byte) string {
@@ -326,10 +326,11 @@ func spell(u [16]byte) string {
 // maxAsked bounds a question for VMs of other nodes.
 const maxAsked = 500
 
-// elsewhere gives the VMs of other nodes that have the same UUIDs.
-func (h *Handler) elsewhere(ctx context.Context, n *node, vms []string) (all []fleet.VM, err error) {
+// others gives the VMs of other nodes, or of this one under other names, that have the
+// same UUIDs or EKs.
+func (h *Handler) others(ctx context.Context, n *node, vms []store.VMKey) (all []fleet.VM, err error) {
 	for batch := range slices.Chunk(vms, maxAsked) {
-		some, err := h.Store.OthersByUUID(ctx, n.ID, batch)
+		some, err := h.Store.Others(ctx, n.ID, batch)
 		if err != nil {
 			return nil, err
 		}
@@ -339,30 +340,29 @@ func (h *Handler) elsewhere(ctx context.Context, n *node, vms []string) (all []f
 }
 
 // across holds the VMs against those of other nodes: two VMs with one EK share a
-// vTPM, a VM runs in one place only, and takes its vTPM along when it moves. others
-// have the same UUIDs.
-func (h *Handler) across(ctx context.Context, n *node, r *appraise.Result, eks []store.VMKey, others []fleet.VM) error {
-	byUUID, fresh := map[string]*appraise.VM{}, []string{}
+// vTPM, a VM runs in one place only, and takes its vTPM along when it moves.
+func (h *Handler) across(ctx context.Context, n *node, r *appraise.Result, others []fleet.VM) error {
+	var fresh []string
 	for i := range r.VMs {
 		v := &r.VMs[i]
-		byUUID[v.UUID] = v
 		if _, known := n.last.tiers[v.UUID]; !known {
 			fresh = append(fresh, v.UUID)
 		}
-	}
-	for i := range others {
-		o := &others[i]
-		v := byUUID[o.UUID]
-		switch {
-		case v == nil:
-		case v.Running && o.Running && n.last.runs(v.UUID) && o.Expires.After(n.last.expires):
-			// Both have said so after both had: while a VM moves, the one that it left has
-			// not spoken again yet.
-			add(v, appraise.Reason{Code: CodeTwice, Tier: appraise.Contraindicated,
-				What: fmt.Sprintf("node %q has this VM running, too", o.NodeName), Digest: v.EK})
-		case another(v.EK, o.EKDigest):
-			add(v, appraise.Reason{Code: CodeElsewhere, Tier: appraise.Warning,
-				What: fmt.Sprintf("node %q has a VM of this UUID, too, with another vTPM", o.NodeName), Digest: v.EK, Expected: o.EKDigest})
+		for j := range others {
+			switch o := &others[j]; {
+			case o.UUID != v.UUID && v.EK != "" && o.EKDigest == v.EK:
+				add(v, appraise.Reason{Code: appraise.CodeVMSharedEK, Tier: appraise.Contraindicated,
+					What: fmt.Sprintf("VM %s of node %q has the same vTPM", o.UUID, o.NodeName), Digest: v.EK})
+			case o.UUID != v.UUID || o.Node == n.ID:
+			case v.Running && o.Running && n.last.runs(v.UUID) && o.Expires.After(n.last.expires):
+				// Both have said so after both had: while a VM moves, the one that it left has
+				// not spoken again yet.
+				add(v, appraise.Reason{Code: CodeTwice, Tier: appraise.Contraindicated,
+					What: fmt.Sprintf("node %q has this VM running, too", o.NodeName), Digest: v.EK})
+			case another(v.EK, o.EKDigest):
+				add(v, appraise.Reason{Code: CodeElsewhere, Tier: appraise.Warning,
+					What: fmt.Sprintf("node %q has a VM of this UUID, too, with another vTPM", o.NodeName), Digest: v.EK, Expected: o.EKDigest})
+			}
 		}
 	}
 	for batch := range slices.Chunk(fresh, maxAsked) {
@@ -371,25 +371,10 @@ func (h *Handler) across(ctx context.Context, n *node, r *appraise.Result, eks [
 			return err
 		}
 		for _, o := range left {
-			if v := byUUID[o.UUID]; another(v.EK, o.EKDigest) {
+			i := slices.IndexFunc(r.VMs, func(v appraise.VM) bool { return v.UUID == o.UUID })
+			if v := &r.VMs[i]; another(v.EK, o.EKDigest) {
 				add(v, appraise.Reason{Code: CodeMoved, Tier: appraise.Warning,
 					What: fmt.Sprintf("node %q had a VM of this UUID, with another vTPM, until %s", o.NodeName, o.Changed.Format(time.RFC3339)), Digest: v.EK, Expected: o.EKDigest})
-			}
-		}
-	}
-	for batch := range slices.Chunk(eks, maxAsked) {
-		others, err := h.Store.OthersByEK(ctx, n.ID, batch)
-		if err != nil {
-			return err
-		}
-		for i := range r.VMs {
-			v := &r.VMs[i]
-			for j := range others {
-				o := &others[j]
-				if v.EK != "" && o.EKDigest == v.EK && o.UUID != v.UUID {
-					add(v, appraise.Reason{Code: appraise.CodeVMSharedEK, Tier: appraise.Contraindicated,
-						What: fmt.Sprintf("VM %s of node %q has the same vTPM", o.UUID, o.NodeName), Digest: v.EK})
-				}
 			}
 		}
 	}

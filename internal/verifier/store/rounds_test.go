@@ -290,10 +290,11 @@ func TestVMs(t *testing.T) {
 			{"", []VMKey{{r.VMs[2].UUID, r.VMs[2].EK}}, []string{r.VMs[2].UUID + n.ID}},
 			{n.ID, []VMKey{{r.VMs[2].UUID, r.VMs[2].EK}}, nil},
 			{n.ID, []VMKey{{r.VMs[2].UUID, ""}}, nil},
+			{n.ID, []VMKey{{r.VMs[1].UUID, ""}}, []string{r.VMs[1].UUID + m.ID}}, // the same name elsewhere
 			{n.ID, nil, nil},
 		} {
 			var got []string
-			for _, v := range must[[]fleet.VM](t)(b.OthersByEK(ctx, c.node, c.own)) {
+			for _, v := range must[[]fleet.VM](t)(b.Others(ctx, c.node, c.own)) {
 				got = append(got, v.UUID+v.Node)
 			}
 			slices.Sort(got)
