@@ -36,6 +36,7 @@ type fleetNode struct {
 	RevokedWhy string         `json:"revoked_why"`
 	EK         string         `json:"ek"`
 	EKTrust    string         `json:"ek_trust"`
+	Learns     *bool          `json:"learns"`
 	Result     *fleetResult   `json:"result"`
 }
 
@@ -94,7 +95,7 @@ func (c *Command) fleetCommand() *cobra.Command {
 	cmd := parent("fleet", "Hosts and VMs as a Verifier sees them")
 	f.add(cmd)
 	cmd.AddCommand(c.fleetList(f, "list", "List the nodes", url.Values{}), c.fleetList(f, "pending", "List the nodes that wait to be let in", url.Values{"state": {"pending"}}),
-		c.fleetShow(f), c.fleetRounds(f), c.fleetDiff(f), c.fleetApprove(f),
+		c.fleetShow(f), c.fleetRounds(f), c.fleetDiff(f), c.fleetApprove(f), c.fleetLearn(f),
 		c.fleetEnd(f, "reject", "Turn a pending node away"), c.fleetEnd(f, "revoke", "End an active node"), c.fleetEnd(f, "dismiss", "Say that a node's problem was looked at"),
 		c.fleetToken(f))
 	return cmd
@@ -151,7 +152,7 @@ func findNode(ctx context.Context, v *verifier, name string) (*fleetNode, error)
 	if err != nil {
 		return nil, err
 	}
-	nodes = slices.DeleteFunc(nodes, func(n fleetNode) bool { return n.ID != name && n.Name != name })
+	nodes = slices.DeleteFunc(nodes, func(n fleetNode) bool { return n.ID != name && !strings.EqualFold(n.Name, name) })
 	if len(nodes) == 0 {
 		return nil, nil
 	}
@@ -223,9 +224,13 @@ func (n fleetNode) write(w io.Writer) {
 	if n.Result != nil {
 		kernel = n.Result.Kernel
 	}
+	learning := ""
+	if n.Learns != nil && !*n.Learns && n.State != "revoked" {
+		learning = "off: approve its rounds, or have it learned ('virt-trust fleet learn')"
+	}
 	fields(w,
 		"Name", reason.OneLine(n.Name), "ID", n.ID, "State", n.State, "Tier", n.Tier, "Problem", reason.OneLine(n.Problem),
-		"Revoked", reason.OneLine(n.RevokedWhy), "Approved by", reason.OneLine(n.ApprovedBy), "EK", n.EK, "EK vouched by", reason.OneLine(n.EKTrust),
+		"Revoked", reason.OneLine(n.RevokedWhy), "Approved by", reason.OneLine(n.ApprovedBy), "EK", n.EK, "EK vouched by", reason.OneLine(n.EKTrust), "Learning", learning,
 		"Kernel", reason.OneLine(kernel), "Last round", local(n.Received), "Good until", local(n.Expires),
 	)
 	if n.Result == nil {
@@ -451,6 +456,24 @@ func (c *Command) act(ctx context.Context, v *verifier, n *fleetNode, action, do
 		return err
 	}
 	return c.print(raw, func(w io.Writer) { fmt.Fprintf(w, "%s: %s\n", reason.OneLine(after.Name), done) })
+}
+
+func (c *Command) fleetLearn(f *verifierFlags) *cobra.Command {
+	var off bool
+	cmd := &cobra.Command{Use: "learn NODE [--off]", Short: "Learn what a node shows for the first time, or do so no more", Args: cobra.ExactArgs(1)}
+	cmd.Flags().BoolVar(&off, "off", false, "do so no more")
+	cmd.RunE = c.verified(f, func(ctx context.Context, v *verifier, args []string) error {
+		n, err := needNode(ctx, v, args[0])
+		if err != nil {
+			return err
+		}
+		done := "what it shows for the first time is learned"
+		if off {
+			done = "nothing of it is learned any more"
+		}
+		return c.act(ctx, v, n, "learn", done, map[string]bool{"on": !off})
+	})
+	return cmd
 }
 
 func (c *Command) fleetEnd(f *verifierFlags, action, short string) *cobra.Command {

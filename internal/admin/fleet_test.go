@@ -163,6 +163,10 @@ func TestFleet(t *testing.T) {
 	o.want(0, "alpha: let in", "otto", "fleet", "approve", "alpha")
 	o.want(ExitRefused, "conflict", "otto", "fleet", "approve", "alpha")
 	o.want(ExitFailed, "no node", "otto", "fleet", "approve", "gamma")
+	// It was not said of this one that it is learned, and with four eyes none is.
+	o.want(ExitRefused, "four_eyes", "otto", "fleet", "learn", "ALPHA")
+	o.want(ExitRefused, "not learned", "otto", "fleet", "learn", "alpha", "--off")
+	o.want(ExitNotAppraised, "Learning:       off", "rita", "fleet", "show", "alpha")
 	if out := o.want(0, "NAME", "rita", "fleet", "pending"); strings.Contains(out, "alpha") {
 		t.Error(out)
 	}

@@ -58,6 +58,9 @@ func TestEnrolAndRounds(t *testing.T) {
 	if !v.audited("node.enrol", n.EKDigest) || !v.audited("node.certificate", n.Serial) {
 		t.Error("the audit log does not know")
 	}
+	if _, err := v.store.CertifierCertificate(t.Context(), n.ID); err != nil || !n.Learns || n.Certified.IsZero() {
+		t.Errorf("the certificates were not noted: %+v, %v", n, err)
+	}
 	// The certifier's chain came along, and is one that virt-trustd takes.
 	chain := testkit.Must[[]*x509.Certificate](t)(ekcert.ParseChain(m.chain))
 	if err := ekcert.VerifyChain(chain, m.tpm.CertifierPublic(), time.Now()); err != nil || !chain[1].Equal(v.ca.Certificate()) {
@@ -135,6 +138,11 @@ func TestRefusedEnrolments(t *testing.T) {
 	}
 	wantCode(t, enrol(other, EnrolOptions{Token: v.token("", time.Hour), Name: "host-a"}), ca.NameTaken)
 	shown("another TPM under a known name", ca.NameTaken)
+	wantCode(t, enrol(other, EnrolOptions{Token: v.token("", time.Hour), Name: "HOST-a"}), ca.NameTaken)
+	wantCode(t, enrol(other, EnrolOptions{Token: v.token("", time.Hour), Name: "host-\u0430"}), ca.NameBad) // a Cyrillic one
+	if again := testkit.Must[Status](t)(newTestAgent(t, m, "").Enrol(t.Context(), v.url(), EnrolOptions{Token: v.token("", time.Hour), Name: "Host-A"})); again.Node != st.Node {
+		t.Errorf("another node: %+v", again)
+	}
 	wantCode(t, enrol(m, EnrolOptions{Token: v.token("", time.Hour), Name: "host-x"}), ca.EKKnown)
 	shown("a known TPM under another name", ca.EKKnown)
 	m.newKeys()
@@ -369,12 +377,15 @@ func TestVerifierFromBackup(t *testing.T) {
 	}
 	v.start()
 	goes(t, a, "asks again", func() bool { return a.Status().State == Pending })
-	if n := v.node(node); n.State != fleet.Pending || n.Problem != string(ca.NodeRestored) {
+	if n := v.node(node); n.State != fleet.Pending || n.Problem != string(ca.NodeRestored) || n.Learns {
 		t.Errorf("%+v", n)
 	}
 	v.set(node, fleet.Active)
 	before := m.rounds()
-	goes(t, a, "rounds again", func() bool { return m.rounds() > before })
+	goes(t, a, "rounds again", func() bool { return m.rounds() > before+1 })
+	if all, _, err := v.store.Values(t.Context(), store.ValueFilter{}, store.Page{}); err != nil || len(all) != 0 {
+		t.Errorf("%d values were learned of a node that was here before, %v", len(all), err)
+	}
 	if a.Status().Node != node {
 		t.Errorf("%+v", a.Status())
 	}

@@ -31,6 +31,9 @@ type round struct {
 	host      []Reason
 	softOnly  bool // Executables is vouched for up to the boot alone: there is no IMA list
 	learnHost bool
+	again     bool // the logs are wanted whole in the next round, which is then learned
+	// learnLaunchers: the first good round in which the host had any is this one.
+	learnLaunchers bool
 	// launchKnown: the launch log was replayed, or there is nothing that it could say.
 	launchKnown bool
 	unknown     map[int]bool  // launchers that are no Reference Values, by number
@@ -192,7 +195,11 @@ func (r *round) begin() {
 	r.values = r.in.view(append([]string{"", r.in.Node.ID}, r.in.Node.Groups...)...)
 	n.Values, n.Policy = r.values.revision(), r.policy.revision
 	own := r.in.view(r.in.Node.ID)
-	r.learnHost = r.in.Learn && !n.Learned && !own.hasHost() && !own.rejected(fleet.HostEvent, fleet.HostPCR, fleet.HostIMA)
+	r.learnLaunchers = r.in.Learn && !n.Launchers && !own.hasLauncher() && !own.rejected(fleet.Launcher)
+	r.learnHost = r.in.Learn && !n.Learned && !own.hasHost(pcrPath(r.policy.Bank, r.policy.LaunchPCR)) && !own.rejected(fleet.HostEvent, fleet.HostPCR, fleet.HostIMA)
+	// A part of a log was appraised while the host was not to be learned.
+	r.again = r.learnHost && r.sameBoot && (n.Events.Size > 0 || n.IMA.At.Offset > 0)
+	r.learnHost = r.learnHost && !r.again
 }
 
 // clock tells reboots from replays and from TPMs that were reset behind the
@@ -350,6 +357,12 @@ func (r *round) conclude(res *Result) {
 	good := rank(n.Host) <= rank(Warning)
 	if r.learnHost && good {
 		n.Learned = true
+	}
+	if good && len(n.Launch.Files) > 0 {
+		n.Launchers = true
+	}
+	if r.again {
+		n.Events, n.IMA = eventState{}, imaState{}
 	}
 	if !good { // nothing is learned of a host that is not right, and not of its VMs
 		r.learned, r.vmLearned = nil, nil

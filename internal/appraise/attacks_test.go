@@ -645,17 +645,36 @@ func TestLaunchLogs(t *testing.T) {
 			}
 		})
 	}
-	// One that is new at a path of its own is learned where the host approved it.
+	// The first that a host has are learned, also after its first round, and no later
+	// ones, at whatever path: also where the first were Reference Values for all.
+	for _, shared := range []bool{false, true} {
+		h := forge.NewHost("sha256", bootLog(t, "sd"), epoch)
+		b := &bench{t: t, host: h, policy: DefaultPolicy(), learn: true}
+		b.round(forge.Options{})
+		b.want(Affirming)
+		h.Tick(time.Minute)
+		h.Launchers([3]string{"swtpm", "/usr/bin/swtpm", "swtpm"})
+		if shared {
+			d := sha256.Sum256([]byte("swtpm"))
+			b.values = append(b.values, fleet.Value{Kind: fleet.Launcher, Path: "/usr/bin/swtpm", Digest: "sha256:" + hex.EncodeToString(d[:]), State: fleet.Approved})
+		}
+		n := len(b.values)
+		b.round(forge.Options{})
+		b.want(Affirming)
+		if got := len(b.values) - n; (got == 0) != shared {
+			t.Errorf("%d launchers learned", got)
+		}
+		h.Tick(time.Minute)
+		h.Launchers([3]string{"emulator", "/opt/evil", "evil"})
+		for range 2 {
+			b.round(forge.Options{})
+			b.want(Warning, CodeLauncherUnknown)
+			h.Tick(time.Minute)
+		}
+	}
 	b := learned(t)
-	n := b.host.Launchers([3]string{"firmware", "/usr/share/OVMF/OVMF_CODE.fd", "firmware"})
-	b.host.Start(b.hostVM("three"), nil, n...)
-	b.host.Tick(time.Hour)
-	b.round(forge.Options{})
-	b.want(Affirming)
-	b.wantVM("three", Affirming)
-	b = learned(t)
 	b.learn = false
-	n = b.host.Launchers([3]string{"firmware", "/usr/share/OVMF/OVMF_CODE.fd", "firmware"})
+	n := b.host.Launchers([3]string{"firmware", "/usr/share/OVMF/OVMF_CODE.fd", "firmware"})
 	b.host.Start(b.hostVM("three"), nil, n...)
 	b.host.Tick(time.Hour)
 	b.round(forge.Options{})
@@ -676,6 +695,24 @@ func TestLaunchLogs(t *testing.T) {
 		b.want(Affirming)
 		early.Tick(time.Minute)
 	}
+
+	// Of what came later, what the finding names is that value; and it keeps the host
+	// from being learned by no means.
+	b.values, b.state, b.learn = nil, nil, false
+	early.Tick(time.Minute)
+	b.round(forge.Options{})
+	i := slices.IndexFunc(b.result.Host.Reasons, func(r Reason) bool { return r.Code == CodeLaunchBefore })
+	if i < 0 {
+		t.Fatal(dump(b.result.Host.Reasons))
+	}
+	r := b.result.Host.Reasons[i]
+	b.values = []fleet.Value{{Subject: nodeID, Kind: fleet.HostPCR, Path: r.Path, Digest: r.Digest, State: fleet.Approved}}
+	b.learn = true
+	for range 2 {
+		early.Tick(time.Minute)
+		b.round(forge.Options{})
+	}
+	b.want(Affirming)
 
 	h := forge.NewHost("sha256", bootLog(t, "sd"), epoch)
 	h.Log(launchlog.Entry{Event: launchlog.EventBoot, Boot: &launchlog.Boot{

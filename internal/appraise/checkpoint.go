@@ -40,6 +40,8 @@ type Checkpoint struct {
 	// Hides is what the TPM adds to the number of its resets in what the AK signs,
 	// as a launch log told that has the true number.
 	Hides *uint32 `cbor:"16,keyasint"`
+	// Launchers: the first good round that had any is over.
+	Launchers bool `cbor:"17,keyasint"`
 }
 
 // eventState is of the firmware's and boot loader's event log, which does not

@@ -29,7 +29,10 @@ type Input struct {
 	// rejected, is taken for right; Learn gives it as Reference Values, which the
 	// caller then stores.
 	Learn bool
-	Now   time.Time
+	// Elsewhere are the UUIDs of VMs that other nodes report, too: whose they are is
+	// not known, and nothing is learned of them.
+	Elsewhere map[string]bool
+	Now       time.Time
 }
 
 // Parsed is Evidence for which nobody has vouched yet.

@@ -151,9 +151,10 @@ func (r *round) launchBefore(b *launchlog.Boot) {
 	})
 }
 
-// launchFiles says of launchers that they are no Reference Values. With Learn, one
-// that the host itself approved, at a path of which nothing is known, is taken for
-// right: a host has its first VM after its first round.
+// launchFiles says of launchers that they are no Reference Values. With Learn, those
+// that the host itself approved, at paths of which nothing is known, are taken for
+// right in the first good round that has any: a host has its first VM after its
+// first round. Not later: a host that was taken over meanwhile approves anything.
 func (r *round) launchFiles(files []launchlog.File) {
 	r.unknown = map[int]bool{}
 	for i := range files {
@@ -176,7 +177,7 @@ func minTier(a, b Tier) Tier {
 }
 
 func (r *round) launcherReason(f *launchlog.File, t Tier, n *int) Reason {
-	if !r.values.has(func(s *subjectValues) bool { return len(s.files[ofLauncher]) > 0 }) {
+	if !r.values.hasLauncher() {
 		t = None // nothing is known of any
 	}
 	return Reason{
@@ -195,7 +196,7 @@ func (r *round) launcherKnown(f *launchlog.File) bool {
 	if r.values.file(ofLauncher, key, []byte(f.Path)) {
 		return true
 	}
-	if r.in.Learn && f.By != "" && len(r.values.at(ofLauncher, []byte(f.Path))) == 0 &&
+	if r.learnLaunchers && f.By != "" && len(r.values.at(ofLauncher, []byte(f.Path))) == 0 &&
 		!r.values.has(func(s *subjectValues) bool { return s.rejected[fleet.Launcher][f.Path] }) {
 		return r.learn(r.in.Node.ID, fleet.Launcher, f.Path, "sha256:"+f.SHA256)
 	}

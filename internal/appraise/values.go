@@ -206,9 +206,20 @@ func (v view) hasEvents() bool {
 	return v.has(func(s *subjectValues) bool { return len(s.events) > 0 })
 }
 
-// hasHost: something was said of the host's boot.
-func (v view) hasHost() bool {
-	return v.has(func(s *subjectValues) bool { return len(s.events) > 0 || len(s.pcrs[ofHost]) > 0 })
+// hasHost: something was said of the host's boot. What the launch PCR held before its
+// log is not of the boot.
+func (v view) hasHost(launchPCR string) bool {
+	return v.has(func(s *subjectValues) bool {
+		pcrs := len(s.pcrs[ofHost])
+		if len(s.pcrs[ofHost][launchPCR]) > 0 {
+			pcrs--
+		}
+		return len(s.events) > 0 || pcrs > 0
+	})
+}
+
+func (v view) hasLauncher() bool {
+	return v.has(func(s *subjectValues) bool { return len(s.files[ofLauncher]) > 0 })
 }
 
 func (v view) hasVM() bool {

@@ -60,7 +60,7 @@ func (r *round) reportedVMs() {
 
 // learnsVM: the VM's first good round is this one.
 func (r *round) learnsVM(uuid string) bool {
-	if own := r.in.view(uuid); !r.in.Learn || own.hasVM() || own.rejected(fleet.VMPCR) {
+	if own := r.in.view(uuid); !r.in.Learn || r.in.Elsewhere[uuid] || own.hasVM() || own.rejected(fleet.VMPCR) {
 		return false
 	}
 	return r.prev == nil || !r.prev.VMs[uuid].Learned

@@ -279,6 +279,10 @@ func TestFleet(t *testing.T) {
 			}
 			if v.node(name).State == "pending" {
 				v.fleet("fleet", "approve", name)
+				// Nothing of a node that was here before is learned by itself.
+				if r := v.fleet("fleet", "learn", name); r.Code != 0 {
+					t.Fatalf("fleet learn: exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
+				}
 			}
 		}
 		v.becomes(t, "alpha", "known again", affirming("web", "db"))

@@ -66,6 +66,9 @@ func Command(ctx context.Context, in Invocation) error {
 		for _, r := range remarks(cfg, time.Now()) {
 			fmt.Fprintln(in.Stdout, "warning:", r)
 		}
+		for _, c := range cautions(cfg) {
+			fmt.Fprintln(in.Stdout, "note:", c)
+		}
 		fmt.Fprintln(in.Stdout, "the configuration is right")
 		return nil
 	}

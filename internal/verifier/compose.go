@@ -1,6 +1,7 @@
 package verifier
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -51,6 +52,9 @@ func open(ctx context.Context, o Options) (*verifier, error) {
 	authority, err := cakey.Open(cfg.CA.Certificate, cfg.CA.Key)
 	if err != nil {
 		return nil, err
+	}
+	if cfg.CA.CRLURL != "" {
+		authority.Points = []string{cfg.CA.CRLURL}
 	}
 	makers, err := manufacturers(cfg.Enrolment.ManufacturerRoots)
 	if err != nil {
@@ -119,17 +123,17 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 		guard.Allow = append(guard.Allow, p)
 	}
 	v.sender = &webhook.Sender{Queue: v.store, Client: guard.Client(), Now: time.Now, Log: o.Log, Observe: v.metrics.Delivered}
-	policy := &policies{store: v.store, learn: cfg.Policy.ReferenceValues == "learn", unset: defaultPolicy(cfg)}
+	policy := &policies{store: v.store, learn: learns(cfg), unset: defaultPolicy(cfg)}
 
 	nodes, err := rounds.New(rounds.Options{
-		Store: v.store, CA: authority, Manufacturers: makers, Policy: policy.get, Rules: ca.Rules{Operator: cfg.Enrolment.Approval == "operator"},
+		Store: v.store, CA: authority, Manufacturers: makers, Policy: policy.get, Rules: admission(cfg),
 		Log: o.Log, Interval: time.Duration(cfg.Rounds.Interval), Anonymous: cfg.Limits.Anonymous, Observe: v.metrics,
 	})
 	if err != nil {
 		return err
 	}
 	service := &operate.Service{
-		Store: v.store, Pin: authority.Pin(), FourEyes: cfg.Policy.FourEyes, ManifestKeys: manifests,
+		Store: v.store, Pin: authority.Pin(), FourEyes: cfg.Policy.FourEyes, Learning: learns(cfg), ManifestKeys: manifests,
 		Unset: policy.document(), Guard: guard, Deliver: v.sender.Deliver, Now: time.Now,
 	}
 	people := api.New(api.Config{
@@ -154,7 +158,7 @@ func (v *verifier) compose(o Options, authority *ca.Authority, makers *ca.Manufa
 		mux.Handle(pattern, people.Person(v.login.serve(pattern)))
 	}
 	web, err := page.New(page.Config{
-		Store: v.store, Operator: service, OIDC: cfg.OIDC.Issuer != "", FourEyes: cfg.Policy.FourEyes, HookEvents: webhook.Events(), Log: o.Log,
+		Store: v.store, Operator: service, OIDC: cfg.OIDC.Issuer != "", FourEyes: cfg.Policy.FourEyes, Learn: learns(cfg), HookEvents: webhook.Events(), Log: o.Log,
 		Nodes: func() string { return v.enrolAt(own[0]) },
 	})
 	if err != nil {
@@ -185,6 +189,16 @@ func (v *verifier) enrolAt(name string) string {
 		return net.JoinHostPort(name, strconv.Itoa(a.Port))
 	}
 	return ""
+}
+
+// learns: with four eyes nothing is, since nobody has looked.
+func learns(cfg config.Verifier) bool {
+	return cfg.Policy.ReferenceValues == "learn" && !cfg.Policy.FourEyes
+}
+
+// admission: with four eyes a token alone, which one person gives out, lets nobody in.
+func admission(cfg config.Verifier) ca.Rules {
+	return ca.Rules{Operator: cfg.Enrolment.Approval == "operator" || cfg.Policy.FourEyes}
 }
 
 // protect does for every answer what browsers have to be told, and refuses what
@@ -268,7 +282,7 @@ func newLogins(cfg config.Verifier, db *store.Store) (*logins, error) {
 func (l *logins) set(cfg config.Verifier) error {
 	n := &login.Login{Sessions: l.db, SessionTime: time.Duration(cfg.People.SessionTime), Source: api.Source, Now: time.Now}
 	for _, t := range cfg.Tokens {
-		a := operate.Actor{Name: t.Name}
+		a := operate.Actor{Name: cmp.Or(t.Person, t.Name)}
 		if err := a.Role.UnmarshalText([]byte(t.Role)); err != nil {
 			return err
 		}

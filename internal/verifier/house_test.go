@@ -226,7 +226,7 @@ func (s *setting) enrol(db *store.Store, n int) *host {
 	}
 	err = db.Do(context.Background(), func(tx *store.Tx) error {
 		return tx.PutNode(context.Background(), fleet.Node{
-			ID: h.id, Name: name, State: fleet.Active, EKDigest: hex.EncodeToString(d[:]), EKTrust: "manufacturer", AK: h.TPM.AK(), AKName: h.TPM.AKName(),
+			ID: h.id, Name: name, State: fleet.Active, EKDigest: hex.EncodeToString(d[:]), EKTrust: "manufacturer", Learns: true, AK: h.TPM.AK(), AKName: h.TPM.AKName(),
 			BindName: h.TPM.AKName(), Bind: h.TPM.AK(), Certifier: h.TPM.AK(), Enrolled: time.Now(),
 		})
 	})

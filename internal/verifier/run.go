@@ -37,6 +37,9 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	defer v.store.Close()
+	for _, c := range cautions(o.Config) {
+		o.Log.Info(c)
+	}
 	nodes, browsers := o.Listeners, o.Browsers
 	if nodes == nil {
 		if nodes, browsers, err = listeners(o.Config); err != nil {

@@ -42,6 +42,12 @@ func Init(cfg config.Verifier, w io.Writer) error {
 	if err != nil {
 		return err
 	}
+	if !authority.Lists() {
+		if err := cakey.Renew(cfg.CA.Certificate, authority, time.Now()); err != nil {
+			return fmt.Errorf("%w (of one whose key is in a TPM, 'virt-trust-signer init NAME' does so)", err)
+		}
+		fmt.Fprintf(w, "made the certificate of the CA anew, so that it signs revocation lists: %s\n", cfg.CA.Certificate)
+	}
 	if missing(cfg.Results.Keys) {
 		if err := resultkeys.Rotate(cfg.Results.Keys); err != nil {
 			return fmt.Errorf("making the keys of results: %w", err)
@@ -107,6 +113,18 @@ func Check(cfg config.Verifier) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// cautions are what a configuration that is right leads to, and who wrote it may not
+// think of.
+func cautions(cfg config.Verifier) (all []string) {
+	if cfg.Policy.FourEyes && cfg.Policy.ReferenceValues == "learn" {
+		all = append(all, `with policy.four_eyes nothing is learned, whatever policy.reference_values says: two people approve what first rounds show, or import it`)
+	}
+	if cfg.Policy.FourEyes && cfg.Enrolment.Approval == "manufacturer" {
+		all = append(all, `with policy.four_eyes each node waits for an operator who did not give out its join token, whatever enrolment.approval says`)
+	}
+	return all
 }
 
 // names are the Verifier's own.

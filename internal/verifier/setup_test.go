@@ -18,6 +18,7 @@ import (
 	"testing"
 
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/verifier/cakey"
 	"virt-trust/internal/verifier/resultkeys"
 	"virt-trust/internal/verifier/store/storetest"
 )
@@ -211,5 +212,43 @@ func TestCommand(t *testing.T) {
 		if _, err := run(command); err == nil || !strings.Contains(err.Error(), "line 1: unknown key") {
 			t.Errorf("%s: %v", command, err)
 		}
+	}
+}
+
+// A CA from before there were revocation lists signs them after init, and keeps its
+// key; a new one is left as it is.
+func TestInitRenews(t *testing.T) {
+	s := newSetting(t, storetest.SQLite(t))
+	a, err := cakey.Open(s.cfg.CA.Certificate, s.cfg.CA.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := *a.Certificate()
+	old.KeyUsage, old.ExtraExtensions = x509.KeyUsageCertSign, nil
+	der, err := x509.CreateCertificate(rand.Reader, &old, &old, old.PublicKey, a.Key())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(s.cfg.CA.Certificate, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	v := s.start()
+	if code, _, body := ask(s.client(), "GET", v.url("/v1/crl"), "", ""); code != 404 || !strings.Contains(body, "no-revocation-list") {
+		t.Errorf("%d %s", code, body)
+	}
+	if err := v.stop(); err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	if err := Init(s.cfg, &out); err != nil || !strings.Contains(out.String(), "anew") {
+		t.Fatalf("%v %s", err, &out)
+	}
+	b, err := cakey.Open(s.cfg.CA.Certificate, s.cfg.CA.Key)
+	if err != nil || !b.Lists() || b.Pin() != a.Pin() {
+		t.Fatalf("%v", err)
+	}
+	v = s.start()
+	if code, h, _ := ask(s.client(), "GET", v.url("/v1/crl"), "", ""); code != 200 || h.Get("Content-Type") != "application/pkix-crl" {
+		t.Errorf("%d %v", code, h)
 	}
 }

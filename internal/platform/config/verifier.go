@@ -40,6 +40,7 @@ type Verifier struct {
 type VerifierCA struct {
 	Certificate string `toml:"certificate"` // PEM
 	Key         string `toml:"key"`         // PKCS #8 in PEM
+	CRLURL      string `toml:"crl_url"`     // of the revocation list, for certificates; "" for none
 }
 
 // VerifierBrowsers is a second way in, for people alone, with a certificate that
@@ -121,6 +122,7 @@ type VerifierLimits struct {
 // its digest only.
 type VerifierToken struct {
 	Name   string `toml:"name"`
+	Person string `toml:"person"` // whose it is, as the OpenID provider names him; "" for Name
 	Role   string `toml:"role"`   // reader, operator, policy
 	SHA256 string `toml:"sha256"` // hexadecimal
 }
@@ -196,6 +198,9 @@ func (c Verifier) check() error {
 	if c.Rounds.Lifetime <= c.Rounds.Interval {
 		errs = append(errs, errors.New("rounds.lifetime: not longer than rounds.interval: every result would expire before the next"))
 	}
+	if u, err := url.Parse(c.CA.CRLURL); c.CA.CRLURL != "" && (err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || len(c.CA.CRLURL) > 300) {
+		errs = append(errs, fmt.Errorf("ca.crl_url: %.80q is no URL with http or https", c.CA.CRLURL))
+	}
 	if len(c.Listen) == 0 {
 		errs = append(errs, errors.New("listen: empty"))
 	}
@@ -212,7 +217,7 @@ func (c Verifier) check() error {
 			errs = append(errs, fmt.Errorf("webhooks.allow_networks: %w", err))
 		}
 	}
-	return errors.Join(append(errs, c.Browsers.check(c.Listen), c.OIDC.check(), checkTokens(c.Tokens))...)
+	return errors.Join(append(errs, c.Browsers.check(c.Listen), c.OIDC.check(), checkTokens(c.Tokens), c.checkPersons())...)
 }
 
 func (b VerifierBrowsers) check(others []string) error {
@@ -261,7 +266,10 @@ func checkTokens(tokens []VerifierToken) error {
 	for i, t := range tokens {
 		key := fmt.Sprintf("token %d", i+1)
 		errs = append(errs, oneOf(key+": role", t.Role, "reader", "operator", "policy"))
-		if t.Name == "" || len(t.Name) > 100 || strings.ContainsFunc(t.Name, func(r rune) bool { return !unicode.IsGraphic(r) }) {
+		strange := func(s string) bool {
+			return len(s) > 100 || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsGraphic(r) })
+		}
+		if t.Name == "" || strange(t.Name) || strange(t.Person) {
 			errs = append(errs, fmt.Errorf("%s: it has no name, or a strange one", key))
 		}
 		if b, err := hex.DecodeString(t.SHA256); err != nil || len(b) != 32 || strings.ToLower(t.SHA256) != t.SHA256 {
@@ -275,6 +283,18 @@ func checkTokens(tokens []VerifierToken) error {
 			errs = append(errs, fmt.Errorf("%s: its name or digest stands there twice", key))
 		}
 		names[t.Name], digests[t.SHA256] = true, true
+	}
+	return errors.Join(errs...)
+}
+
+// checkPersons: where people log in by two ways and two have to agree, it has to be
+// known who is who.
+func (c Verifier) checkPersons() error {
+	var errs []error
+	for _, t := range c.Tokens {
+		if c.Policy.FourEyes && c.OIDC.Issuer != "" && t.Role != "reader" && t.Person == "" {
+			errs = append(errs, fmt.Errorf("token of %q: with policy.four_eyes and oidc it needs a person, as the claim %q names him: one who has both would count as two", t.Name, c.OIDC.NameClaim))
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -45,7 +45,7 @@ operator = ["ops"]
 	}
 	want := DefaultVerifier()
 	want.Names, want.Database, want.Rounds.Interval = []string{"verifier.example.org", "2001:db8::1"}, "postgres://virt-trust@db/fleet", Duration(10*time.Second)
-	want.Tokens = []VerifierToken{{"alice", "policy", aDigest}}
+	want.Tokens = []VerifierToken{{Name: "alice", Role: "policy", SHA256: aDigest}}
 	want.OIDC.Issuer, want.OIDC.ClientID, want.OIDC.RedirectURL = "https://id.example.org", "vt", "https://verifier.example.org/oidc/callback"
 	want.OIDC.Operator = []string{"ops"}
 	if d := cmp.Diff(want, c); d != "" {
@@ -87,6 +87,8 @@ func TestVerifierRefusals(t *testing.T) {
 		token("a", "reader", aDigest) + token("b", "policy", aDigest):                            "twice",
 		token("a", "reader", aDigest) + "secret = \"x\"":                                         "line 5: unknown key",
 		"[oidc]\nissuer = \"http://id\"":                                                         "https",
+		"[ca]\ncrl_url = \"ldap://x\"":                                                           "crl_url",
+		"[ca]\ncrl_url = \"http:///ca.crl\"":                                                     "crl_url",
 		"[oidc]\nissuer = \"https://id\"\nredirect_url = \"https://v/oidc/callback\"\nclient_id = \"c\"": "nobody could do anything",
 		"[oidc]\nissuer = \"https://id\"\nreader = [\"r\"]\nclient_id = \"\"\n":                          "client_id: empty",
 	} {
@@ -96,6 +98,28 @@ func TestVerifierRefusals(t *testing.T) {
 		}
 		if err != nil && strings.Contains(err.Error(), "secret@") {
 			t.Errorf("a password in %v", err)
+		}
+	}
+}
+
+// Where people log in by two ways and two have to agree, a token says whose it is.
+func TestVerifierPersons(t *testing.T) {
+	const both = "[policy]\nfour_eyes = true\n[oidc]\nissuer = \"https://id.example.org\"\nclient_id = \"vt\"\nredirect_url = \"https://v.example.org/oidc/callback\"\noperator = [\"ops\"]\n"
+	one := strings.Replace(both, "true", "false", 1)
+	token := func(more string) string { return "[[token]]\nname = \"laptop\"\nsha256 = \"" + aDigest + "\"\n" + more }
+	for text, bad := range map[string]bool{
+		both + token("role = \"operator\""):                               true,
+		both + token("role = \"policy\""):                                 true,
+		both + token("role = \"policy\"\nperson = \"alice@example.org\""): false,
+		both + token("role = \"reader\""):                                 false,
+		one + token("role = \"policy\""):                                  false,
+		"[policy]\nfour_eyes = true\n" + token("role = \"policy\""):       false,
+		both + token("role = \"policy\"\nperson = \"a\\u0007\""):          true,
+	} {
+		if _, err := ParseVerifier([]byte(text)); (err != nil) != bad {
+			t.Errorf("%s: %v", text, err)
+		} else if bad && !strings.Contains(err.Error(), "token") {
+			t.Errorf("%s: %v", text, err)
 		}
 	}
 }

@@ -115,6 +115,7 @@ func (a *API) Routes() []Route {
 		{"GET /v1/nodes/{node}/result", operate.Reader, true, 0, a.nodeResult},
 		{"GET /v1/nodes/{node}/rounds", operate.Reader, false, 0, a.rounds},
 		{"POST /v1/nodes/{node}/approve", operate.Operator, false, smallBody, a.approve},
+		{"POST /v1/nodes/{node}/learn", operate.Operator, false, smallBody, a.learn},
 		{"POST /v1/nodes/{node}/reject", operate.Operator, false, smallBody, a.reject},
 		{"POST /v1/nodes/{node}/revoke", operate.Operator, false, smallBody, a.revoke},
 		{"POST /v1/nodes/{node}/dismiss", operate.Operator, false, smallBody, a.dismiss},
@@ -220,6 +221,19 @@ type created struct{ v any }
 // person says who asks, within the rates of people and of addresses.
 func (a *API) person(r *http.Request) (operate.Actor, error) {
 	now, source := a.Now(), Source(r)
+	if len(r.Header["Authorization"])+len(r.Cookies()) == 0 && r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
+		// A node is not limited by what others ask at its address.
+		n, ok, err := a.Node(r)
+		if err != nil {
+			return operate.Actor{}, err
+		}
+		if ok {
+			if wait, ok := a.persons.allow("node "+n.ID, now); !ok {
+				return operate.Actor{}, tooMany(wait)
+			}
+			return operate.Actor{}, nil
+		}
+	}
 	if a.others.spent(source, now) && !cheap(r) {
 		return operate.Actor{}, tooMany(time.Second)
 	}

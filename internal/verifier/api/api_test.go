@@ -42,6 +42,7 @@ func TestDocument(t *testing.T) {
 	for _, p := range rounds.Patterns() {
 		code[strings.Replace(p, "/v1/nodes/{id}", "/v1/nodes/{node}", 1)] = "node"
 	}
+	code["GET "+rounds.CRLPath] = operate.Nobody.String()
 	for path, item := range doc.Paths.Map() {
 		for method, op := range item.Operations() {
 			p := method + " " + path
@@ -714,6 +715,25 @@ func TestRates(t *testing.T) {
 	h.clock.pass(time.Minute)
 	h.want(200, "", "reader-token", "GET", "/v1/me", nil)
 	h.want(200, "", "", "GET", "/healthz", nil)
+}
+
+// What others ask at an address does not limit a node behind it, which has a rate of
+// its own.
+func TestNodeRate(t *testing.T) {
+	h := newHouse(t, func(c *Config) { c.Requests, c.Others = 5, 2 })
+	h.enrol(nodeID, "alpha", fleet.Active)
+	h.round(h.appraised(nodeID, appraise.Affirming, appraise.Affirming), "")
+	result := "/v1/nodes/" + nodeID + "/result"
+	for range 2 {
+		h.want(401, Unauthenticated, "", "GET", result, nil)
+	}
+	h.want(429, TooMany, "", "GET", result, nil)
+	h.certificate(&h.server.TLS.Certificates[0])
+	h.node = func(r *http.Request) (fleet.Node, bool, error) { return fleet.Node{ID: nodeID}, true, nil }
+	for range 5 {
+		h.want(200, "", "", "GET", result, nil)
+	}
+	h.want(429, TooMany, "", "GET", result, nil)
 }
 
 func TestLimitsAreBounded(t *testing.T) {

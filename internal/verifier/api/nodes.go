@@ -35,6 +35,7 @@ type Node struct {
 	EKTrust    string          `json:"ek_trust"` // manufacturer, or admin and who that was
 	AK         string          `json:"ak"`       // TPM Name
 	Serial     string          `json:"serial,omitempty"`
+	Learns     bool            `json:"learns"` // what it shows for the first time is learned, where the policy lets it
 	// Result is the newest, as it counts now; in the answer about one node.
 	Result *appraise.Result `json:"result,omitempty"`
 }
@@ -59,7 +60,7 @@ func newNode(s fleet.Status) Node {
 	n := Node{
 		ID: s.ID, Name: s.Name, State: s.State, Tier: s.Tier, Codes: orEmpty(s.Codes), Round: s.Round, Received: at(s.Received), Expires: at(s.Expires),
 		VMs: map[string]int{}, Enrolled: at(s.Enrolled), Seen: at(s.Seen), Problem: s.Problem, ApprovedBy: s.ApprovedBy, RevokedWhy: s.RevokedWhy,
-		EK: s.EKDigest, EKTrust: s.EKTrust, AK: hex.EncodeToString(s.AKName), Serial: s.Serial,
+		EK: s.EKDigest, EKTrust: s.EKTrust, AK: hex.EncodeToString(s.AKName), Serial: s.Serial, Learns: s.Learns,
 	}
 	for t, k := range s.VMs {
 		n.VMs[t.String()] = k
@@ -152,6 +153,17 @@ func (a *API) approve(r *request) (any, error) {
 		return nil, err
 	}
 	n, err := a.Operate.Approve(r.Context(), r.actor, r.PathValue("node"))
+	return a.acted(r, n, err)
+}
+
+func (a *API) learn(r *request) (any, error) {
+	var b struct {
+		On bool `json:"on"`
+	}
+	if err := r.body(&b); err != nil {
+		return nil, err
+	}
+	n, err := a.Operate.Learn(r.Context(), r.actor, r.PathValue("node"), b.On)
 	return a.acted(r, n, err)
 }
 

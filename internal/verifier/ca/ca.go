@@ -3,7 +3,7 @@
 // that is handed in (package cakey). It is pure.
 //
 // Revocation is a node's state in the store, which the Verifier looks at with each
-// request; certificates of nodes last a day, and there is no CRL.
+// request. Others, who check a node's certificate or a vTPM's, have a revocation list.
 //
 // There is one level: the CA's key signs nodes' and the Verifier's own TLS
 // certificates, and one CA certificate for each node's certifier, the key in the
@@ -48,6 +48,8 @@ type Authority struct {
 	cert   *x509.Certificate
 	key    crypto.Signer // a crypto.MessageSigner, it may be
 	random io.Reader
+	// Points are the URLs of the revocation list that stand in certificates.
+	Points []string
 }
 
 // New puts a CA together. key has to be the certificate's. Where it is a
@@ -63,11 +65,14 @@ func New(cert *x509.Certificate, key crypto.Signer, random io.Reader) (*Authorit
 	if !cert.IsCA || !cert.BasicConstraintsValid || cert.KeyUsage&x509.KeyUsageCertSign == 0 || len(cert.SubjectKeyId) == 0 {
 		return nil, errors.New("the CA's certificate is not one of a CA that signs certificates")
 	}
-	return &Authority{cert, key, random}, nil
+	return &Authority{cert: cert, key: key, random: random}, nil
 }
 
 // Certificate is the CA's own.
 func (a *Authority) Certificate() *x509.Certificate { return a.cert }
+
+// Key is the CA's, for who holds it.
+func (a *Authority) Key() crypto.Signer { return a.key }
 
 // Pin is what nodes know the CA by.
 func (a *Authority) Pin() Pin { return PinOf(a.cert) }
@@ -93,7 +98,16 @@ func algorithm(key crypto.PublicKey) (x509.SignatureAlgorithm, error) {
 
 // Root makes the CA's own certificate, DER.
 func Root(key crypto.Signer, random io.Reader, name string, now time.Time) ([]byte, error) {
-	alg, err := algorithm(key.Public())
+	t, err := rootTemplate(key.Public(), random, now)
+	if err != nil {
+		return nil, err
+	}
+	t.Subject = pkix.Name{CommonName: name, SerialNumber: hex.EncodeToString(t.SerialNumber.Bytes()[:4])}
+	return x509.CreateCertificate(random, t, t, key.Public(), key)
+}
+
+func rootTemplate(key crypto.PublicKey, random io.Reader, now time.Time) (*x509.Certificate, error) {
+	alg, err := algorithm(key)
 	if err != nil {
 		return nil, err
 	}
@@ -101,14 +115,11 @@ func Root(key crypto.Signer, random io.Reader, name string, now time.Time) ([]by
 	if err != nil {
 		return nil, err
 	}
-	t := &x509.Certificate{
-		SerialNumber: serial, SignatureAlgorithm: alg,
-		Subject:   pkix.Name{CommonName: name, SerialNumber: hex.EncodeToString(serial.Bytes()[:4])},
-		NotBefore: now.Add(-backdate), NotAfter: now.Add(RootLifetime),
+	return &x509.Certificate{
+		SerialNumber: serial, SignatureAlgorithm: alg, NotBefore: now.Add(-backdate), NotAfter: now.Add(RootLifetime),
 		IsCA: true, BasicConstraintsValid: true, MaxPathLen: 1,
-		KeyUsage: x509.KeyUsageCertSign,
-	}
-	return x509.CreateCertificate(random, t, t, key.Public(), key)
+		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+	}, nil
 }
 
 // newSerial gives 127 random bits (RFC 5280, 4.1.2.2: at most 20 octets,
@@ -137,7 +148,7 @@ func (a *Authority) Node(id Identity, spki []byte, now time.Time) (*x509.Certifi
 		URIs:    []*url.URL{nodeURI(id.Node)},
 		// No name that a TLS client looks for: a node is no Verifier.
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
-		ExtraExtensions: []pkix.Extension{ext},
+		ExtraExtensions: []pkix.Extension{ext}, CRLDistributionPoints: a.Points,
 	}, spki, now, NodeLifetime)
 }
 
@@ -164,8 +175,17 @@ func (a *Authority) Certifier(id Identity, spki []byte, now time.Time) (*x509.Ce
 		return nil, err
 	}
 	t.UnknownExtKeyUsage = slices.Clone(certifierUses)
-	t.ExtraExtensions = append(t.ExtraExtensions, ext)
+	t.ExtraExtensions, t.CRLDistributionPoints = append(t.ExtraExtensions, ext), a.Points
 	return a.issue(t, spki, now, CertifierLifetime)
+}
+
+// Still says whether a certificate of a certifier is as Certifier would give it now,
+// and good for a third of its time yet.
+func (a *Authority) Still(c *x509.Certificate, id Identity, spki []byte, now time.Time) bool {
+	ext, err := id.extension()
+	return err == nil && c.IsCA && bytes.Equal(c.RawSubjectPublicKeyInfo, spki) && slices.Equal(c.CRLDistributionPoints, a.Points) &&
+		slices.ContainsFunc(c.Extensions, func(e pkix.Extension) bool { return e.Id.Equal(OIDNode) && bytes.Equal(e.Value, ext.Value) }) &&
+		c.CheckSignatureFrom(a.cert) == nil && now.After(c.NotBefore) && now.Before(c.NotAfter.Add(-CertifierLifetime/3))
 }
 
 // Server gives a TLS certificate of the Verifier itself, for host names and
@@ -222,10 +242,10 @@ func (c *checked) Public() crypto.PublicKey { return c.a.cert.PublicKey }
 // Sign is there because a crypto.MessageSigner has it; crypto/x509 prefers
 // SignMessage.
 func (*checked) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
-	return nil, errors.New("the CA signs whole certificates, no digests")
+	return nil, errors.New("the CA signs whole certificates and lists, no digests")
 }
 
-// SignMessage signs a TBSCertificate that the rules allow.
+// SignMessage signs a TBSCertificate or TBSCertList that the rules allow.
 func (c *checked) SignMessage(random io.Reader, tbs []byte, opts crypto.SignerOpts) ([]byte, error) {
 	if err := CheckTBS(c.a.cert, tbs, c.now); err != nil {
 		return nil, err

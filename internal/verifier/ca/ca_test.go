@@ -225,13 +225,7 @@ func TestCheckTBSRefuses(t *testing.T) {
 				c.DNSNames = append(c.DNSNames, "a-name-that-is-long.example.org")
 			}
 		}),
-		"a CRL": func() []byte {
-			r := &recorder{PrivateKey: key}
-			root := *a.cert
-			root.KeyUsage |= x509.KeyUsageCRLSign
-			testkit.Must[[]byte](t)(x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: now, NextUpdate: now.Add(time.Hour)}, &root, r))
-			return r.tbs
-		}(),
+		"two revocation lists": change(node(), func(c *x509.Certificate) { c.CRLDistributionPoints = []string{"http://a.example", "http://b.example"} }),
 	} {
 		if err := CheckTBS(a.cert, in, now); err == nil {
 			t.Errorf("%s: would be signed", name)
@@ -449,12 +443,22 @@ func FuzzCheckTBS(f *testing.F) {
 	} {
 		f.Add(c.RawTBSCertificate)
 	}
+	f.Add(testkit.Must[*x509.RevocationList](f)(x509.ParseRevocationList(testkit.Must[[]byte](f)(a.CRL(1, nil, now)))).RawTBSRevocationList)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if CheckTBS(a.cert, b, now) != nil {
 			return
 		}
 		// What would be signed reads as what it was taken for, and is nothing worse.
-		wrapped := testkit.Must[[]byte](t)(sealWithNothing(b))
+		wrapped, list, err := sealWithNothing(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if list {
+			if l := testkit.Must[*x509.RevocationList](t)(x509.ParseRevocationList(wrapped)); l.NextUpdate.After(now.Add(CRLLifetime + 2*maxSkew)) {
+				t.Errorf("%+v", l)
+			}
+			return
+		}
 		c := testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(wrapped))
 		if c.IsCA && (!c.MaxPathLenZero || slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageAny)) || c.NotAfter.After(now.Add(CertifierLifetime+2*maxSkew)) {
 			t.Errorf("%+v", c)

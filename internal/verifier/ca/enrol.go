@@ -41,6 +41,9 @@ type Decision struct {
 	TokenNames bool
 	State      fleet.NodeState // of a new node
 	Problem    Code            // that an operator should look at; "" for none
+	// Learns: what the new node shows in its first round may be learned. Not of one
+	// that was here before: what it shows now may be why it went.
+	Learns bool
 }
 
 // Decide says what is to be done with a claim. Errors are Refusals; one with a
@@ -50,7 +53,7 @@ type Decision struct {
 // needs no token, because it shows that it still has the TPM. Anything between
 // that and an entirely new node is someone who wants to be another.
 func Decide(c Claim, k Known, r Rules) (Decision, error) {
-	if !ValidName(c.Name) {
+	if !ValidName(c.Name) || c.Name != FoldName(c.Name) {
 		return Decision{}, refuse(NameBad, "%.60q is no name for a node: a host name is", c.Name)
 	}
 	if n := k.ByEK; n != nil {
@@ -95,6 +98,7 @@ func Decide(c Claim, k Known, r Rules) (Decision, error) {
 	if r.Operator {
 		d.State = fleet.Pending
 	}
+	d.Learns = d.ID == "" && k.Revoked == nil
 	return d, nil
 }
 

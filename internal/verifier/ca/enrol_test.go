@@ -379,9 +379,9 @@ func TestDecide(t *testing.T) {
 		rules Rules
 		want  Decision
 	}{
-		"new":                  {Claim{Name: "a", Keys: keys, Token: true}, Known{}, Rules{}, Decision{State: fleet.Active, UseToken: true}},
-		"new, operator":        {Claim{Name: "a", Keys: keys, Token: true}, Known{}, Rules{Operator: true}, Decision{State: fleet.Pending, UseToken: true}},
-		"new, doubtful EK":     {Claim{Name: "a", Keys: keys, Token: true, EKTrust: doubt}, Known{}, Rules{}, Decision{State: fleet.Pending, UseToken: true, Problem: EKUnknownRoot}},
+		"new":                  {Claim{Name: "a", Keys: keys, Token: true}, Known{}, Rules{}, Decision{State: fleet.Active, UseToken: true, Learns: true}},
+		"new, operator":        {Claim{Name: "a", Keys: keys, Token: true}, Known{}, Rules{Operator: true}, Decision{State: fleet.Pending, UseToken: true, Learns: true}},
+		"new, doubtful EK":     {Claim{Name: "a", Keys: keys, Token: true, EKTrust: doubt}, Known{}, Rules{}, Decision{State: fleet.Pending, UseToken: true, Learns: true, Problem: EKUnknownRoot}},
 		"the same":             {Claim{Name: "a", Keys: keys}, Known{ByName: node, ByEK: node, ByAK: node}, Rules{}, Decision{Node: node}},
 		"the same, with token": {Claim{Name: "a", Keys: keys, Token: true}, Known{ByName: node, ByEK: node, ByAK: node}, Rules{Operator: true}, Decision{Node: node}},
 		"forgotten":            {Claim{Name: "a", Keys: keys, Former: &former}, Known{}, Rules{}, Decision{ID: former.Node, State: fleet.Pending, Problem: NodeRestored}},
@@ -401,6 +401,7 @@ func TestDecide(t *testing.T) {
 	}{
 		"no token":            {Claim{Name: "a", Keys: keys}, Known{}, TokenMissing, ""},
 		"no name":             {Claim{Name: "a\n", Keys: keys, Token: true}, Known{}, NameBad, ""},
+		"upper case":          {Claim{Name: "A", Keys: others, Token: true}, Known{}, NameBad, ""},
 		"name takeover":       {Claim{Name: "a", Keys: others, Token: true}, Known{ByName: node}, NameTaken, "id-a"},
 		"TPM under two names": {Claim{Name: "b", Keys: keys, Token: true}, Known{ByEK: node, ByAK: node}, EKKnown, "id-a"},
 		"TPM under another's": {Claim{Name: "b", Keys: keys, Token: true}, Known{ByName: nodeOf("b", others, nil), ByEK: node}, EKKnown, "id-a"},

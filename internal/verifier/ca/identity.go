@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"regexp"
 	"slices"
+	"strings"
 )
 
 // The object identifiers. They stem from the UUID
@@ -74,6 +75,10 @@ func ValidNode(id string) bool { return uuidPattern.MatchString(id) }
 
 // ValidName reports whether a node may have this name.
 func ValidName(name string) bool { return len(name) <= MaxName && namePattern.MatchString(name) }
+
+// FoldName spells a name as nodes have it. Host names do not differ by case (RFC 4343),
+// and letters that only look alike are in none: ValidName.
+func FoldName(name string) string { return strings.ToLower(name) }
 
 func (i Identity) check() error {
 	if !ValidNode(i.Node) || !ValidName(i.Name) {

@@ -46,6 +46,7 @@ const (
 	OtherNode     Code = "other-node"         // a certificate of another node than the address names
 	NoCertificate Code = "certificate-needed" // of a node
 	CertificateNo Code = "certificate-bad"    // not a node's
+	NoList        Code = "no-revocation-list" // the CA's certificate does not let it sign one
 	Malformed     Code = "malformed"
 	TooLarge      Code = "too-large"
 	TooMany       Code = "too-many"

@@ -15,22 +15,34 @@ import (
 
 // Bounds of what the CA signs.
 const (
-	MaxTBS  = 8 << 10
+	MaxTBS  = 8 << 10   // of a certificate
+	MaxCRL  = 1 << 20   // more than 25,000 certificates
 	maxSkew = time.Hour // between the clocks of the Verifier and of who holds its key
 	slack   = time.Minute
 )
 
 // CheckTBS says whether the CA whose certificate is root signs these bytes: a
-// TBSCertificate of a node, a certifier or the Verifier, each within its limits, and
-// in the encoding that it has when it is read. Who holds the key asks it too (virt-trust-signer): a Verifier that was taken over
-// gets no certificate that outlives its day, and no second CA.
+// TBSCertificate of a node, a certifier or the Verifier, or a revocation list, each
+// within its limits, and in the encoding that it has when it is read. Who holds the
+// key asks it too (virt-trust-signer): a Verifier that was taken over gets no
+// certificate that outlives its day, and no second CA.
 func CheckTBS(root *x509.Certificate, tbs []byte, now time.Time) error {
-	if len(tbs) > MaxTBS {
-		return fmt.Errorf("%d bytes to be signed, at most %d", len(tbs), MaxTBS)
+	if len(tbs) > MaxCRL {
+		return fmt.Errorf("%d bytes to be signed, at most %d", len(tbs), MaxCRL)
 	}
-	wrapped, err := sealWithNothing(tbs)
+	wrapped, list, err := sealWithNothing(tbs)
 	if err != nil {
 		return err
+	}
+	if list {
+		l, err := x509.ParseRevocationList(wrapped)
+		if err != nil {
+			return fmt.Errorf("what is to be signed is no revocation list: %w", err)
+		}
+		return checkCRL(root, l, tbs, now)
+	}
+	if len(tbs) > MaxTBS {
+		return fmt.Errorf("a certificate of %d bytes, at most %d", len(tbs), MaxTBS)
 	}
 	c, err := x509.ParseCertificate(wrapped)
 	if err != nil {
@@ -39,18 +51,20 @@ func CheckTBS(root *x509.Certificate, tbs []byte, now time.Time) error {
 	return checkCertificate(root, c, tbs, now)
 }
 
-// sealWithNothing makes a certificate with an empty signature out of what is to be
-// signed, so that it can be read (RFC 5280, 4.1).
-func sealWithNothing(tbs []byte) ([]byte, error) {
-	bad := errors.New("what is to be signed is no DER of a certificate")
+// sealWithNothing makes a certificate, or a revocation list, with an empty signature
+// out of what is to be signed, so that it can be read (RFC 5280, 4.1 and 5.1).
+func sealWithNothing(tbs []byte) (sealed []byte, list bool, err error) {
+	bad := errors.New("what is to be signed is no DER of a certificate or revocation list")
 	in := cryptobyte.String(tbs)
 	var body, algorithm cryptobyte.String
 	if !in.ReadASN1(&body, cbasn1.SEQUENCE) || !in.Empty() {
-		return nil, bad
+		return nil, false, bad
 	}
-	// version, serial number, signature algorithm
-	if !body.SkipASN1(cbasn1.Tag(0).Constructed().ContextSpecific()) || !body.SkipASN1(cbasn1.INTEGER) || !body.ReadASN1Element(&algorithm, cbasn1.SEQUENCE) {
-		return nil, bad
+	// Of a certificate: version, serial number, signature algorithm; of a list without
+	// the number, and the version is no field of its own.
+	list = body.PeekASN1Tag(cbasn1.INTEGER)
+	if !list && !body.SkipASN1(cbasn1.Tag(0).Constructed().ContextSpecific()) || !body.SkipASN1(cbasn1.INTEGER) || !body.ReadASN1Element(&algorithm, cbasn1.SEQUENCE) {
+		return nil, false, bad
 	}
 	var b cryptobyte.Builder
 	b.AddASN1(cbasn1.SEQUENCE, func(b *cryptobyte.Builder) {
@@ -58,7 +72,8 @@ func sealWithNothing(tbs []byte) ([]byte, error) {
 		b.AddBytes(algorithm)
 		b.AddASN1BitString([]byte{0})
 	})
-	return b.Bytes()
+	sealed, err = b.Bytes()
+	return sealed, list, err
 }
 
 func checkCertificate(root, c *x509.Certificate, tbs []byte, now time.Time) error {
@@ -80,6 +95,8 @@ func checkCertificate(root, c *x509.Certificate, tbs []byte, now time.Time) erro
 		return errors.New("a certificate with extensions that this CA never gives")
 	case len(c.EmailAddresses) > 0:
 		return errors.New("a certificate of people")
+	case len(c.CRLDistributionPoints) > 1:
+		return errors.New("a certificate with more than one revocation list")
 	}
 	if err := strongEnough(c.PublicKey); err != nil {
 		return err
@@ -131,9 +148,16 @@ func kindOf(c *x509.Certificate) (kind, error) {
 
 // Describe says in a few words what is signed, for logs.
 func Describe(tbs []byte) string {
-	wrapped, err := sealWithNothing(tbs)
+	wrapped, list, err := sealWithNothing(tbs)
 	if err != nil {
 		return "nothing"
+	}
+	if list {
+		l, err := x509.ParseRevocationList(wrapped)
+		if err != nil {
+			return "nothing"
+		}
+		return fmt.Sprintf("revocation list %s, with %d certificates", l.Number, len(l.RevokedCertificateEntries))
 	}
 	c, err := x509.ParseCertificate(wrapped)
 	if err != nil {

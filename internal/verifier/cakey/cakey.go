@@ -57,6 +57,19 @@ func WriteNew(name string, b []byte, mode fs.FileMode) error {
 	return err
 }
 
+// Renew makes the CA's certificate anew in its file: see ca.Renew.
+func Renew(certFile string, a *ca.Authority, now time.Time) error {
+	der, err := ca.Renew(a, now)
+	if err != nil {
+		return fmt.Errorf("making the CA's certificate anew: %w", err)
+	}
+	fresh := certFile + ".new"
+	if err := errors.Join(os.RemoveAll(fresh), WriteNew(fresh, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644)); err != nil {
+		return err
+	}
+	return os.Rename(fresh, certFile)
+}
+
 // Open reads the CA's certificate and finds its key at keyPath: in a file that is
 // its owner's alone, or behind the socket of virt-trust-signer.
 func Open(certFile, keyPath string) (*ca.Authority, error) {

@@ -138,7 +138,7 @@ func TestSignerThatIsNone(t *testing.T) {
 				return
 			}
 			defer c.Close()
-			_, _ = ReadMessage(c, ca.MaxTBS)
+			_, _ = ReadMessage(c, ca.MaxCRL)
 			_, _ = c.Write(b)
 		}()
 		if c, err := a.Server([]string{"x"}, spki(t), time.Now()); err == nil {

@@ -11,8 +11,9 @@ import (
 )
 
 // The talk with virt-trust-signer, over a unix socket: a request is what is to be
-// signed, a TBSCertificate, after its length in four bytes, big endian; the answer is one byte, Signed, Refused or Failed, and a signature or a
-// text, after its length in four bytes. A connection may have several.
+// signed, a TBSCertificate or TBSCertList, after its length in four bytes, big endian;
+// the answer is one byte, Signed, Refused or Failed, and a signature or a text, after
+// its length in four bytes. A connection may have several.
 const (
 	Signed  = 0
 	Refused = 1
@@ -22,8 +23,8 @@ const (
 	signerTime = 30 * time.Second // a TPM's slow signature, and its queue
 )
 
-// Signer is virt-trust-signer: a crypto.MessageSigner. It signs certificates
-// within the CA's limits and nothing else.
+// Signer is virt-trust-signer: a crypto.MessageSigner. It signs certificates and
+// revocation lists within the CA's limits and nothing else.
 type Signer struct {
 	Socket string
 	public crypto.PublicKey
@@ -34,10 +35,10 @@ func (s *Signer) Public() crypto.PublicKey { return s.public }
 
 // Sign is there because a crypto.MessageSigner has it.
 func (s *Signer) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
-	return nil, errors.New("virt-trust-signer signs whole certificates, no digests")
+	return nil, errors.New("virt-trust-signer signs whole certificates and lists, no digests")
 }
 
-// SignMessage has a TBSCertificate signed.
+// SignMessage has a TBSCertificate or TBSCertList signed.
 func (s *Signer) SignMessage(_ io.Reader, tbs []byte, _ crypto.SignerOpts) ([]byte, error) {
 	conn, err := net.DialTimeout("unix", s.Socket, signerTime)
 	if err != nil {

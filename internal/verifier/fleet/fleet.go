@@ -3,6 +3,7 @@
 package fleet
 
 import (
+	"strings"
 	"time"
 
 	"virt-trust/internal/appraise/tier"
@@ -42,7 +43,12 @@ type Node struct {
 	ApprovedBy   string
 	RevokedWhy   string
 	AgentAddress string // of its pull API, where that is turned on
-	Version      int64  // rises with each change; the store's UpdateNode wants the one that was read
+	// Learns: what it, or a VM of its, shows for the first time becomes Reference
+	// Values, where the configuration lets nodes be learned.
+	Learns    bool
+	Certified time.Time // when its newest certificate begins
+	RevokedAt time.Time // zero while it is not
+	Version   int64     // rises with each change; the store's UpdateNode wants the one that was read
 }
 
 // Round is one round of a node, or a run of rounds one after the other with the
@@ -210,3 +216,7 @@ type JoinToken struct {
 	Used    time.Time // zero while it has not been
 	UsedBy  string    // node ID
 }
+
+// SamePerson says whether two names are one person's, for four eyes. A name is often
+// an e-mail address, which people and providers spell in upper and lower case.
+func SamePerson(a, b string) bool { return strings.EqualFold(a, b) }

@@ -51,7 +51,7 @@ func (r *Role) UnmarshalText(b []byte) error {
 
 // Actor is a person, or a program with a token, that asks for something. The
 // name stands in the audit log, and two actors are two people when their names
-// differ.
+// differ (fleet.SamePerson).
 type Actor struct {
 	Name string
 	Role Role

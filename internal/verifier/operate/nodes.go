@@ -23,7 +23,7 @@ func (s *Service) Approve(ctx context.Context, a Actor, node string) (n fleet.No
 			if err != nil {
 				return err
 			}
-			if giver == a.Name {
+			if fleet.SamePerson(giver, a.Name) {
 				return fmt.Errorf("%w: the node came with a join token of %s", ErrSamePerson, giver)
 			}
 		}
@@ -86,6 +86,29 @@ func (s *Service) end(ctx context.Context, a Actor, node string, from fleet.Node
 			return err
 		}
 		return s.audit(tx, a, action, n.ID, detail{"name": n.Name, "why": why})
+	})
+	return n, err
+}
+
+// Learn says whether what a node, or a VM of its, shows for the first time is
+// learned from now on. ErrNotFound; ErrConflict where nothing is learned of any node,
+// or it is so already.
+func (s *Service) Learn(ctx context.Context, a Actor, node string, on bool) (n fleet.Node, err error) {
+	err = s.do(ctx, a, Operator, func(tx *store.Tx) error {
+		if on && !s.Learning {
+			return fmt.Errorf("%w: nothing is learned here, by policy.reference_values or policy.four_eyes: approve a round of the node instead", ErrConflict)
+		}
+		if n, err = tx.Node(ctx, node); err != nil {
+			return err
+		}
+		if n.State == fleet.Revoked || n.Learns == on {
+			return fmt.Errorf("%w: the node is %s, and %s", ErrConflict, n.State, map[bool]string{true: "learned", false: "not learned"}[n.Learns])
+		}
+		n.Learns = on
+		if n.Version, err = tx.UpdateNode(ctx, n); err != nil {
+			return err
+		}
+		return s.audit(tx, a, "node.learn", n.ID, detail{"name": n.Name, "on": on})
 	})
 	return n, err
 }

@@ -13,7 +13,7 @@ import (
 	"virt-trust/internal/verifier/webhook"
 )
 
-// Service is what people may do. All its fields but FourEyes and ManifestKeys have to be set;
+// Service is what people may do. All its fields but FourEyes, Learning and ManifestKeys have to be set;
 // it keeps no state.
 type Service struct {
 	Store *store.Store
@@ -22,6 +22,7 @@ type Service struct {
 	// person has approved them, and that who gave out a join token does not let the
 	// node in that came with it.
 	FourEyes     bool
+	Learning     bool   // nodes may be learned
 	ManifestKeys []any  // of the policy authority, see refvalues.ParseKeys
 	Unset        []byte // the policy that counts where none was set, as JSON
 	Guard        webhook.Guard

@@ -3,6 +3,7 @@ package operate
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -82,6 +83,7 @@ func TestRoles(t *testing.T) {
 	}{
 		"Approve":        {Operator, func(a Actor) error { _, err := s.Approve(ctx, a, "a"); return err }},
 		"Reject":         {Operator, func(a Actor) error { _, err := s.Reject(ctx, a, "a", ""); return err }},
+		"Learn":          {Operator, func(a Actor) error { _, err := s.Learn(ctx, a, "a", false); return err }},
 		"Revoke":         {Operator, func(a Actor) error { _, err := s.Revoke(ctx, a, "a", ""); return err }},
 		"Dismiss":        {Operator, func(a Actor) error { _, err := s.Dismiss(ctx, a, "a"); return err }},
 		"CreateToken":    {Operator, func(a Actor) error { _, _, err := s.CreateToken(ctx, a, "", time.Hour); return err }},
@@ -125,12 +127,40 @@ func TestRoles(t *testing.T) {
 	}
 }
 
+// Whether a node is learned is somebody's decision, which is written down.
+func TestLearn(t *testing.T) {
+	s := newService(t)
+	s.node(t, "a", fleet.Active)
+	if _, err := s.Learn(t.Context(), otto, "a", true); !errors.Is(err, ErrConflict) || !strings.Contains(err.Error(), "approve a round") {
+		t.Errorf("where nothing is learned: %v", err)
+	}
+	s.Learning = true
+	for _, on := range []bool{true, false} {
+		n, err := s.Learn(t.Context(), otto, "a", on)
+		if err != nil || n.Learns != on {
+			t.Errorf("%+v %v", n, err)
+		}
+		if _, err := s.Learn(t.Context(), otto, "a", on); !errors.Is(err, ErrConflict) {
+			t.Errorf("twice: %v", err)
+		}
+	}
+	if _, err := s.Learn(t.Context(), otto, "b", true); !errors.Is(err, ErrNotFound) {
+		t.Errorf("%v", err)
+	}
+	if got := s.actions(t); !slices.Equal(got, []string{"otto node.learn", "otto node.learn"}) {
+		t.Errorf("%q", got)
+	}
+}
+
 // Who gave out a join token does not let in the node that came with it, where
 // four eyes are wanted.
 func TestFourEyesForNodes(t *testing.T) {
 	s := newService(t)
 	s.FourEyes = true
 	ctx := t.Context()
+	if _, named, err := s.CreateToken(ctx, otto, "HV-01.Example", time.Hour); err != nil || named.Name != "hv-01.example" {
+		t.Errorf("%+v %v", named, err)
+	}
 	_, token, err := s.CreateToken(ctx, otto, "", time.Hour)
 	if err != nil {
 		t.Fatal(err)
@@ -139,8 +169,10 @@ func TestFourEyesForNodes(t *testing.T) {
 	if err := s.Store.Do(ctx, func(tx *store.Tx) error { return tx.UseToken(ctx, token.Digest, "n-a", "a") }); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Approve(ctx, otto, "a"); !errors.Is(err, ErrSamePerson) {
-		t.Errorf("%v", err)
+	for _, a := range []Actor{otto, {"OTTO", Operator}} {
+		if _, err := s.Approve(ctx, a, "a"); !errors.Is(err, ErrSamePerson) {
+			t.Errorf("%v", err)
+		}
 	}
 	if n, err := s.Approve(ctx, paula, "a"); err != nil || n.State != fleet.Active || n.ApprovedBy != "paula" {
 		t.Errorf("%+v %v", n, err)
@@ -149,7 +181,7 @@ func TestFourEyesForNodes(t *testing.T) {
 	if _, err := s.Approve(ctx, otto, "b"); err != nil {
 		t.Errorf("%v", err)
 	}
-	if log := s.actions(t); !slices.Equal(log, []string{"otto node.approve", "paula node.approve", "otto token.create"}) {
+	if log := s.actions(t); !slices.Equal(log, []string{"otto node.approve", "paula node.approve", "otto token.create", "otto token.create"}) {
 		t.Errorf("%q", log)
 	}
 }
@@ -212,11 +244,13 @@ func TestValueOf(t *testing.T) {
 		want    fleet.Value
 		ok      bool
 	}{
-		"event":     {"host", appraise.Reason{Code: appraise.CodeEventUnknown, Log: "tcg-event-log", Path: "4/EV_EFI_BOOT_SERVICES_APPLICATION/shim", Digest: d}, fleet.Value{Subject: "n", Kind: fleet.HostEvent, Path: "4/EV_EFI_BOOT_SERVICES_APPLICATION/shim", Digest: "sha256:" + d}, true},
-		"file":      {"host", appraise.Reason{Code: appraise.CodeIMAChanged, Log: "ima", Path: "/bin/x", Digest: "sha1:" + d[:40]}, fleet.Value{Subject: "n", Kind: fleet.HostIMA, Path: "/bin/x", Digest: "sha1:" + d[:40]}, true},
-		"launcher":  {"vm", appraise.Reason{Code: appraise.CodeLauncherUnknown, Log: "launch-log", Path: "/bin/qemu", Digest: d}, fleet.Value{Subject: "n", Kind: fleet.Launcher, Path: "/bin/qemu", Digest: "sha256:" + d}, true},
-		"VM's PCR":  {"vm", appraise.Reason{Code: appraise.CodeVMPCR, Path: "sha256:4", Digest: d}, fleet.Value{Subject: "vm", Kind: fleet.VMPCR, Path: "sha256:4", Digest: "sha256:" + d}, true},
-		"PCR":       {"host", appraise.Reason{Code: appraise.CodeHostPCR, Path: "sha384:4", Digest: strings.Repeat("ab", 48)}, fleet.Value{Subject: "n", Kind: fleet.HostPCR, Path: "sha384:4", Digest: "sha384:" + strings.Repeat("ab", 48)}, true},
+		"event":    {"host", appraise.Reason{Code: appraise.CodeEventUnknown, Log: "tcg-event-log", Path: "4/EV_EFI_BOOT_SERVICES_APPLICATION/shim", Digest: d}, fleet.Value{Subject: "n", Kind: fleet.HostEvent, Path: "4/EV_EFI_BOOT_SERVICES_APPLICATION/shim", Digest: "sha256:" + d}, true},
+		"file":     {"host", appraise.Reason{Code: appraise.CodeIMAChanged, Log: "ima", Path: "/bin/x", Digest: "sha1:" + d[:40]}, fleet.Value{Subject: "n", Kind: fleet.HostIMA, Path: "/bin/x", Digest: "sha1:" + d[:40]}, true},
+		"launcher": {"vm", appraise.Reason{Code: appraise.CodeLauncherUnknown, Log: "launch-log", Path: "/bin/qemu", Digest: d}, fleet.Value{Subject: "n", Kind: fleet.Launcher, Path: "/bin/qemu", Digest: "sha256:" + d}, true},
+		"VM's PCR": {"vm", appraise.Reason{Code: appraise.CodeVMPCR, Path: "sha256:4", Digest: d}, fleet.Value{Subject: "vm", Kind: fleet.VMPCR, Path: "sha256:4", Digest: "sha256:" + d}, true},
+		"PCR":      {"host", appraise.Reason{Code: appraise.CodeHostPCR, Path: "sha384:4", Digest: strings.Repeat("ab", 48)}, fleet.Value{Subject: "n", Kind: fleet.HostPCR, Path: "sha384:4", Digest: "sha384:" + strings.Repeat("ab", 48)}, true},
+		"before": {"host", appraise.Reason{Code: appraise.CodeLaunchBefore, Log: "launch-log", Path: "sha256:15", Digest: "sha256:" + d},
+			fleet.Value{Subject: "n", Kind: fleet.HostPCR, Path: "sha256:15", Digest: "sha256:" + d}, true},
 		"signature": {"host", appraise.Reason{Code: appraise.CodeSignature}, fleet.Value{}, false},
 		"no digest": {"host", appraise.Reason{Code: appraise.CodeIMAUnknown, Path: "/bin/x"}, fleet.Value{}, false},
 		"replay":    {"host", appraise.Reason{Code: appraise.CodeIMAReplay, Log: "ima", Path: "/bin/x", Digest: d}, fleet.Value{}, false},
@@ -324,5 +358,42 @@ func TestLongImport(t *testing.T) {
 	added, err := s.ImportValues(t.Context(), paula, Import{Format: FormatSums, Content: b.Bytes(), Name: "repository"})
 	if err != nil || added.New != 120_000 {
 		t.Fatalf("%+v %v", added, err)
+	}
+}
+
+// A policy as long as policies may be is set and audited, as is an import that names
+// many subjects; and the log says which document it was.
+func TestLongInAudit(t *testing.T) {
+	s := newService(t)
+	p := appraise.DefaultPolicy()
+	for i := 0; len(p.IMA.Excludes) < 8000; i++ {
+		p.IMA.Excludes = append(p.IMA.Excludes, fmt.Sprintf("/srv/%0100d", i))
+	}
+	document, err := json.Marshal(p)
+	if err != nil || len(document) < 800_000 || len(document) > appraise.MaxPolicy {
+		t.Fatalf("%d bytes, %v", len(document), err)
+	}
+	set, err := s.SetPolicy(t.Context(), paula, document, 1)
+	if err != nil || !bytes.Equal(set.Data, document) {
+		t.Fatal(err)
+	}
+	if kept, err := s.Store.Setting(t.Context(), PolicySetting); err != nil || !bytes.Equal(kept.Data, document) {
+		t.Error(err)
+	}
+	log, _, err := s.Store.AuditLog(t.Context(), store.AuditFilter{Action: "policy.set"}, store.Page{})
+	if err != nil || len(log) != 1 || !strings.Contains(log[0].Detail, fmt.Sprintf("%x", sha256.Sum256(document))) {
+		t.Errorf("%+v %v", log, err)
+	}
+	var values []fleet.Value
+	for i := range 5000 {
+		v := value("/a")
+		v.Subject = fmt.Sprintf("%036d", i)
+		values = append(values, v)
+	}
+	odd := value("/" + strings.Repeat("\u2028", 1300))
+	for _, some := range [][]fleet.Value{values, slices.Repeat([]fleet.Value{odd}, 20)} {
+		if _, err := s.AddValues(t.Context(), paula, some); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -3,6 +3,7 @@ package operate
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -163,7 +164,7 @@ func (s *Service) SetPolicy(ctx context.Context, a Actor, document []byte, versi
 		if err := tx.PutSetting(ctx, set); err != nil {
 			return err
 		}
-		if err := s.audit(tx, a, "policy.set", name, detail{"version": version, "document": string(document)}); err != nil {
+		if err := s.audit(tx, a, "policy.set", name, documented(version, document)); err != nil {
 			return err
 		}
 		if !s.FourEyes {
@@ -172,6 +173,12 @@ func (s *Service) SetPolicy(ctx context.Context, a Actor, document []byte, versi
 		return webhook.Queue(ctx, tx, webhook.Proposed(webhook.ProposedData{By: a.Name, Count: 1, What: "policy"}, s.Now()))
 	})
 	return set, err
+}
+
+// documented is what the audit log says of a policy: it may be longer than an entry,
+// and is kept with all its versions in the store.
+func documented(version int64, document []byte) detail {
+	return detail{"version": version, "sha256": fmt.Sprintf("%x", sha256.Sum256(document)), "bytes": len(document)}
 }
 
 // ProposedPolicy gives the policy that waits for a second person; ErrNotFound.
@@ -190,7 +197,7 @@ func (s *Service) ProposedPolicy(ctx context.Context, a Actor) (fleet.Setting, e
 // ErrSamePerson, ErrConflict where it is not the newest proposal.
 func (s *Service) ApprovePolicy(ctx context.Context, a Actor, version int64) (set fleet.Setting, err error) {
 	err = s.settle(ctx, a, version, func(tx *store.Tx, p fleet.Setting) error {
-		if p.By == a.Name {
+		if fleet.SamePerson(p.By, a.Name) {
 			return ErrSamePerson
 		}
 		if _, err := parsePolicy(p.Data); err != nil {
@@ -204,7 +211,9 @@ func (s *Service) ApprovePolicy(ctx context.Context, a Actor, version int64) (se
 		if err := tx.PutSetting(ctx, set); err != nil {
 			return err
 		}
-		return s.audit(tx, a, "policy.approve", PolicySetting, detail{"version": set.Version, "proposed": version, "by": p.By})
+		d := documented(set.Version, p.Data)
+		d["proposed"], d["by"] = version, p.By
+		return s.audit(tx, a, "policy.approve", PolicySetting, d)
 	})
 	return set, err
 }

@@ -157,7 +157,7 @@ func ValueOf(node, subject string, r appraise.Reason) (fleet.Value, bool) {
 	case appraise.CodeLauncherUnknown:
 		// What runs VMs is the host's, whichever VM it was found at.
 		v.Kind, v.Subject = fleet.Launcher, node
-	case appraise.CodeHostPCR:
+	case appraise.CodeHostPCR, appraise.CodeLaunchBefore:
 		v.Kind = fleet.HostPCR
 	case appraise.CodeVMPCR:
 		v.Kind = fleet.VMPCR

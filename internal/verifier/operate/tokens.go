@@ -22,6 +22,7 @@ func (s *Service) CreateToken(ctx context.Context, a Actor, name string, lifetim
 		if lifetime <= 0 || lifetime > MaxTokenLifetime {
 			return fmt.Errorf("%w: a lifetime of %s, at most %s", ErrInvalid, lifetime, MaxTokenLifetime)
 		}
+		name = ca.FoldName(name)
 		if name != "" && !ca.ValidName(name) {
 			return fmt.Errorf("%w: %.80q is no name that a node can have", ErrInvalid, name)
 		}

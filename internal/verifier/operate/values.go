@@ -2,6 +2,7 @@ package operate
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"strconv"
 
@@ -73,12 +74,16 @@ func (s *Service) add(ctx context.Context, tx *store.Tx, a Actor, action, what, 
 	if added.New, err = tx.AddValues(ctx, all); err != nil {
 		return added, err
 	}
-	d := detail{"values": added.Values, "new": added.New, "state": added.State, "source": source, "subjects": subjects}
+	d := detail{"values": added.Values, "new": added.New, "state": added.State, "source": source}
 	if len(ignored) > 0 {
 		d["ignored"] = ignored
 	}
-	if len(values) <= 20 {
-		d["list"] = spelt(values)
+	// What is more, the store alone has: an entry is bounded.
+	if len(subjects) <= 200 {
+		d["subjects"] = subjects
+	}
+	if list := spelt(values); len(values) <= 20 && written(list) <= 64<<10 {
+		d["list"] = list
 	}
 	if err := s.audit(tx, a, action, what, d); err != nil {
 		return added, err
@@ -87,6 +92,15 @@ func (s *Service) add(ctx context.Context, tx *store.Tx, a Actor, action, what, 
 		return added, nil
 	}
 	return added, webhook.Queue(ctx, tx, webhook.Proposed(webhook.ProposedData{By: a.Name, Subject: values[0].Subject, Count: added.New, What: "values"}, s.Now()))
+}
+
+// written is how long something is as JSON.
+func written(v any) int {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return 0 // who writes it says so
+	}
+	return len(b)
 }
 
 // spelt gives values for the audit log.

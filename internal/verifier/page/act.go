@@ -24,6 +24,7 @@ import (
 // the second person again, and writes the audit log.
 type Operator interface {
 	Approve(ctx context.Context, a operate.Actor, node string) (fleet.Node, error)
+	Learn(ctx context.Context, a operate.Actor, node string, on bool) (fleet.Node, error)
 	Reject(ctx context.Context, a operate.Actor, node, why string) (fleet.Node, error)
 	Revoke(ctx context.Context, a operate.Actor, node, why string) (fleet.Node, error)
 	Dismiss(ctx context.Context, a operate.Actor, node string) (fleet.Node, error)
@@ -56,6 +57,7 @@ const maxForm = 256 << 10
 func done(code string) string {
 	return map[string]string{
 		"node-approved":    "The node was let in. Its first round follows.",
+		"node-learned":     "What the node shows in its next good round is learned.",
 		"node-rejected":    "The node was turned away.",
 		"node-revoked":     "The node was revoked. Its result is none from now on.",
 		"node-dismissed":   "The problem was put aside.",
@@ -110,6 +112,10 @@ func (p *Page) actions() {
 	do("/nodes/{node}/approve", operate.Operator, maxForm, func(r *http.Request, a operate.Actor) (string, *view, error) {
 		n, err := p.Operator.Approve(r.Context(), a, r.PathValue("node"))
 		return back(r, "/nodes/"+n.ID) + "?done=node-approved", nil, err
+	})
+	do("/nodes/{node}/learn", operate.Operator, maxForm, func(r *http.Request, a operate.Actor) (string, *view, error) {
+		n, err := p.Operator.Learn(r.Context(), a, r.PathValue("node"), true)
+		return "/nodes/" + n.ID + "?done=node-learned", nil, err
 	})
 	do("/nodes/{node}/reject", operate.Operator, maxForm, func(r *http.Request, a operate.Actor) (string, *view, error) {
 		n, err := p.Operator.Reject(r.Context(), a, r.PathValue("node"), r.PostFormValue("why"))
@@ -398,7 +404,7 @@ func (p *Page) approvalsPage(r *http.Request) (view, error) {
 		return view{}, err
 	}
 	if s := d.Policy; s != nil {
-		d.Mine, d.PolicyText = s.By == a.Name, says(s.Data)
+		d.Mine, d.PolicyText = fleet.SamePerson(s.By, a.Name), says(s.Data)
 		d.PolicyChanges, _, err = p.Operator.CheckPolicy(ctx, a, s.Data)
 		if errors.Is(err, operate.ErrInvalid) {
 			d.PolicyWrong, err = err.Error(), nil
@@ -458,7 +464,7 @@ func (p *Page) changedHosts(ctx context.Context, sum fleet.Summary) ([]row, erro
 func approvableCode(code string) bool {
 	switch code {
 	case appraise.CodeEventUnknown, appraise.CodeIMAUnknown, appraise.CodeIMAChanged, appraise.CodeIMAWithdrawn, appraise.CodeLauncherUnknown,
-		appraise.CodeHostPCR, appraise.CodeVMPCR:
+		appraise.CodeHostPCR, appraise.CodeVMPCR, appraise.CodeLaunchBefore:
 		return true
 	}
 	return false
@@ -486,7 +492,7 @@ func (p *Page) valueRows(ctx context.Context, vs []fleet.Value, a operate.Actor)
 			}
 			names[v.Subject] = w
 		}
-		w.Value, w.Mine = v, v.FourEyes && v.By == a.Name
+		w.Value, w.Mine = v, v.FourEyes && fleet.SamePerson(v.By, a.Name)
 		out = append(out, w)
 	}
 	return out

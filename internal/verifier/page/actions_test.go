@@ -50,7 +50,7 @@ func TestRoles(t *testing.T) {
 	round := h.newest(pagetest.Odd)
 	for path, need := range map[string]operate.Role{
 		"/nodes/" + pagetest.Waiting + "/approve": operate.Operator, "/nodes/" + pagetest.Waiting + "/reject": operate.Operator,
-		"/nodes/" + pagetest.Good + "/revoke": operate.Operator, "/nodes/" + pagetest.Claimed + "/dismiss": operate.Operator,
+		"/nodes/" + pagetest.Good + "/revoke": operate.Operator, "/nodes/" + pagetest.Claimed + "/dismiss": operate.Operator, "/nodes/" + pagetest.Claimed + "/learn": operate.Operator,
 		"/nodes/" + pagetest.Odd + "/rounds/" + round + "/approve": operate.Operator, "/values/add": operate.Policy, "/values/import": operate.Policy,
 		"/values/approve": operate.Policy, "/values/reject": operate.Policy, "/policy/approve": operate.Policy, "/policy/reject": operate.Policy, "/policy/check": operate.Policy, "/policy/set": operate.Policy, "/deliveries/revive": operate.Policy,
 		"/tokens": operate.Operator, "/tokens/revoke": operate.Operator, "/webhooks": operate.Policy, "/webhooks/1/remove": operate.Policy, "/webhooks/1/test": operate.Policy,
@@ -112,6 +112,10 @@ func TestNodes(t *testing.T) {
 	}
 	if body := h.get(to); !strings.Contains(body, "&lt;b&gt;sold") || strings.Contains(body, "tier big affirming") {
 		t.Error("a revoked node's page")
+	}
+	h.post("/nodes/"+pagetest.Claimed+"/learn", url.Values{})
+	if n, err := h.Store.Status(context.Background(), pagetest.Claimed); err != nil || !n.Learns {
+		t.Errorf("%+v %v", n.Node, err)
 	}
 	h.post("/nodes/"+pagetest.Claimed+"/dismiss", url.Values{})
 	if strings.Contains(h.get("/nodes/"+pagetest.Claimed), "Identity in doubt") {

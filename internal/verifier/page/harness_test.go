@@ -83,7 +83,7 @@ func openHarness(t testing.TB, dsn string) *harness {
 	t.Cleanup(func() { _ = h.Store.Close() })
 	h.Build = &pagetest.Builder{Store: h.Store, Now: h.Now}
 	service := &operate.Service{
-		Store: h.Store, Pin: ca.Pin(sha256.Sum256([]byte("ca"))), FourEyes: true,
+		Store: h.Store, Pin: ca.Pin(sha256.Sum256([]byte("ca"))), FourEyes: true, Learning: true,
 		Unset: unset, Guard: webhook.Guard{}, Now: h.Now,
 		Deliver: func(context.Context, fleet.Hook, fleet.Delivery) error { return io.ErrUnexpectedEOF },
 	}

@@ -26,6 +26,7 @@ type nodeView struct {
 	Strip    strip
 	Rounds   []roundRow
 	EK       []fact // of its certificate
+	MayLearn bool   // nodes may be learned here
 }
 
 type vmRow struct {
@@ -48,7 +49,7 @@ func (p *Page) nodePage(r *http.Request) (view, error) {
 	if err != nil {
 		return view{}, err
 	}
-	d := nodeView{Node: n, Note: noTier(n, p), EK: certificate(n.EKCertificate)}
+	d := nodeView{Node: n, Note: noTier(n, p), EK: certificate(n.EKCertificate), MayLearn: p.Learn}
 	if d.Result, err = p.result(r, n.ID); err != nil {
 		return view{}, err
 	}

@@ -63,7 +63,8 @@ type Config struct {
 	// does (operate.ActorOf). login.ErrRefused is nobody too.
 	Actor func(*http.Request) (operate.Actor, error)
 	// OIDC says that /oidc/login is there, to log in at.
-	OIDC bool
+	OIDC  bool
+	Learn bool // nodes may be learned
 	// FourEyes says that changes of Reference Values need a second person.
 	FourEyes bool
 	// Nodes is the host and port where nodes enrol, "" for where a browser came to;

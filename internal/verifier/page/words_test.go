@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"virt-trust/internal/appraise"
+	"virt-trust/internal/verifier/rounds"
 	"virt-trust/internal/verifier/store"
 )
 
@@ -44,7 +45,7 @@ func codes(t *testing.T) []string {
 }
 
 func TestAdvice(t *testing.T) {
-	known := map[string]bool{store.CodeExpired: true, store.CodeInactive: true}
+	known := map[string]bool{store.CodeExpired: true, store.CodeInactive: true, rounds.CodeTwice: true, rounds.CodeElsewhere: true, rounds.CodeMoved: true}
 	for _, c := range codes(t) {
 		known[c] = true
 	}

@@ -21,13 +21,16 @@ func (h *Handler) challenge(r *http.Request) (int, any, error) {
 	if err != nil {
 		return 0, nil, err
 	}
+	if err := h.pays(r, "node "+n.ID); err != nil {
+		return 0, nil, err
+	}
 	nonce := make([]byte, 32)
 	if err := h.random(nonce); err != nil {
 		return 0, nil, err
 	}
 	c := nodeapi.Challenge{Nonce: nonce, Expires: h.now().Add(challengeTime)}
 	err = h.Store.PutChallenge(r.Context(), fleet.Challenge{
-		ID: hex.EncodeToString(nonce), Purpose: certificatePurpose, Source: source(r), Data: []byte(n.ID), Expires: c.Expires,
+		ID: hex.EncodeToString(nonce), Purpose: certificatePurpose, Source: n.ID + " " + source(r), Data: []byte(n.ID), Expires: c.Expires,
 	})
 	return http.StatusCreated, c, err
 }
@@ -58,6 +61,9 @@ func (h *Handler) certificate(r *http.Request) (int, any, error) {
 		return 0, nil, refuse(ca.NonceBad, "the nonce was not given out for this, was used, or is too old")
 	}
 	if err != nil {
+		return 0, nil, err
+	}
+	if err := h.pays(r, "challenge "+c.ID); err != nil {
 		return 0, nil, err
 	}
 	n, err := h.node(ctx, string(c.Data))
@@ -91,22 +97,27 @@ func (h *Handler) membership(ctx context.Context, n fleet.Node, spki []byte, cer
 		return 0, nil, err
 	}
 	m.CertificateChain = chain(cert.Raw, h.CA.Certificate().Raw)
+	given := []store.Certificate{{Serial: ca.Serial(cert), Node: n.ID, Expires: cert.NotAfter}}
 	if certifier {
-		c, err := h.certifier(n, id)
+		c, fresh, err := h.certifier(ctx, n, id)
 		if err != nil {
 			return 0, nil, err
 		}
+		if fresh {
+			given = append(given, store.Certificate{Serial: ca.Serial(c), Node: n.ID, Expires: c.NotAfter, Data: c.Raw})
+		}
 		m.CertifierChain = chain(c.Raw, h.CA.Certificate().Raw)
 	}
-	if err := h.noteSerial(ctx, n, ca.Serial(cert)); err != nil {
+	if err := h.noteCertificates(ctx, n, cert, given); err != nil {
 		return 0, nil, err
 	}
 	return http.StatusOK, m, nil
 }
 
-// noteSerial writes the newest certificate down, unless the node was revoked while
-// it was signed.
-func (h *Handler) noteSerial(ctx context.Context, n fleet.Node, serial string) error {
+// noteCertificates writes down what was given, of which cert is the node's own,
+// before the node has it, unless the node was revoked while it was signed.
+func (h *Handler) noteCertificates(ctx context.Context, n fleet.Node, cert *x509.Certificate, given []store.Certificate) error {
+	serial := ca.Serial(cert)
 	note := h.shown.again("certificate "+n.ID, h.now())
 	return h.Store.Do(ctx, func(tx *store.Tx) error {
 		now, err := tx.Node(ctx, n.ID)
@@ -117,8 +128,16 @@ func (h *Handler) noteSerial(ctx context.Context, n fleet.Node, serial string) e
 			return &ca.Refusal{Code: ca.NodeRevoked, What: "the node was revoked", Node: n.ID}
 		}
 		now.Serial = serial
+		if cert.NotBefore.After(now.Certified) { // replicas' clocks differ
+			now.Certified = cert.NotBefore
+		}
 		if _, err := tx.UpdateNode(ctx, now); err != nil {
 			return err
+		}
+		for _, c := range given {
+			if err := tx.AddCertificate(ctx, c); err != nil {
+				return err
+			}
 		}
 		if note {
 			tx.Audit(fleet.AuditEntry{Time: h.now(), Actor: "node " + n.ID, Action: "node.certificate", Subject: n.ID, Detail: detail("serial", serial)})
@@ -127,12 +146,23 @@ func (h *Handler) noteSerial(ctx context.Context, n fleet.Node, serial string) e
 	})
 }
 
-func (h *Handler) certifier(n fleet.Node, id ca.Identity) (*x509.Certificate, error) {
+// certifier gives the certificate of a node's certifier: the last, while that is good
+// for a while yet and says what a new one would say, so that there are few to revoke.
+func (h *Handler) certifier(ctx context.Context, n fleet.Node, id ca.Identity) (c *x509.Certificate, fresh bool, err error) {
 	spki, err := ca.CertifierSPKI(n.Certifier)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	return h.CA.Certifier(id, spki, h.now())
+	der, err := h.Store.CertifierCertificate(ctx, n.ID)
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return nil, false, err
+	}
+	now := h.now()
+	if last, err := x509.ParseCertificate(der); err == nil && h.CA.Still(last, id, spki, now) {
+		return last, false, nil
+	}
+	c, err = h.CA.Certifier(id, spki, now)
+	return c, true, err
 }
 
 // firstWord gives the code that a fleet.Node.Problem begins with.

@@ -2,6 +2,7 @@ package rounds
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -45,6 +46,7 @@ func (h *Handler) begin(r *http.Request) (int, any, error) {
 	if err := readJSON(r, &q); err != nil {
 		return 0, nil, err
 	}
+	q.Name = ca.FoldName(q.Name)
 	if len(q.Token) > 64 || len(q.Address) > 300 || !ca.ValidName(q.Name) {
 		return 0, nil, refuse(ca.NameBad, "%.60q is no name for a node: a host name is", q.Name)
 	}
@@ -55,9 +57,24 @@ func (h *Handler) begin(r *http.Request) (int, any, error) {
 		}
 		q.Token = ca.TokenDigest(secret)
 	}
+	counted, err := h.goodToken(r.Context(), q.Token)
+	if err == nil && (counted != "" || len(q.Certificate) == 0) {
+		err = h.pays(r, counted)
+	}
+	if err != nil {
+		return 0, nil, err
+	}
 	keys, err := keysOf(&q).Verify()
 	if err != nil {
 		return 0, nil, err
+	}
+	if counted == "" && len(q.Certificate) > 0 {
+		if f := h.CA.Former(q.Certificate, keys); f != nil {
+			counted = "node " + f.Node
+		}
+		if err := h.pays(r, counted); err != nil {
+			return 0, nil, err
+		}
 	}
 	if _, err := h.ekTrust(keys, q.EKCertificate); err != nil {
 		return 0, nil, err
@@ -76,11 +93,27 @@ func (h *Handler) begin(r *http.Request) (int, any, error) {
 		return 0, nil, err
 	}
 	if err := h.Store.PutChallenge(r.Context(), fleet.Challenge{
-		ID: c.ID, Purpose: enrolmentPurpose, Source: source(r), Data: data, Expires: h.now().Add(enrolmentTime),
+		ID: c.ID, Purpose: enrolmentPurpose, Source: cmp.Or(counted, source(r)), Data: data, Expires: h.now().Add(enrolmentTime),
 	}); err != nil {
 		return 0, nil, err
 	}
 	return http.StatusCreated, c, nil
+}
+
+// goodToken says for whom an enrolment is counted that has a join token with which a
+// node could be let in; "" where it has none.
+func (h *Handler) goodToken(ctx context.Context, digest string) (string, error) {
+	if digest == "" {
+		return "", nil
+	}
+	t, err := h.Store.Token(ctx, digest)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		return "", nil
+	case err == nil && t.Used.IsZero() && t.Expires.After(h.now()):
+		return "token " + t.Digest, nil
+	}
+	return "", err
 }
 
 func (h *Handler) random(b []byte) error {
@@ -129,6 +162,9 @@ func (h *Handler) finish(r *http.Request) (int, any, error) {
 		return 0, nil, refuse(ca.Enrolment, "there is no such enrolment, or it is over: begin anew")
 	}
 	if err != nil {
+		return 0, nil, err
+	}
+	if err := h.pays(r, "challenge "+c.ID); err != nil {
 		return 0, nil, err
 	}
 	var p pending
@@ -188,7 +224,7 @@ func (h *Handler) admit(ctx context.Context, q *nodeapi.EnrolmentRequest, keys *
 		n = fleet.Node{
 			ID: d.ID, Name: q.Name, State: d.State, EKDigest: keys.EKDigest, EKCertificate: q.EKCertificate, EKTrust: "manufacturer",
 			AKName: keys.AK.Name, AK: q.AK, BindName: keys.Bind.Name, Bind: q.Bind, Certifier: q.Certifier,
-			Enrolled: now, Problem: string(d.Problem), AgentAddress: q.Address,
+			Enrolled: now, Problem: string(d.Problem), AgentAddress: q.Address, Learns: d.Learns,
 		}
 		if n.ID == "" {
 			n.ID = fresh
@@ -296,21 +332,11 @@ func useToken(ctx context.Context, tx *store.Tx, digest, name, node string, name
 }
 
 func tokenOf(ctx context.Context, tx *store.Tx, digest string) (fleet.JoinToken, error) {
-	for page := (store.Page{Limit: 1000}); ; {
-		all, next, err := tx.Tokens(ctx, page)
-		if err != nil {
-			return fleet.JoinToken{}, err
-		}
-		for _, t := range all {
-			if t.Digest == digest {
-				return t, nil
-			}
-		}
-		if next == "" {
-			return fleet.JoinToken{}, refuse(ca.TokenWrong, "the Verifier gave out no such join token")
-		}
-		page.After = next
+	t, err := tx.Token(ctx, digest)
+	if errors.Is(err, store.ErrNotFound) {
+		return t, refuse(ca.TokenWrong, "the Verifier gave out no such join token")
 	}
+	return t, err
 }
 
 // shown remembers what was written down lately, so that nobody fills the audit log

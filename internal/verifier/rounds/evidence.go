@@ -3,6 +3,7 @@ package rounds
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -21,8 +22,12 @@ import (
 	"virt-trust/internal/verifier/webhook"
 )
 
-// CodeTwice is the reason of a VM that two nodes have running.
-const CodeTwice = "vm-runs-twice"
+// Reasons of VMs that only who knows several nodes can give.
+const (
+	CodeTwice     = "vm-runs-twice" // two nodes have it running
+	CodeElsewhere = "vm-elsewhere"  // another node has one of this UUID, with another vTPM
+	CodeMoved     = "vm-moved"      // another node had one of this UUID, with another vTPM
+)
 
 // completeTime bounds an appraisal and its transaction.
 const completeTime = 30 * time.Second
@@ -95,6 +100,9 @@ func (h *Handler) evidence(r *http.Request, id ca.Identity) (int, any, error) {
 	if state.Nonce == nil || h.now().After(state.Expires) {
 		return 0, nil, refuse(ca.NonceBad, "no nonce is outstanding: Evidence replayed, or too late")
 	}
+	if n.Node, err = h.older(ctx, n.Node, r.TLS.VerifiedChains[0][0]); err != nil {
+		return 0, nil, h.standing(ctx, id.Node, err)
+	}
 	body, held, readErr := h.readEvidence(r)
 	defer func() { h.budget.give(held) }()
 	if readErr == errFull || readErr != nil && ctx.Err() != nil {
@@ -123,6 +131,30 @@ func (h *Handler) evidence(r *http.Request, id ca.Identity) (int, any, error) {
 		return 0, nil, readErr
 	}
 	return http.StatusOK, outcome, nil
+}
+
+// older finds out that the store is older than a node's certificate, which this CA
+// gave and the store does not know: it was brought back from a backup. What the node
+// shows then for the first time it may have shown before, and otherwise: it is not
+// learned.
+func (h *Handler) older(ctx context.Context, n fleet.Node, cert *x509.Certificate) (fleet.Node, error) {
+	if n.Certified.IsZero() || !cert.NotBefore.After(n.Certified) {
+		return n, nil
+	}
+	err := h.Store.Do(ctx, func(tx *store.Tx) (err error) {
+		if n, err = tx.Node(ctx, n.ID); err != nil {
+			return err
+		}
+		n.Learns, n.Certified = false, cert.NotBefore
+		n.Problem = string(ca.NodeRestored) + ": the Verifier's database is older than the node's certificate: nothing of the node is learned from now on"
+		if n.Version, err = tx.UpdateNode(ctx, n); err != nil {
+			return err
+		}
+		now := h.now()
+		tx.Audit(fleet.AuditEntry{Time: now, Actor: "verifier", Action: "node.restored", Subject: n.ID, Detail: detail("name", n.Name, "serial", ca.Serial(cert))})
+		return webhook.Queue(ctx, tx, webhook.Problem(n, string(ca.NodeRestored), now))
+	})
+	return n, err
 }
 
 // complete appraises the Evidence and stores what came of it, with all that
@@ -214,15 +246,19 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 	}
 	previous, damaged := appraise.DecodeCheckpoint(state.Checkpoint)
 	parsed := appraise.Parse(body)
-	vms, eks := untrustedVMs(parsed)
+	vms, keys := untrustedVMs(parsed)
 	values, err := h.nodes.values(ctx, h.Store, n, vms)
-	learn := policy.Learn && damaged == nil
+	learn := policy.Learn && n.Learns && damaged == nil
 	if err == nil && learn && previous == nil {
 		// A checkpoint that was lost is no first round: what was learned once is not
 		// learned again.
 		var version int64
 		version, err = h.Store.ValuesVersion(ctx, n.ID)
 		learn = version == 0
+	}
+	var others []fleet.VM
+	if err == nil {
+		others, err = h.others(ctx, n, keys)
 	}
 	if err != nil {
 		none(appraise.CodeInternal, "the Reference Values could not be read")
@@ -232,7 +268,12 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 	in := appraise.Input{
 		Node:  appraise.Node{ID: n.ID, AK: n.ak, AKName: n.AKName},
 		Nonce: state.Nonce, Expires: state.Expires, Evidence: body, Parsed: parsed, Previous: previous, Values: values, Policy: policy.Appraisal,
-		Learn: learn, Now: now,
+		Learn: learn, Elsewhere: map[string]bool{}, Now: now,
+	}
+	for _, o := range others {
+		if o.Node != n.ID {
+			in.Elsewhere[o.UUID] = true
+		}
 	}
 	a.result, a.checkpoint, a.learned = appraise.Round(in)
 	if n := len(a.learned); n > store.MaxValues {
@@ -245,7 +286,7 @@ func (h *Handler) appraise(ctx context.Context, n *node, state store.RoundState,
 			a.encoded, a.checkpoint = nil, nil
 		}
 	}
-	if err := h.across(ctx, n, &a.result, eks); err != nil {
+	if err := h.across(ctx, n, &a.result, others); err != nil {
 		none(appraise.CodeInternal, "the other nodes' VMs could not be compared")
 		h.Log.WithError(err).Error("comparing VMs of several nodes")
 	}
@@ -268,19 +309,17 @@ func nothing(n *node, state store.RoundState, code, what string, now, expires ti
 	return r
 }
 
-// untrustedVMs gives UUIDs, and those with an EK digest, out of a report that
+// untrustedVMs gives UUIDs, and them with their EKs' digests, out of a report that
 // nobody has vouched for yet.
-func untrustedVMs(p *appraise.Parsed) (uuids []string, eks []store.VMKey) {
+func untrustedVMs(p *appraise.Parsed) (uuids []string, keys []store.VMKey) {
 	vms := p.UntrustedVMs()
 	for i := range vms {
 		v := &vms[i]
 		uuid := spell(v.UUID)
 		uuids = append(uuids, uuid)
-		if len(v.EK) > 0 {
-			eks = append(eks, store.VMKey{UUID: uuid, EK: hex.EncodeToString(v.EK)})
-		}
+		keys = append(keys, store.VMKey{UUID: uuid, EK: hex.EncodeToString(v.EK)})
 	}
-	return uuids, eks
+	return uuids, keys
 }
 
 func spell(u [16]byte) string {
@@ -288,39 +327,66 @@ func spell(u [16]byte) string {
 	return d[:8] + "-" + d[8:12] + "-" + d[12:16] + "-" + d[16:20] + "-" + d[20:]
 }
 
-// maxEKs bounds the question for VMs with the same EK.
-const maxEKs = 500
+// maxAsked bounds a question for VMs of other nodes.
+const maxAsked = 500
+
+// others gives the VMs of other nodes, or of this one under other names, that have the
+// same UUIDs or EKs.
+func (h *Handler) others(ctx context.Context, n *node, vms []store.VMKey) (all []fleet.VM, err error) {
+	for batch := range slices.Chunk(vms, maxAsked) {
+		some, err := h.Store.Others(ctx, n.ID, batch)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, some...)
+	}
+	return all, nil
+}
 
 // across holds the VMs against those of other nodes: two VMs with one EK share a
-// vTPM, and a VM runs in one place only.
-func (h *Handler) across(ctx context.Context, n *node, r *appraise.Result, eks []store.VMKey) error {
-	for batch := range slices.Chunk(eks, maxEKs) {
-		others, err := h.Store.OthersByEK(ctx, n.ID, batch)
+// vTPM, a VM runs in one place only, and takes its vTPM along when it moves.
+func (h *Handler) across(ctx context.Context, n *node, r *appraise.Result, others []fleet.VM) error {
+	var fresh []string
+	for i := range r.VMs {
+		v := &r.VMs[i]
+		if _, known := n.last.tiers[v.UUID]; !known {
+			fresh = append(fresh, v.UUID)
+		}
+		for j := range others {
+			switch o := &others[j]; {
+			case o.UUID != v.UUID && v.EK != "" && o.EKDigest == v.EK:
+				add(v, appraise.Reason{Code: appraise.CodeVMSharedEK, Tier: appraise.Contraindicated,
+					What: fmt.Sprintf("VM %s of node %q has the same vTPM", o.UUID, o.NodeName), Digest: v.EK})
+			case o.UUID != v.UUID || o.Node == n.ID:
+			case v.Running && o.Running && n.last.runs(v.UUID) && o.Expires.After(n.last.expires):
+				// Both have said so after both had: while a VM moves, the one that it left has
+				// not spoken again yet.
+				add(v, appraise.Reason{Code: CodeTwice, Tier: appraise.Contraindicated,
+					What: fmt.Sprintf("node %q has this VM running, too", o.NodeName), Digest: v.EK})
+			case another(v.EK, o.EKDigest):
+				add(v, appraise.Reason{Code: CodeElsewhere, Tier: appraise.Warning,
+					What: fmt.Sprintf("node %q has a VM of this UUID, too, with another vTPM", o.NodeName), Digest: v.EK, Expected: o.EKDigest})
+			}
+		}
+	}
+	for batch := range slices.Chunk(fresh, maxAsked) {
+		left, err := h.Store.LeftVMs(ctx, n.ID, batch)
 		if err != nil {
 			return err
 		}
-		for i := range r.VMs {
-			v := &r.VMs[i]
-			for j := range others {
-				o := &others[j]
-				if v.EK == "" || o.EKDigest != v.EK || o.Node == n.ID && o.UUID == v.UUID {
-					continue
-				}
-				switch {
-				case o.UUID != v.UUID:
-					add(v, appraise.Reason{Code: appraise.CodeVMSharedEK, Tier: appraise.Contraindicated,
-						What: fmt.Sprintf("VM %s of node %q has the same vTPM", o.UUID, o.NodeName), Digest: v.EK})
-				case v.Running && o.Running && n.last.runs(v.UUID) && o.Expires.After(n.last.expires):
-					// Both have said so after both had: while a VM moves, the one that it left has
-					// not spoken again yet.
-					add(v, appraise.Reason{Code: CodeTwice, Tier: appraise.Contraindicated,
-						What: fmt.Sprintf("node %q has this VM running, too", o.NodeName), Digest: v.EK})
-				}
+		for _, o := range left {
+			i := slices.IndexFunc(r.VMs, func(v appraise.VM) bool { return v.UUID == o.UUID })
+			if v := &r.VMs[i]; another(v.EK, o.EKDigest) {
+				add(v, appraise.Reason{Code: CodeMoved, Tier: appraise.Warning,
+					What: fmt.Sprintf("node %q had a VM of this UUID, with another vTPM, until %s", o.NodeName, o.Changed.Format(time.RFC3339)), Digest: v.EK, Expected: o.EKDigest})
 			}
 		}
 	}
 	return nil
 }
+
+// another says whether two EKs, where both are known, are not the same.
+func another(a, b string) bool { return a != "" && b != "" && a != b }
 
 // add puts a reason to a VM's others.
 func add(v *appraise.VM, r appraise.Reason) {

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"io"
 	"net/http"
-	"net/netip"
 	"sync"
 	"time"
 
@@ -24,29 +23,27 @@ const (
 	freeRatio    = 1 << 20  // bytes that are read before the ratio is looked at
 )
 
-// addresses bounds what one address may ask without a certificate: of IPv6, a
-// /64. When there are too many to remember, all are forgotten; a bound for all
-// together stays.
-type addresses struct {
+// rates bounds what one of many may ask, by any key. When there are too many to
+// remember, all are forgotten; a bound for all together stays.
+type rates struct {
 	mu        sync.Mutex
 	perMinute int
 	all       *rate.Limiter
-	by        map[netip.Addr]*rate.Limiter
+	by        map[string]*rate.Limiter
 }
 
-func newAddresses(perMinute int) *addresses {
+func newRates(perMinute int) *rates {
 	per := rate.Limit(float64(perMinute) / 60)
-	return &addresses{perMinute: perMinute, all: rate.NewLimiter(100*per, 100*perMinute), by: map[netip.Addr]*rate.Limiter{}}
+	return &rates{perMinute: perMinute, all: rate.NewLimiter(100*per, 100*perMinute), by: map[string]*rate.Limiter{}}
 }
 
-func (a *addresses) allow(remote string, now time.Time) bool {
-	key := netip.Addr{} // those without an address share one
-	if p, err := netip.ParseAddrPort(remote); err == nil {
-		key = p.Addr().Unmap().WithZone("")
-		if key.Is6() {
-			key = netip.PrefixFrom(key, 64).Masked().Addr()
-		}
-	}
+func (a *rates) allow(key string, now time.Time) bool {
+	_, ok := a.take(key, now)
+	return ok
+}
+
+// take takes one from the rate of a key, and gives how it is given back, at once.
+func (a *rates) take(key string, now time.Time) (back func(), ok bool) {
 	a.mu.Lock()
 	l := a.by[key]
 	if l == nil {
@@ -57,7 +54,66 @@ func (a *addresses) allow(remote string, now time.Time) bool {
 		a.by[key] = l
 	}
 	a.mu.Unlock()
-	return l.AllowN(now, 1) && a.all.AllowN(now, 1)
+	one := l.ReserveN(now, 1)
+	back = func() { one.CancelAt(now) }
+	if one.DelayFrom(now) > 0 || !a.all.AllowN(now, 1) {
+		back()
+		return nil, false
+	}
+	return back, true
+}
+
+// doubtRate is how many times as often an address may ask that has asked too often,
+// if each request shows that it is not just anybody's: what that costs to find out is
+// bounded too.
+const doubtRate = 10
+
+// charge is who pays for a request without a certificate: its address, until it
+// shows by whom it is, because many nodes may have one address, and others beside
+// them.
+type charge struct {
+	back func() // to the address
+	must bool   // the address has nothing left: it has to show that
+}
+
+type chargeKey struct{}
+
+// charged lets a request in: paid by a node, if that shows its certificate, or by its
+// address.
+func (h *Handler) charged(r *http.Request) (*http.Request, error) {
+	now := h.Now()
+	if r.TLS != nil {
+		if id, err := h.CA.VerifyNode(r.TLS.VerifiedChains, h.now()); err == nil {
+			if !h.proven.allow("certificate "+id.Node, now) {
+				return nil, tooMany
+			}
+			return r, nil
+		}
+	}
+	c := &charge{}
+	var ok bool
+	if c.back, ok = h.anonymous.take(source(r), now); !ok {
+		if c.must = true; !h.doubtful.allow(source(r), now) {
+			return nil, tooMany
+		}
+		c.back = func() {}
+	}
+	return r.WithContext(context.WithValue(r.Context(), chargeKey{}, c)), nil
+}
+
+// pays says by whom a request is, as it has shown: a join token that is good, a node
+// that is known, a challenge that was given out; "" for nobody. That pays for it,
+// unless it has paid too often.
+func (h *Handler) pays(r *http.Request, key string) error {
+	c, ok := r.Context().Value(chargeKey{}).(*charge)
+	switch {
+	case !ok:
+	case key != "" && h.proven.allow(key, h.Now()):
+		c.back()
+	case c.must:
+		return tooMany
+	}
+	return nil
 }
 
 // budget is bytes that may be held at once.

@@ -18,7 +18,7 @@ var statuses = map[ca.Code]int{
 	ca.Malformed: http.StatusBadRequest, ca.TooLarge: http.StatusRequestEntityTooLarge, ca.TooMany: http.StatusTooManyRequests,
 	ca.Busy: http.StatusConflict, ca.NonceBad: http.StatusConflict, ca.Failed: http.StatusServiceUnavailable,
 	ca.NoCertificate: http.StatusUnauthorized, ca.CertificateNo: http.StatusUnauthorized,
-	ca.NodeUnknown: http.StatusGone, ca.Enrolment: http.StatusNotFound, ca.EKUnparsable: http.StatusBadRequest, ca.NameBad: http.StatusBadRequest,
+	ca.NodeUnknown: http.StatusGone, ca.Enrolment: http.StatusNotFound, ca.NoList: http.StatusNotFound, ca.EKUnparsable: http.StatusBadRequest, ca.NameBad: http.StatusBadRequest,
 	ca.NameTaken: http.StatusConflict, ca.EKKnown: http.StatusConflict, ca.AKSwapped: http.StatusConflict, ca.KeysSwapped: http.StatusConflict,
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"virt-trust/internal/appraise"
 	"virt-trust/internal/evidence/forge"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/ca"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/store"
@@ -94,6 +95,79 @@ func TestCheckpointLost(t *testing.T) {
 		}
 	}
 }
+
+// Of a node that is not to be learned nothing is, neither the host nor a VM, until
+// somebody says so.
+func TestNotLearned(t *testing.T) {
+	b := newBench(t, nil)
+	m := b.join("host-a", b.newHost("one"))
+	m.learns(false)
+	for range 2 {
+		if o := m.round(forge.Options{}); o.Tier != appraise.None || !contains(o.Codes, appraise.CodeHostNoValues) {
+			t.Errorf("%+v", o)
+		}
+	}
+	if all, _, err := b.store.Values(t.Context(), store.ValueFilter{}, store.Page{}); err != nil || len(all) != 0 {
+		t.Errorf("%d values, %v", len(all), err)
+	}
+	// The first round after that asks for all that was sent before.
+	m.learns(true)
+	if o := m.round(forge.Options{}); o.Tier != appraise.None || o.Next.Have["ima"] != 0 {
+		t.Errorf("%+v", o)
+	}
+	if o := m.round(forge.Options{}); o.Tier != appraise.Affirming {
+		t.Errorf("%+v", o)
+	}
+}
+
+// A store that does not know the certificate of a node is older than that: what the
+// node shows from then on is not learned, and an operator is told.
+func TestOlderStore(t *testing.T) {
+	b := newBench(t, nil)
+	m := b.join("host-a", b.newHost("one"))
+	m.certified(b.clock.now()) // the newest: all is well
+	if o := m.round(forge.Options{}); o.Tier != appraise.Affirming {
+		t.Fatalf("%+v", o)
+	}
+	m.certified(b.clock.now().Add(-time.Hour))
+	m.host.Start(m.host.AddVM("two"), bootLog(t, "sd"), m.host.VMs[0].Used...)
+	m.host.Tick(5 * time.Minute)
+	b.clock.jump(5 * time.Minute)
+	for range 2 {
+		m.round(forge.Options{})
+		if v := m.vm("two"); v.Tier != appraise.None || !hasCode(v.Reasons, appraise.CodeVMNoValues) {
+			t.Errorf("%+v", v.Appraisal)
+		}
+	}
+	if v := m.vm("one"); v.Tier != appraise.Affirming {
+		t.Errorf("what was known: %+v", v.Appraisal)
+	}
+	n := testkit.Must[fleet.Node](t)(b.store.Node(t.Context(), m.id))
+	if n.Learns || !strings.HasPrefix(n.Problem, string(ca.NodeRestored)) {
+		t.Errorf("%+v", n)
+	}
+	told, _, err := b.store.AuditLog(t.Context(), store.AuditFilter{Action: "node.restored"}, store.Page{})
+	if err != nil || len(told) != 1 {
+		t.Errorf("%+v %v", told, err)
+	}
+}
+
+func (m *member) change(f func(*fleet.Node)) {
+	m.b.t.Helper()
+	m.b.do(func(ctx context.Context, tx *store.Tx) error {
+		n, err := tx.Node(ctx, m.id)
+		if err != nil {
+			return err
+		}
+		f(&n)
+		_, err = tx.UpdateNode(ctx, n)
+		return err
+	})
+}
+
+func (m *member) learns(on bool) { m.change(func(n *fleet.Node) { n.Learns = on }) }
+
+func (m *member) certified(at time.Time) { m.change(func(n *fleet.Node) { n.Certified = at }) }
 
 // What an operator takes back that was learned stays taken back, round after round.
 func TestRejectedIsNotLearned(t *testing.T) {

@@ -28,7 +28,7 @@ import (
 // Policy is what counts now.
 type Policy struct {
 	Appraisal *appraise.Policy
-	Learn     bool // what a first good round shows becomes Reference Values
+	Learn     bool // what a first good round shows becomes Reference Values, of nodes that learn
 }
 
 // Options are what the Verifier's body knows. Store, CA, Manufacturers, Policy and
@@ -42,7 +42,7 @@ type Options struct {
 	Log           *logrus.Entry
 
 	Interval  time.Duration    // between two rounds of a node [1 min]
-	Anonymous int              // requests a minute of one address without identity [120]
+	Anonymous int              // requests a minute of one address that nobody vouches for, and of each who is vouched for [120]
 	InFlight  int64            // bytes of Evidence that are held at once [256 MiB]
 	AtOnce    int              // Evidences that are appraised at once [4 for each processor]
 	Now       func() time.Time // [time.Now]
@@ -66,16 +66,19 @@ func (nobody) Round(appraise.Tier, int, time.Duration, error) {}
 func (nobody) Refused(ca.Code)                                {}
 func (nobody) Enrolled(string)                                {}
 
-// Handler serves /v1/enrolments, /v1/enrolments/{id} and /v1/nodes/{id}/….
+// Handler serves /v1/enrolments, /v1/enrolments/{id}, /v1/nodes/{id}/… and /v1/crl.
 type Handler struct {
 	Options
 	mux       *http.ServeMux
-	anonymous *addresses
+	anonymous *rates // by address, as are doubtful
+	doubtful  *rates
+	proven    *rates // by what a request has shown
 	budget    budget
 	places    places
 	busy      sync.Map // IDs of nodes whose Evidence is at work
 	nodes     nodes    // caches
 	shown     shown
+	lists     lists
 }
 
 // New makes the handler.
@@ -104,7 +107,7 @@ func New(o Options) (*Handler, error) {
 	if o.Observe == nil {
 		o.Observe = nobody{}
 	}
-	h := &Handler{Options: o, mux: http.NewServeMux(), anonymous: newAddresses(o.Anonymous), places: make(places, o.AtOnce)}
+	h := &Handler{Options: o, mux: http.NewServeMux(), anonymous: newRates(o.Anonymous), doubtful: newRates(doubtRate * o.Anonymous), proven: newRates(o.Anonymous), places: make(places, o.AtOnce)}
 	h.budget.left = o.InFlight
 	h.mux.HandleFunc("POST /v1/enrolments", h.unknown(h.begin))
 	h.mux.HandleFunc("POST /v1/enrolments/{id}", h.unknown(h.finish))
@@ -112,6 +115,7 @@ func New(o Options) (*Handler, error) {
 	h.mux.HandleFunc("POST /v1/nodes/{id}/certificates", h.unknown(h.certificate))
 	h.mux.HandleFunc("POST /v1/nodes/{id}/rounds", h.known(h.round))
 	h.mux.HandleFunc("POST /v1/nodes/{id}/evidence", h.known(h.evidence))
+	h.mux.HandleFunc("GET "+CRLPath, h.crl)
 	return h, nil
 }
 
@@ -119,7 +123,7 @@ func New(o Options) (*Handler, error) {
 func Patterns() []string {
 	return []string{
 		"POST /v1/enrolments", "POST /v1/enrolments/{id}", "POST /v1/nodes/{id}/challenges", "POST /v1/nodes/{id}/certificates",
-		"POST /v1/nodes/{id}/rounds", "POST /v1/nodes/{id}/evidence",
+		"POST /v1/nodes/{id}/rounds", "POST /v1/nodes/{id}/evidence", "GET " + CRLPath,
 	}
 }
 
@@ -132,12 +136,15 @@ func (h *Handler) now() time.Time { return h.Now().Round(0) }
 // handler is a request's: what it gives is the answer in JSON, with its status.
 type handler func(*http.Request) (status int, answer any, err error)
 
-// unknown serves requests of those who need no certificate, as often as their
-// address may.
+var tooMany = &ca.Refusal{Code: ca.TooMany, What: "too many requests from this address; try again in a minute"}
+
+// unknown serves requests of those who need no certificate, as often as they, or else
+// their address, may.
 func (h *Handler) unknown(f handler) http.HandlerFunc {
 	return h.serve(func(r *http.Request) (int, any, error) {
-		if !h.anonymous.allow(r.RemoteAddr, h.Now()) {
-			return 0, nil, &ca.Refusal{Code: ca.TooMany, What: "too many requests from this address; try again in a minute"}
+		r, err := h.charged(r)
+		if err != nil {
+			return 0, nil, err
 		}
 		return f(r)
 	})

@@ -3,12 +3,14 @@ package rounds
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -350,6 +352,77 @@ func TestVMRunsTwice(t *testing.T) {
 	}
 }
 
+// A name that two nodes give to VMs of their own is nobody's to teach, and both are
+// told of; so is a VM that comes up elsewhere without its vTPM.
+func TestVMElsewhere(t *testing.T) {
+	b := newBench(t, nil)
+	one, two := b.newHost("vm"), b.newHost()
+	squat := two.AddVM("mine")
+	squat.UUID = one.VMs[0].UUID
+	c := b.join("host-b", two)
+	c.round(forge.Options{}) // it does not run, and teaches nothing
+	a := b.join("host-a", one)
+	for range 2 {
+		a.round(forge.Options{})
+		if v := a.vm("vm"); v.Tier != appraise.None || !hasCode(v.Reasons, CodeElsewhere) || !hasCode(v.Reasons, appraise.CodeVMNoValues) {
+			t.Errorf("%+v", v.Appraisal)
+		}
+	}
+	c.round(forge.Options{})
+	if v := c.vm("mine"); !hasCode(v.Reasons, CodeElsewhere) {
+		t.Errorf("%+v", v.Appraisal)
+	}
+	if all, _, err := b.store.Values(t.Context(), store.ValueFilter{Kind: fleet.VMPCR}, store.Page{}); err != nil || len(all) != 0 {
+		t.Errorf("%d values, %v", len(all), err)
+	}
+	// Once the other has given the name up, it is learned.
+	two.Delete(squat)
+	c.round(forge.Options{})
+	a.round(forge.Options{})
+	if v := a.vm("vm"); v.Tier != appraise.Affirming {
+		t.Errorf("%+v", v.Appraisal)
+	}
+	// Two that run, with two vTPMs.
+	two.VMs = append(two.VMs, squat)
+	n := two.Launchers([3]string{"emulator", "/usr/bin/qemu-system-x86_64", "qemu"})
+	two.Start(squat, bootLog(t, "sd"), n...)
+	two.Tick(5 * time.Minute)
+	b.clock.jump(5 * time.Minute)
+	for range 3 {
+		c.round(forge.Options{})
+		a.round(forge.Options{})
+	}
+	for m, name := range map[*member]string{a: "vm", c: "mine"} {
+		if v := m.vm(name); v.Tier != appraise.Contraindicated || !hasCode(v.Reasons, CodeTwice) {
+			t.Errorf("%+v", v.Appraisal)
+		}
+	}
+	page := string(testkit.Must[[]byte](t)(os.ReadFile("../../../packaging/man/virt-trust-verifier-appraisal.7")))
+	for _, code := range []string{CodeTwice, CodeElsewhere, CodeMoved} {
+		if !strings.Contains(page, ".It Ql "+code+"\n") {
+			t.Errorf("%s is not in virt-trust-verifier-appraisal(7)", code)
+		}
+	}
+	// And one that is gone here, and new there with another vTPM.
+	two.Delete(squat)
+	c.round(forge.Options{})
+	a.round(forge.Options{})
+	one.Delete(one.VMs[0])
+	a.round(forge.Options{})
+	two.VMs = append(two.VMs, squat)
+	two.Start(squat, bootLog(t, "sd"), n...)
+	two.Tick(5 * time.Minute)
+	b.clock.jump(5 * time.Minute)
+	c.round(forge.Options{})
+	if v := c.vm("mine"); v.Tier != appraise.Warning || !hasCode(v.Reasons, CodeMoved) {
+		t.Errorf("%+v", v.Appraisal)
+	}
+	c.round(forge.Options{})
+	if v := c.vm("mine"); v.Tier != appraise.Affirming {
+		t.Errorf("%+v", v.Appraisal)
+	}
+}
+
 // A node that is revoked has no rounds from the next request on, over a connection
 // that stands.
 func TestRevoked(t *testing.T) {
@@ -395,12 +468,12 @@ func TestStoreAway(t *testing.T) {
 	}
 }
 
-func TestAddresses(t *testing.T) {
-	a := newAddresses(3)
+func TestRates(t *testing.T) {
+	a := newRates(3)
 	now := time.Now()
 	allowed := func(remote string, at time.Time) (n int) {
 		for range 10 {
-			if a.allow(remote, at) {
+			if a.allow(source(&http.Request{RemoteAddr: remote}), at) {
 				n++
 			}
 		}
@@ -425,10 +498,94 @@ func TestAddresses(t *testing.T) {
 	if n := allowed("192.0.2.1:1", now.Add(time.Minute)); n != 3 {
 		t.Errorf("a minute later: %d", n)
 	}
+	for range 10 {
+		back, ok := a.take("who gives it back", now)
+		if !ok {
+			t.Fatal("given back, and gone")
+		}
+		back()
+	}
 	for i := range 10_000 {
-		a.allow(fmt.Sprintf("10.0.%d.%d:1", i/250, i%250), now)
+		a.allow(fmt.Sprintf("10.0.%d.%d", i/250, i%250), now)
 	}
 	if len(a.by) > maxAddresses {
 		t.Errorf("%d addresses", len(a.by))
+	}
+}
+
+// Behind one address are nodes, and somebody who asks all the time: whoever shows a
+// certificate, a join token or that he is a node at all goes on.
+func TestOneAddress(t *testing.T) {
+	b := newBench(t, func(o *Options) { o.Anonymous = 12 })
+	m, other := b.join("host-a", b.newHost()), b.join("host-b", b.newHost())
+	secret, digest, err := ca.NewToken(rand.Reader, b.ca.Pin())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.do(func(ctx context.Context, tx *store.Tx) error {
+		return tx.AddToken(ctx, fleet.JoinToken{Digest: digest, Expires: b.clock.now().Add(time.Hour)})
+	})
+	bytes, _, err := ca.ParseToken(secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	anybody, kind := b.client(nil), "application/json"
+	begin := func(token string) answer {
+		return b.post(anybody, "/v1/enrolments", kind, "", fmt.Appendf(nil, `{"name": "x", "token": %q}`, token))
+	}
+	for range 12 {
+		b.want("nobody", begin(""), http.StatusBadRequest, ca.EKUnparsable)
+	}
+	b.want("nobody, too often", begin(""), http.StatusTooManyRequests, ca.TooMany)
+	b.want("a token of nobody's", begin(ca.SpellSecret(make([]byte, ca.SecretSize))), http.StatusTooManyRequests, ca.TooMany)
+	challenges := "/challenges"
+	unknown := "11111111-1111-4111-8111-111111111111"
+	b.want("no node", b.post(anybody, "/v1/nodes/"+unknown+challenges, kind, "", nil), http.StatusGone, ca.NodeUnknown)
+	// Each of these pays for itself, and no more than it may.
+	for range 12 {
+		b.want("a good token", begin(ca.SpellSecret(bytes)), http.StatusBadRequest, ca.EKUnparsable)
+		if a := b.post(anybody, "/v1/nodes/"+m.id+challenges, kind, "", nil); a.status != http.StatusCreated {
+			t.Errorf("a node that was started anew: %d %s", a.status, a.body)
+		}
+	}
+	b.want("a good token, too often", begin(ca.SpellSecret(bytes)), http.StatusTooManyRequests, ca.TooMany)
+	b.want("a node, too often", b.post(anybody, "/v1/nodes/"+m.id+challenges, kind, "", nil), http.StatusTooManyRequests, ca.TooMany)
+	for range 12 {
+		if a := b.post(m.http, "/v1/nodes/"+m.id+challenges, kind, "", nil); a.status != http.StatusCreated {
+			t.Errorf("a node with its certificate: %d %s", a.status, a.body)
+		}
+		if a := b.post(m.http, "/v1/nodes/"+m.id+"/rounds", kind, "", nil); a.status != http.StatusCreated {
+			t.Errorf("its rounds: %d %s", a.status, a.body)
+		}
+	}
+	if a := b.post(anybody, "/v1/nodes/"+other.id+challenges, kind, "", nil); a.status != http.StatusCreated {
+		t.Errorf("another node: %d %s", a.status, a.body)
+	}
+	// What it costs to find that out is bounded.
+	last := answer{}
+	for range doubtRate * 12 {
+		last = b.post(anybody, "/v1/nodes/"+unknown+challenges, kind, "", nil)
+	}
+	b.want("no node, all the time", last, http.StatusTooManyRequests, ca.TooMany)
+}
+
+// Open challenges are counted for each node, not for the address that many have.
+func TestOpenChallenges(t *testing.T) {
+	b := newBench(t, nil)
+	b.stop()
+	b.open = 2
+	b.start()
+	m, other := b.join("host-a", b.newHost()), b.join("host-b", b.newHost())
+	ask := func(m *member) answer {
+		return b.post(b.client(nil), "/v1/nodes/"+m.id+"/challenges", "application/json", "", nil)
+	}
+	for range 2 {
+		if a := ask(m); a.status != http.StatusCreated {
+			t.Errorf("%d %s", a.status, a.body)
+		}
+	}
+	b.want("too many of one node", ask(m), http.StatusTooManyRequests, ca.TooMany)
+	if a := ask(other); a.status != http.StatusCreated {
+		t.Errorf("another node: %d %s", a.status, a.body)
 	}
 }

@@ -2,6 +2,7 @@ package rounds
 
 import (
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"crypto/ecdsa"
@@ -24,6 +25,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-tpm/tpm2"
 	"github.com/sirupsen/logrus"
 
 	"virt-trust/internal/appraise"
@@ -71,6 +73,7 @@ type bench struct {
 	clock   clock
 	policy  *appraise.Policy
 	options func(*Options)
+	open    int // challenges that one may have open; 0: 1000
 }
 
 func newBench(t testing.TB, options func(*Options)) *bench {
@@ -85,7 +88,7 @@ func newBench(t testing.TB, options func(*Options)) *bench {
 
 func (b *bench) start() {
 	b.t.Helper()
-	b.store = testkit.Must[*store.Store](b.t)(store.Open(context.Background(), b.dsn, store.Options{Now: b.clock.now, Challenge: store.ChallengeLimits{PerSource: 1000, Total: 10_000}}))
+	b.store = testkit.Must[*store.Store](b.t)(store.Open(context.Background(), b.dsn, store.Options{Now: b.clock.now, Challenge: store.ChallengeLimits{PerSource: cmp.Or(b.open, 1000), Total: 10_000}}))
 	l := logrus.New()
 	l.Out = io.Discard
 	if testing.Verbose() {
@@ -158,7 +161,7 @@ func (b *bench) join(name string, host *forge.Host) *member {
 	ek := sha256.Sum256([]byte("EK of host " + name))
 	n := fleet.Node{
 		ID: id, Name: name, State: fleet.Active, EKDigest: hex.EncodeToString(ek[:]), EKTrust: "manufacturer",
-		AK: host.TPM.AK(), AKName: host.TPM.AKName(), BindName: host.TPM.AKName(), Bind: firstBind()[:64], Certifier: host.TPM.AK(), Enrolled: b.clock.now(),
+		AK: host.TPM.AK(), AKName: host.TPM.AKName(), BindName: host.TPM.AKName(), Bind: firstBind()[:64], Certifier: certifierArea(b.t), Enrolled: b.clock.now(), Learns: true,
 	}
 	b.do(func(ctx context.Context, tx *store.Tx) error { return tx.PutNode(ctx, n) })
 	key := testkit.Must[*ecdsa.PrivateKey](b.t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
@@ -285,4 +288,26 @@ func pack(t testing.TB, b []byte) []byte {
 		t.Fatal(err)
 	}
 	return out.Bytes()
+}
+
+func spkiOf(t testing.TB) []byte {
+	t.Helper()
+	return testkit.Must[[]byte](t)(x509.MarshalPKIXPublicKey(testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)).Public()))
+}
+
+// certifierArea is the public area of a certifier.
+func certifierArea(t testing.TB) []byte {
+	t.Helper()
+	p := testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)).PublicKey
+	return tpm2.Marshal(tpm2.TPMTPublic{
+		Type: tpm2.TPMAlgECC, NameAlg: tpm2.TPMAlgSHA256,
+		ObjectAttributes: tpm2.TPMAObject{FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true, UserWithAuth: true, SignEncrypt: true},
+		Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{
+			Scheme:  tpm2.TPMTECCScheme{Scheme: tpm2.TPMAlgECDSA, Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSigSchemeECDSA{HashAlg: tpm2.TPMAlgSHA256})},
+			CurveID: tpm2.TPMECCNistP256,
+		}),
+		Unique: tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{
+			X: tpm2.TPM2BECCParameter{Buffer: p.X.FillBytes(make([]byte, 32))}, Y: tpm2.TPM2BECCParameter{Buffer: p.Y.FillBytes(make([]byte, 32))},
+		}),
+	})
 }

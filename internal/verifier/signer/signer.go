@@ -1,7 +1,7 @@
 // Package signer is virt-trust-signer: the holder of a CA key that lies in the
 // Verifier machine's TPM. The Verifier, which speaks to the whole network, never
 // reaches the TPM; it asks here, over a unix socket, for signatures over whole
-// certificates, and gets them within the CA's limits alone.
+// certificates and revocation lists, and gets them within the CA's limits alone.
 package signer
 
 import (
@@ -35,8 +35,12 @@ type Options struct {
 	Log         *logrus.Entry
 }
 
-// Init makes a CA whose key is in the TPM. Neither file may be there.
+// Init makes a CA whose key is in the TPM. Neither file may be there; but of a CA from
+// before there were revocation lists, the certificate is made anew.
 func Init(o Options, name string, now time.Time) error {
+	if a, err := authority(o); err == nil && !a.Lists() {
+		return cakey.Renew(o.Certificate, a, now)
+	}
 	file, err := Make(o.Device)
 	if err != nil {
 		return err
@@ -76,6 +80,14 @@ type Server struct {
 
 // Open reads certificate and key.
 func Open(o Options) (*Server, error) {
+	a, err := authority(o)
+	if err != nil {
+		return nil, err
+	}
+	return newServer(a.Certificate(), a.Key(), o), nil
+}
+
+func authority(o Options) (*ca.Authority, error) {
 	cert, err := cakey.ReadCertificate(o.Certificate)
 	if err != nil {
 		return nil, fmt.Errorf("the CA's certificate: %w; 'virt-trust-signer init' makes a CA", err)
@@ -88,10 +100,7 @@ func Open(o Options) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", o.Key, err)
 	}
-	if _, err := ca.New(cert, key, rand.Reader); err != nil { // they belong together
-		return nil, err
-	}
-	return newServer(cert, key, o), nil
+	return ca.New(cert, key, rand.Reader) // they belong together
 }
 
 func newServer(cert *x509.Certificate, key crypto.Signer, o Options) *Server {
@@ -128,7 +137,7 @@ func (s *Server) talk(conn net.Conn) {
 	}
 	for {
 		_ = conn.SetDeadline(s.now().Add(silence))
-		tbs, err := cakey.ReadMessage(conn, ca.MaxTBS)
+		tbs, err := cakey.ReadMessage(conn, ca.MaxCRL)
 		if err != nil {
 			if !errors.Is(err, io.EOF) {
 				s.log.WithError(err).Info("a request that is none")

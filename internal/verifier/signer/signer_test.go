@@ -7,6 +7,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -106,6 +107,10 @@ func TestSigner(t *testing.T) {
 	if err := cert.CheckSignatureFrom(a.Certificate()); err != nil {
 		t.Error(err)
 	}
+	list := testkit.Must[*x509.RevocationList](t)(x509.ParseRevocationList(testkit.Must[[]byte](t)(a.CRL(7, []x509.RevocationListEntry{{SerialNumber: cert.SerialNumber, RevocationTime: time.Now()}}, time.Now()))))
+	if err := list.CheckSignatureFrom(a.Certificate()); err != nil || !strings.Contains(words.String(), "revocation list 7, with 1 ") {
+		t.Errorf("%v %s", err, words.String())
+	}
 	if !strings.Contains(words.String(), ca.Serial(cert)) || strings.Contains(words.String(), "PRIVATE") {
 		t.Errorf("the journal: %s", words.String())
 	}
@@ -140,7 +145,7 @@ func TestSignerRefuses(t *testing.T) {
 	if _, err := s.Sign(nil, make([]byte, 32), nil); err == nil {
 		t.Error("a digest was signed")
 	}
-	if _, err := s.SignMessage(nil, make([]byte, ca.MaxTBS+1), nil); err == nil {
+	if _, err := s.SignMessage(nil, make([]byte, ca.MaxCRL+1), nil); err == nil {
 		t.Error("too long")
 	}
 	// Half a request, and none, keep nobody from the next.
@@ -214,4 +219,27 @@ func TestLoadRefuses(t *testing.T) {
 	if _, err := Make(filepath.Join(t.TempDir(), "none")); err == nil {
 		t.Error("a key without a TPM")
 	}
+}
+
+// A CA in a TPM from before there were revocation lists signs them after init.
+func TestInitRenews(t *testing.T) {
+	o := options(t, tpmtest.New(t).Socket, io.Discard)
+	if err := Init(o, "test CA", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	a := testkit.Must[*ca.Authority](t)(authority(o))
+	old := *a.Certificate()
+	old.KeyUsage = x509.KeyUsageCertSign
+	der := testkit.Must[[]byte](t)(x509.CreateCertificate(rand.Reader, &old, &old, old.PublicKey, a.Key()))
+	if err := os.WriteFile(o.Certificate, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := Init(o, "test CA", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	b := testkit.Must[*ca.Authority](t)(cakey.Open(o.Certificate, serve(t, o)))
+	if !b.Lists() || b.Pin() != a.Pin() {
+		t.Error("it is another CA, or signs no lists")
+	}
+	testkit.Must[[]byte](t)(b.CRL(1, nil, time.Now()))
 }

@@ -17,7 +17,7 @@ type Retention struct {
 
 // Removed counts what Expire removed.
 type Removed struct {
-	Rounds, Evidence, DeadLetters, Sessions, Challenges, Tokens int64
+	Rounds, Evidence, DeadLetters, Sessions, Challenges, Tokens, Certificates, LeftVMs int64
 }
 
 // expireStep is how many rows go in one transaction, so that rounds come in
@@ -25,7 +25,7 @@ type Removed struct {
 const expireStep = 500
 
 // Expire removes what is over age at now, in small transactions; and sessions,
-// challenges and unused join tokens that have expired.
+// challenges, unused join tokens and certificates that have expired.
 func (s *Store) Expire(ctx context.Context, now time.Time, p Retention) (Removed, error) {
 	var v Removed
 	old := func(age time.Duration) time.Time {
@@ -47,6 +47,8 @@ func (s *Store) Expire(ctx context.Context, now time.Time, p Retention) (Removed
 		{&v.Sessions, "sessions", "digest", "expires <= ?", now},
 		{&v.Challenges, "challenges", "id", "expires <= ?", now},
 		{&v.Tokens, "tokens", "digest", "used = 0 AND expires <= ?", now},
+		{&v.Certificates, "certificates", "serial", "expires <= ?", now.Add(-certificateTime)},
+		{&v.LeftVMs, "vm_left", "uuid", "gone < ?", old(p.RoundAge)},
 	} {
 		for !step.arg.IsZero() {
 			var n int64

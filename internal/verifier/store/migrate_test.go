@@ -178,6 +178,50 @@ func TestOldDumps(t *testing.T) {
 	}
 }
 
+// Names that differ in case alone were two: now each is in lower case, and one of
+// those that would be the same has another and a problem.
+func TestNamesFold(t *testing.T) {
+	rename := "UPDATE nodes SET name = 'ALPHA' WHERE name = 'host1'; UPDATE nodes SET name = 'alpha' WHERE name = 'host2'; UPDATE tokens SET name = 'Host3'"
+	check := func(t *testing.T, b *bench) {
+		t.Helper()
+		if err := b.raw(rename); err != nil {
+			t.Fatal(err)
+		}
+		b.Store = b.replica()
+		first, second := testkit.Must[fleet.Node](t)(b.Node(t.Context(), testNode(1).ID)), testkit.Must[fleet.Node](t)(b.Node(t.Context(), testNode(2).ID))
+		if first.Name != "alpha-00000000" || !strings.HasPrefix(first.Problem, "name-taken: ") || second.Name != "alpha" || second.Problem != "" {
+			t.Errorf("%q %q, %q %q", first.Name, first.Problem, second.Name, second.Problem)
+		}
+		if !first.Learns || !second.Learns {
+			t.Error("nodes that were learned before are not any more")
+		}
+		if token := testkit.Must[fleet.JoinToken](t)(b.Token(t.Context(), "d")); token.Name != "host3" {
+			t.Errorf("%+v", token)
+		}
+	}
+	t.Run("sqlite", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "verifier.db")
+		if err := os.WriteFile(path, readGzip(t, "testdata/v2.sqlite.gz"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		check(t, newBench(t, "sqlite:"+path))
+	})
+	t.Run("postgres", func(t *testing.T) {
+		server, err := storetest.New("fsync=off")
+		storetest.Need(t, err)
+		t.Cleanup(func() {
+			if err := server.Remove(); err != nil {
+				t.Error(err)
+			}
+		})
+		b := newBench(t, server.NewDatabase(t))
+		if out, err := server.Run(readGzip(t, "testdata/v2.postgres.sql.gz"), "psql", "-q", "-v", "ON_ERROR_STOP=1", "-d", b.dsn); err != nil {
+			t.Fatalf("%v %s", err, out)
+		}
+		check(t, b)
+	})
+}
+
 func writeGzip(t *testing.T, path string, data []byte) {
 	t.Helper()
 	var out bytes.Buffer

@@ -10,7 +10,8 @@ import (
 )
 
 const nodeColumns = `n.id, n.version, n.name, n.state, n.ek_digest, n.ek_certificate, n.ek_trust, n.ak_name, n.ak, n.bind_name, n.bind,
- n.certifier, n.serial, n.enrolled, n.problem, n.approved_by, n.revoked_why, n.agent_address, s.received`
+ n.certifier, n.serial, n.enrolled, n.problem, n.approved_by, n.revoked_why, n.agent_address,
+ n.learns, n.certified, n.revoked_at, s.received`
 
 const fromNodes = ` FROM nodes n JOIN node_state s ON s.node = n.id`
 
@@ -25,7 +26,8 @@ const fresh = "(n.state = 'active' AND s.expires > ?)"
 
 func nodeFields(n *fleet.Node) []any {
 	return []any{&n.ID, &n.Version, &n.Name, &n.State, &n.EKDigest, &n.EKCertificate, &n.EKTrust, &n.AKName, &n.AK, &n.BindName, &n.Bind,
-		&n.Certifier, &n.Serial, at{&n.Enrolled}, &n.Problem, &n.ApprovedBy, &n.RevokedWhy, &n.AgentAddress, at{&n.Seen}}
+		&n.Certifier, &n.Serial, at{&n.Enrolled}, &n.Problem, &n.ApprovedBy, &n.RevokedWhy, &n.AgentAddress,
+		&n.Learns, at{&n.Certified}, at{&n.RevokedAt}, at{&n.Seen}}
 }
 
 func (r reads) node(ctx context.Context, where string, args ...any) (fleet.Node, error) {
@@ -213,10 +215,10 @@ func (tx *Tx) PutNode(ctx context.Context, n fleet.Node) error {
 		return err
 	}
 	added, err := tx.exec(ctx, `INSERT INTO nodes (id, version, name, state, ek_digest, ek_certificate, ek_trust, ak_name, ak, bind_name, bind,
- certifier, serial, enrolled, problem, approved_by, revoked_why, agent_address)
- VALUES (?, 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING`,
+ certifier, serial, enrolled, problem, approved_by, revoked_why, agent_address, learns, certified)
+ VALUES (?, 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING`,
 		n.ID, n.Name, n.State, n.EKDigest, n.EKCertificate, n.EKTrust, n.AKName, n.AK, n.BindName, n.Bind,
-		n.Certifier, n.Serial, n.Enrolled, n.Problem, n.ApprovedBy, n.RevokedWhy, n.AgentAddress)
+		n.Certifier, n.Serial, n.Enrolled, n.Problem, n.ApprovedBy, n.RevokedWhy, n.AgentAddress, n.Learns, n.Certified)
 	if err == nil && added == 0 {
 		err = tx.conflict(ctx, n, true)
 	}
@@ -252,8 +254,8 @@ func (r reads) conflict(ctx context.Context, n fleet.Node, added bool) error {
 	return errAgain // whoever had it is gone meanwhile
 }
 
-// UpdateNode writes all of the node but its EK, AK, bind key, certifier, Enrolled
-// and Seen, which never change this way. n.Version is that of the node as it was
+// UpdateNode writes all of the node but its EK, AK, bind key, certifier, Enrolled,
+// Seen and RevokedAt, which never change this way. n.Version is that of the node as it was
 // read: ErrVersion where it changed meanwhile, ErrNotFound, *ConflictError. A node
 // that was revoked stays so: ErrInactive. It gives the new version.
 func (tx *Tx) UpdateNode(ctx context.Context, n fleet.Node) (int64, error) {
@@ -283,9 +285,14 @@ func (tx *Tx) updateNode(ctx context.Context, n fleet.Node) (int64, error) {
 			return 0, err
 		}
 	}
+	revoked := old.RevokedAt
+	if n.State == fleet.Revoked && old.State != fleet.Revoked {
+		revoked = tx.now()
+	}
 	done, err := tx.exec(ctx, `UPDATE nodes SET version = version + 1, name = ?, state = ?, ek_certificate = ?, ek_trust = ?, serial = ?, problem = ?,
- approved_by = ?, revoked_why = ?, agent_address = ? WHERE id = ? AND version = ?`,
-		n.Name, n.State, n.EKCertificate, n.EKTrust, n.Serial, n.Problem, n.ApprovedBy, n.RevokedWhy, n.AgentAddress, n.ID, n.Version)
+ approved_by = ?, revoked_why = ?, agent_address = ?, learns = ?, certified = ?, revoked_at = ? WHERE id = ? AND version = ?`,
+		n.Name, n.State, n.EKCertificate, n.EKTrust, n.Serial, n.Problem, n.ApprovedBy, n.RevokedWhy, n.AgentAddress,
+		n.Learns, n.Certified, revoked, n.ID, n.Version)
 	switch {
 	case errors.Is(err, ErrConflict):
 		return 0, errAgain // two took one name at one moment: the next try says whose it is

@@ -206,21 +206,40 @@ func (r reads) VMsByEK(ctx context.Context, digests ...string) ([]fleet.VM, erro
 	return all, nil
 }
 
-// VMKey is a VM with its EK's digest, as its node says.
+// VMKey is a VM with its EK's digest, as its node says; "" where that is not known.
 type VMKey struct{ UUID, EK string }
 
-// OthersByEK gives what VMsByEK gives of these VMs' digests, but for the VMs
-// themselves, as this node has them: normally nothing.
-func (r reads) OthersByEK(ctx context.Context, node string, vms []VMKey) ([]fleet.VM, error) {
-	digests, own := make([]string, len(vms)), make([]string, len(vms))
-	for i, v := range vms {
-		digests[i], own[i] = v.EK, v.EK+"/"+v.UUID
+// Others gives the VMs, of any node that is not revoked, that have the EK of one of
+// these, but for the VMs themselves, as this node has them; and those with the UUID of
+// one of these that other nodes have. At most 1000, and normally nothing.
+func (r reads) Others(ctx context.Context, node string, vms []VMKey) ([]fleet.VM, error) {
+	var digests, own, uuids []string
+	for _, v := range vms {
+		uuids = append(uuids, v.UUID)
+		if v.EK != "" {
+			digests, own = append(digests, v.EK), append(own, v.EK+"/"+v.UUID)
+		}
 	}
-	all, err := list(ctx, r, "SELECT "+vmColumns+fromVMs+" WHERE n.state <> 'revoked' AND v.ek_digest <> '' AND v.ek_digest IN "+r.d.inJSON+
-		" AND NOT (v.node = ? AND v.ek_digest || '/' || v.uuid IN "+r.d.inJSON+") ORDER BY v.ek_digest, v.uuid, v.node LIMIT 1000",
-		[]any{r.now(), jsonStrings(digests), node, jsonStrings(own)}, readVM)
+	const these = "SELECT " + vmColumns + fromVMs + " WHERE n.state <> 'revoked' AND "
+	all, err := list(ctx, r, these+"v.ek_digest <> '' AND v.ek_digest IN "+r.d.inJSON+" AND NOT (v.node = ? AND v.ek_digest || '/' || v.uuid IN "+r.d.inJSON+
+		") UNION "+these+"v.node <> ? AND v.uuid IN "+r.d.inJSON+" ORDER BY 1, 2 LIMIT 1000",
+		[]any{r.now(), jsonStrings(digests), node, jsonStrings(own), r.now(), node, jsonStrings(uuids)}, readVM)
 	if err != nil {
-		return nil, fmt.Errorf("VMs by EK: %w", err)
+		return nil, fmt.Errorf("VMs of other nodes: %w", err)
+	}
+	return all, nil
+}
+
+// LeftVMs gives the VMs with these UUIDs that another node was the last to have, as
+// they were there, and Changed as the time since when it has them no more. Only VMs of
+// which there are, or were, Reference Values are remembered so.
+func (r reads) LeftVMs(ctx context.Context, node string, uuids []string) ([]fleet.VM, error) {
+	all, err := list(ctx, r, "SELECT l.uuid, l.node, n.name, l.ek_digest, l.gone FROM vm_left l JOIN nodes n ON n.id = l.node WHERE l.node <> ? AND l.uuid IN "+r.d.inJSON,
+		[]any{node, jsonStrings(uuids)}, func(scan func(...any) error, v *fleet.VM) error {
+			return scan(&v.UUID, &v.Node, &v.NodeName, &v.EKDigest, at{&v.Changed})
+		})
+	if err != nil {
+		return nil, fmt.Errorf("VMs that left: %w", err)
 	}
 	return all, nil
 }

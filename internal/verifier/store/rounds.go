@@ -331,6 +331,12 @@ func (tx *Tx) updateVMs(ctx context.Context, p *prepared) error {
 		}
 	}
 	for uuid := range have {
+		// Where it was counts if somebody has taught what it is.
+		if _, err := tx.exec(ctx, `INSERT INTO vm_left (uuid, node, ek_digest, gone) SELECT uuid, node, ek_digest, CAST(? AS BIGINT) FROM vms
+ WHERE uuid = ? AND node = ? AND EXISTS (SELECT 1 FROM value_versions WHERE subject = uuid)
+ ON CONFLICT (uuid) DO UPDATE SET node = excluded.node, ek_digest = excluded.ek_digest, gone = excluded.gone`, p.Result.Received, uuid, p.Node); err != nil {
+			return err
+		}
 		if _, err := tx.exec(ctx, "DELETE FROM vms WHERE uuid = ? AND node = ?", uuid, p.Node); err != nil {
 			return err
 		}

@@ -291,10 +291,11 @@ func TestVMs(t *testing.T) {
 			{"", []VMKey{{r.VMs[2].UUID, r.VMs[2].EK}}, []string{r.VMs[2].UUID + n.ID}},
 			{n.ID, []VMKey{{r.VMs[2].UUID, r.VMs[2].EK}}, nil},
 			{n.ID, []VMKey{{r.VMs[2].UUID, ""}}, nil},
+			{n.ID, []VMKey{{r.VMs[1].UUID, ""}}, []string{r.VMs[1].UUID + m.ID}}, // the same name elsewhere
 			{n.ID, nil, nil},
 		} {
 			var got []string
-			for _, v := range testkit.Must[[]fleet.VM](t)(b.OthersByEK(ctx, c.node, c.own)) {
+			for _, v := range testkit.Must[[]fleet.VM](t)(b.Others(ctx, c.node, c.own)) {
 				got = append(got, v.UUID+v.Node)
 			}
 			slices.Sort(got)
@@ -541,7 +542,7 @@ func TestExpire(t *testing.T) {
 			t.Fatal(err)
 		}
 		stats := testkit.Must[Stats](t)(b.Stats(ctx))
-		if stats.Evidence != 11 || stats.EvidenceBytes < 11000 || stats.Audit != 1 || stats.Bytes < 10000 || stats.Schema != 3 {
+		if stats.Evidence != 11 || stats.EvidenceBytes < 11000 || stats.Audit != 1 || stats.Bytes < 10000 || stats.Schema != 4 {
 			t.Errorf("%+v", stats)
 		}
 		if v := testkit.Must[Removed](t)(b.Expire(ctx, b.clock.Now(), Retention{})); v != (Removed{Sessions: 1, Tokens: 1}) {
@@ -668,6 +669,7 @@ func TestValues(t *testing.T) {
 			return b.Do(ctx, func(tx *Tx) error { return tx.SetValueState(ctx, id, from, to, who) })
 		}
 		wantErr(t, set(fleet.Proposed, fleet.Approved, "anna"), ErrSamePerson)
+		wantErr(t, set(fleet.Proposed, fleet.Approved, "Anna"), ErrSamePerson)
 		wantErr(t, set(fleet.Proposed, fleet.Approved, ""), ErrSamePerson)
 		wantErr(t, set(fleet.Approved, fleet.Rejected, "berta"), ErrVersion)
 		for _, second := range []string{"", "anna"} {

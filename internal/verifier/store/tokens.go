@@ -60,6 +60,17 @@ func (tx *Tx) UseToken(ctx context.Context, digest, name, node string) error {
 	return &TokenError{"other-name"}
 }
 
+// Token gives one join token; ErrNotFound.
+func (r reads) Token(ctx context.Context, digest string) (fleet.JoinToken, error) {
+	var t fleet.JoinToken
+	err := r.one(ctx, "SELECT digest, name, expires, added_by, created, used, used_by FROM tokens WHERE digest = ?", []any{digest},
+		&t.Digest, &t.Name, at{&t.Expires}, &t.By, at{&t.Created}, at{&t.Used}, &t.UsedBy)
+	if err != nil {
+		return fleet.JoinToken{}, fmt.Errorf("join token: %w", err)
+	}
+	return t, nil
+}
+
 // DropToken removes a token that was not used; ErrNotFound.
 func (tx *Tx) DropToken(ctx context.Context, digest string) error {
 	n, err := tx.exec(ctx, "DELETE FROM tokens WHERE digest = ? AND used = 0", digest)

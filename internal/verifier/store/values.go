@@ -135,10 +135,10 @@ func (tx *Tx) setValueState(ctx context.Context, id int64, from, to fleet.ValueS
 		return err
 	case v.State != from, from == to:
 		return ErrVersion
-	case v.FourEyes && to == fleet.Approved && (who == "" || who == v.By):
+	case v.FourEyes && to == fleet.Approved && (who == "" || fleet.SamePerson(who, v.By)):
 		return ErrSamePerson
 	}
-	if who == v.By {
+	if fleet.SamePerson(who, v.By) {
 		who = "" // no second person
 	}
 	n, err := tx.exec(ctx, "UPDATE reference_values SET state = ?, second = ? WHERE id = ? AND state = ?", to, who, id, from)

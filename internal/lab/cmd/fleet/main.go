@@ -279,7 +279,7 @@ func (n *node) record() fleet.Node {
 	return fleet.Node{
 		ID: n.id, Name: n.name(), State: fleet.Active, EKDigest: hex.EncodeToString(id.EK), EKTrust: "admin: simulated",
 		AKName: n.host.TPM.AKName(), AK: n.host.TPM.AK(), BindName: n.host.TPM.AKName(), Bind: n.host.TPM.AK(), Certifier: n.host.TPM.AK(),
-		Serial: ca.Serial(n.cert.Leaf), Enrolled: now, Seen: now,
+		Serial: ca.Serial(n.cert.Leaf), Enrolled: now, Seen: now, Learns: true,
 	}
 }
 
