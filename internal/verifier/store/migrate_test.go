@@ -276,7 +276,7 @@ func TestUpgradeAndNewer(t *testing.T) {
 		o := Options{Now: b.clock.Now}
 		// One that fails half way leaves the version before.
 		_, err := open(t.Context(), b.dsn, o, withNext(t, "ALTER TABLE nodes ADD COLUMN extra TEXT;\nALTER TABLE nonsense ADD COLUMN extra TEXT;"))
-		if err == nil || !strings.Contains(err.Error(), "version 3 to 99999") {
+		if err == nil || !strings.Contains(err.Error(), "version 4 to 99999") {
 			t.Fatalf("a broken migration: %v", err)
 		}
 		if err := b.raw("SELECT extra FROM nodes"); err == nil {
