@@ -93,6 +93,7 @@ func Run(ctx context.Context, o Options) error {
 	go s.g.keepRaised(ctx)
 	select {
 	case <-ctx.Done():
+		s.g.awaitStarts(patience)
 		s.drain()
 		last, cancel := context.WithTimeout(context.Background(), lastRaise)
 		defer cancel()
@@ -116,10 +117,13 @@ func newService(conn *dbus.Conn, o Options, swtpmUID, qemuUID uint32, tpm *hostt
 	}
 }
 
-// drain lets the hooks and wrappers that are under way come to their end, for
-// no longer than a TPM needs: a VM that is just starting should start.
+// patience bounds each of the waits for what libvirt has under way when
+// virt-trustd ends: a VM that is just starting should start.
+const patience = 10 * time.Second
+
+// drain lets the hooks and wrappers that are under way come to their end.
 func (s *Service) drain() {
-	late := time.After(10 * time.Second)
+	late := time.After(patience)
 	for range cap(s.slots) {
 		select {
 		case s.slots <- struct{}{}:

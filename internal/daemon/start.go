@@ -37,7 +37,10 @@ type session struct {
 	// writes: swtpm may have written. Until QEMU has it load its state, only a
 	// swtpm_setup may.
 	writes atomic.Bool
-	// making: a swtpm_setup makes the vTPM, and QEMU has not had it yet.
+	// making: a swtpm_setup makes the vTPM, and QEMU has not had it yet. Nothing is
+	// noted until then: what is there of the vTPM of a record without baseline and
+	// journal was never of use, and may be removed by swtpm_setup or libvirt and
+	// made again, also when virt-trustd was started anew meanwhile.
 	making atomic.Bool
 
 	tags     *list.Record // the tags as the record shall have them; nil: as it has them
@@ -522,7 +525,7 @@ func (g *Guard) settle(s *session) (sound bool, err error) {
 	store := g.peek()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.ended || store == nil {
+	if s.ended || store == nil || s.making.Load() {
 		return true, nil
 	}
 	r := store.Get(s.uuid)
@@ -622,6 +625,7 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 	if !ok && g.cfg.Mode != "enforce" {
 		if s != nil {
 			s.writes.Store(true)
+			s.making.Store(false)
 		}
 		return nil
 	}
@@ -634,9 +638,17 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 		return nil
 	}
 	// swtpm loads its state when QEMU asks it to, which is after this: whoever
-	// exchanged it since prepare was too early.
+	// exchanged it since prepare was too early. From here on a new vTPM counts.
+	made := s.making.Swap(false)
+	defer func() {
+		if err != nil {
+			s.making.Store(made)
+		}
+	}()
 	if sound, err := g.settle(s); !sound && g.cfg.Mode == "enforce" {
 		return reason.Refuse(reason.VTPMChanged, "start the VM again", "the vTPM state in %s was replaced while the VM was being started", s.dir)
+	} else if err != nil && made && g.cfg.Mode == "enforce" {
+		return fmt.Errorf("noting the new vTPM: %w", err)
 	} else if err != nil {
 		g.log.WithField(journal.VM, s.uuid).WithError(err).Warn("making a vTPM's state durable")
 	}
@@ -657,7 +669,6 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 		g.report(f.UUID, f.Name, "start", wouldRefuse, r.Code, r.Text(), journal.WouldRefuse)
 	}
 	s.writes.Store(true)
-	s.making.Store(false)
 	g.setState(f.UUID, list.Running)
 	return nil
 }
@@ -884,11 +895,16 @@ func (g *Guard) resumeOne(ctx context.Context, store *liststore.Store, uuid stri
 	if err != nil {
 		return err
 	}
+	never := r.Baseline.IsZero() && len(entries) == 0
+	if !used && never {
+		return nil // swtpm_setup may be at work: `release` tells, or the next start
+	}
 	if !used {
 		return g.closeAfterCrash(ctx, store, r, entries, false)
 	}
 	s = &session{uuid: uuid, dir: r.Instance, state: list.Running, noted: entries}
 	s.writes.Store(true)
+	s.making.Store(never)
 	if err := g.watch.Add(r.Instance); err != nil {
 		return err
 	}
