@@ -209,7 +209,7 @@ func (g *Guard) noteIdentity(ctx context.Context, n *list.Record, m manufacture)
 	if err == nil {
 		n.AKCertificate, err = g.issue(ctx, ekcert.Request{Kind: ekcert.AK, Key: key, VM: n.UUID, Origin: ekcert.Manufactured, TPM: m.tpm})
 	}
-	if err != nil {
+	if n.AKDue = err != nil; n.AKDue {
 		notes = append(notes, note{text: "the vTPM's AK has no certificate: " + err.Error()})
 	}
 	return notes
@@ -307,7 +307,7 @@ func (g *Guard) IssueEK(ctx context.Context, d libvirt.Domain, f *domain.Facts) 
 	}
 	n.EKCertificate, err = g.issue(ctx, ekcert.Request{
 		Kind: ekcert.EK, Key: public, VM: r.UUID, Origin: ekcert.TakenIn,
-		TPM: ekcert.TPM{Manufacturer: id.Manufacturer, Version: id.Version, Family: id.Family, Level: id.Level, Revision: id.Revision},
+		TPM: tpmOf(id),
 	})
 	if err != nil {
 		return "", err
@@ -318,6 +318,11 @@ func (g *Guard) IssueEK(ctx context.Context, d libvirt.Domain, f *domain.Facts) 
 	g.report(r.UUID, r.Name, "issue", noted, "", "the vTPM's endorsement key got a certificate", journal.Certified)
 	g.changed(r.UUID)
 	return "the vTPM's endorsement key got a certificate, which is kept here and is not in the vTPM", nil
+}
+
+// tpmOf is what a vTPM says of itself, for a certificate.
+func tpmOf(id ek.Identity) ekcert.TPM {
+	return ekcert.TPM{Manufacturer: id.Manufacturer, Version: id.Version, Family: id.Family, Level: id.Level, Revision: id.Revision}
 }
 
 // reader reads vTPMs with the swtpm that is among the launchers.

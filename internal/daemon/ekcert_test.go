@@ -239,7 +239,8 @@ func TestManufacture(t *testing.T) {
 	}
 }
 
-// A vTPM whose AK cannot be made starts without, and says so.
+// A vTPM whose AK cannot be made starts without, says so, and gets it at a later
+// start: not at one from a saved image, which brings another state.
 func TestNoAK(t *testing.T) {
 	t.Parallel()
 	o := openFactory(t, func(c *config.Config) { c.Attestation.VTPMAK = true })
@@ -265,6 +266,72 @@ func TestNoAK(t *testing.T) {
 	rec := o.g.peek().Get(uuidA)
 	if len(rec.AKPublic) != 0 || len(rec.AKCertificate) != 0 || len(rec.EKCertificate) == 0 || !bytes.Equal(before, o.read(uuidA)) || !strings.Contains(o.logged(), "the new vTPM has no AK") {
 		t.Errorf("AK %x\n%s", rec.AKPublic, o.logged())
+	}
+	o.stop(f)
+
+	again := func() *list.Record {
+		t.Helper()
+		if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+			t.Fatal(err)
+		}
+		o.redeemed(f)
+		o.stop(f)
+		return o.g.peek().Get(uuidA)
+	}
+	o.g.Restoring(f)
+	if rec := again(); len(rec.AKPublic) != 0 {
+		t.Error("a vTPM that a saved image brings got an AK")
+	}
+	o.g.cfg.Attestation.VTPMAK = false
+	if rec := again(); len(rec.AKPublic) != 0 || !rec.AKDue {
+		t.Error("an AK that is not wanted any more")
+	}
+	o.g.cfg.Attestation.VTPMAK = true
+	if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+		t.Fatal(err)
+	}
+	o.g.closeGrant(uuidA) // libvirt goes no further
+	o.stop(f)
+	with := o.read(uuidA)
+	certificate := rec.EKCertificate
+	o.g.cfg.Attestation.EKCertificates = false // an AK has one all the same
+	if rec = again(); !bytes.Equal(rec.EKCertificate, certificate) || rec.AKDue {
+		t.Errorf("AK due: %v\n%s", rec.AKDue, o.logged())
+	}
+	if bytes.Equal(with, before) {
+		t.Error("no AK was made up")
+	}
+	public := o.inside(uuidA, `tpm2_readpublic -Q -c 0x8180ff01 -f tpmt -o ak && cat ak`)
+	if !bytes.Equal(public, rec.AKPublic) {
+		t.Errorf("the AK in the vTPM is %x, in the record %x\n%s", public, rec.AKPublic, o.logged())
+	}
+	key, err := ek.ParseAK(rec.AKPublic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s, err := profile.UntrustedParse(rec.AKCertificate); err != nil || s.Kind != profile.AK || s.VM != uuidA || !key.Equal(s.Key) {
+		t.Errorf("%+v, %v", s, err)
+	}
+	settled := o.read(uuidA)
+	if rec := again(); !bytes.Equal(settled, o.read(uuidA)) || !bytes.Equal(rec.AKPublic, public) {
+		t.Error("it is made again")
+	}
+}
+
+// A vTPM that was there before gets no AK, nor does one while that is not wanted.
+func TestAdoptedGetsNoAK(t *testing.T) {
+	t.Parallel()
+	o := openFactory(t, func(c *config.Config) { c.Attestation.VTPMAK = true })
+	f := o.vm(uuidA, true)
+	for range 2 {
+		if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+			t.Fatal(err)
+		}
+		o.redeemed(f)
+		o.stop(f)
+	}
+	if r := o.g.peek().Get(uuidA); r.AKDue || len(r.AKPublic) != 0 {
+		t.Errorf("%+v", r)
 	}
 }
 

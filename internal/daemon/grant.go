@@ -46,7 +46,7 @@ func (g *Guard) open(st *start, cgroup string) {
 	}
 	fresh := !gr.had && st.d.Plan != lifecycle.Pass && st.f.TPM.Version == "2.0"
 	gr.certify = fresh && g.cfg.Attestation.EKCertificates
-	gr.ak = fresh && g.cfg.Attestation.VTPMAK && !gr.pass && g.launch.ek != nil
+	gr.ak = fresh && st.r.AKDue
 	if !gr.pass {
 		gr.keys = st.keys
 	}

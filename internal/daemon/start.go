@@ -193,6 +193,10 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 		r.SetTag(tagOf(st.dir, st.keys))
 	}
 	r.AdoptFrom, r.Ephemeral = list.Digest{}, g.ephemeral(f)
+	wantsAK := g.cfg.Attestation.VTPMAK && f.TPM.Version == "2.0" && r.KeyOwner == list.Ours && g.launch.ek != nil
+	if !st.dir.Exists() {
+		r.AKDue = wantsAK
+	}
 	if st.dir.Exists() {
 		if err = g.keepState(r.UUID, st.dir); err != nil {
 			return err
@@ -215,6 +219,9 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 		return err
 	}
 	g.open(st, cgroup)
+	if r.AKDue && wantsAK && st.dir.Exists() && !restored { // else the vTPM is the image's
+		g.makeUpAK(ctx, st)
+	}
 	g.mu.Lock()
 	delete(g.verdicts, f.UUID)
 	g.mu.Unlock()
