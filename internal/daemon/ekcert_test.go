@@ -557,6 +557,27 @@ func callCertify(mode, address string) {
 	os.Exit(0)
 }
 
+// authority is a CA, and gives chains for the certifier by it.
+func (h *house) authority() (ca *x509.Certificate, issue func(change func(*x509.Certificate)) []byte) {
+	t := h.t
+	t.Helper()
+	root := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	now := h.g.now()
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	template.Subject.CommonName = "CA"
+	rootDER := must[[]byte](t)(x509.CreateCertificate(rand.Reader, template, template, root.Public(), root))
+	ca = must[*x509.Certificate](t)(x509.ParseCertificate(rootDER))
+	return ca, func(change func(*x509.Certificate)) []byte {
+		c := must[*x509.Certificate](t)(profile.IssuerTemplate(h.tpm.CertifierPublic()))
+		c.SerialNumber, c.NotBefore, c.NotAfter = big.NewInt(2), now.Add(-time.Minute), now.Add(time.Minute)
+		change(c)
+		der := must[[]byte](t)(x509.CreateCertificate(rand.Reader, c, ca, h.tpm.CertifierPublic(), root))
+		return profile.EncodeChain([]*x509.Certificate{must[*x509.Certificate](t)(x509.ParseCertificate(der)), ca})
+	}
+}
+
 // A CA's certificate takes the place of the certifier's own, and holds for what
 // was issued before.
 func TestCertifierChain(t *testing.T) {
@@ -576,21 +597,7 @@ func TestCertifierChain(t *testing.T) {
 		t.Error("made anew")
 	}
 
-	root := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	now := h.g.now()
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	template.Subject.CommonName = "CA"
-	rootDER := must[[]byte](t)(x509.CreateCertificate(rand.Reader, template, template, root.Public(), root))
-	ca := must[*x509.Certificate](t)(x509.ParseCertificate(rootDER))
-	issue := func(change func(*x509.Certificate)) []byte {
-		c := must[*x509.Certificate](t)(profile.IssuerTemplate(h.tpm.CertifierPublic()))
-		c.SerialNumber, c.NotBefore, c.NotAfter = big.NewInt(2), now.Add(-time.Minute), now.Add(time.Minute)
-		change(c)
-		der := must[[]byte](t)(x509.CreateCertificate(rand.Reader, c, ca, h.tpm.CertifierPublic(), root))
-		return profile.EncodeChain([]*x509.Certificate{must[*x509.Certificate](t)(x509.ParseCertificate(der)), ca})
-	}
+	ca, issue := h.authority()
 	refuses(t, h.g.SetCertifierChain(background, issue(func(c *x509.Certificate) { c.Subject.CommonName = "me" })), reason.PolicyForbids)
 	good := issue(func(*x509.Certificate) {})
 	if err := h.g.SetCertifierChain(background, good); err != nil {
@@ -614,6 +621,48 @@ func TestCertifierChain(t *testing.T) {
 	h.g.certifier.chain = nil
 	if c := must[[]*x509.Certificate](t)(h.g.certifierChain(background)); len(c) != 1 {
 		t.Errorf("%d certificates", len(c))
+	}
+}
+
+// While the TPM signs the certifier's own certificate, whoever needs no TPM goes
+// on; and what a CA brings meanwhile stays.
+func TestCertifierWaitsForTheTPMAlone(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	h.tpm.mu.Lock()
+	h.tpm.held = make(chan struct{})
+	h.tpm.mu.Unlock()
+	signed := make(chan []*x509.Certificate, 1)
+	go func() { signed <- must[[]*x509.Certificate](t)(h.g.certifierChain(background)) }()
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		h.tpm.mu.Lock()
+		asking := h.tpm.asking
+		h.tpm.mu.Unlock()
+		if asking > 0 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the TPM is not asked")
+		}
+	}
+	_, issue := h.authority()
+	good := issue(func(*x509.Certificate) {})
+	set := make(chan error, 1)
+	go func() {
+		h.g.chainText()
+		set <- h.g.SetCertifierChain(background, good)
+	}()
+	select {
+	case err := <-set:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("the chain waits for the TPM")
+	}
+	close(h.tpm.held)
+	if chain := <-signed; len(chain) != 2 || h.g.chainText() != string(good) {
+		t.Errorf("%d certificates", len(chain))
 	}
 }
 
