@@ -624,6 +624,23 @@ func TestCertifierChain(t *testing.T) {
 	}
 }
 
+// The chain on D-Bus is that of the moment, however lately the TPM was asked.
+func TestCertifierChainIsShown(t *testing.T) {
+	t.Parallel()
+	o := openOffice(t)
+	_, issue := o.authority()
+	for i := range 2 {
+		good := issue(func(c *x509.Certificate) { c.SerialNumber = big.NewInt(int64(10 + i)) })
+		if err := o.g.SetCertifierChain(background, good); err != nil {
+			t.Fatal(err)
+		}
+		var shown string
+		if err := o.call(bus.HostPath, "org.freedesktop.DBus.Properties.Get", bus.HostInterface, "CertifierChain").Store(&shown); err != nil || shown != string(good) {
+			t.Errorf("chain %d: %v, %d bytes of %d", i, err, len(shown), len(good))
+		}
+	}
+}
+
 // While the TPM signs the certifier's own certificate, whoever needs no TPM goes
 // on; and what a CA brings meanwhile stays.
 func TestCertifierWaitsForTheTPMAlone(t *testing.T) {

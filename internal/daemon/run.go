@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -562,8 +563,15 @@ func (g *Guard) lastVerdict(r *list.Record) (verdict, code, what string) {
 // statusAge is how long an answer of the TPM counts as present.
 const statusAge = 2 * time.Second
 
-// hostProperties asks the TPM, but not more often than it changes.
+// hostProperties are the TPM's, and what virt-trustd can tell without it.
 func (s *Service) hostProperties() dict {
+	d := maps.Clone(s.tpmProperties())
+	d["CertifierChain"] = dbus.MakeVariant(s.g.chainText())
+	return d
+}
+
+// tpmProperties asks the TPM, but not more often than it changes.
+func (s *Service) tpmProperties() dict {
 	s.statusMu.Lock()
 	defer s.statusMu.Unlock()
 	if s.status.state != nil && time.Since(s.status.at) < statusAge {
@@ -595,7 +603,6 @@ func (s *Service) hostProperties() dict {
 	for name, t := range s.host.Timings() {
 		counts[name], times[name] = uint64(t.Count), uint64(t.Total.Microseconds())
 	}
-	d["CertifierChain"] = dbus.MakeVariant(s.g.chainText())
 	d["CommandCounts"], d["CommandTimes"] = dbus.MakeVariant(counts), dbus.MakeVariant(times)
 	d["NextBoot"] = dbus.MakeVariant(uint64(0))
 	if w, err := s.host.Waiver(); err == nil && w != nil {
