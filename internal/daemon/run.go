@@ -284,10 +284,8 @@ func (g *Guard) sweep(ctx context.Context) {
 	}
 	g.mu.Unlock()
 	for _, r := range unwatched {
-		if used, err := statedir.InUse(r.Instance); err == nil && used {
-			if err := g.resumeOne(ctx, store, r.UUID); err != nil {
-				g.log.WithField(journal.VM, r.UUID).WithError(err).Warn("taking up a running VM")
-			}
+		if err := g.resumeOne(ctx, store, r.UUID); err != nil {
+			g.log.WithField(journal.VM, r.UUID).WithError(err).Warn("taking up a running VM")
 		}
 	}
 	for _, id := range stale {
@@ -298,7 +296,7 @@ func (g *Guard) sweep(ctx context.Context) {
 				g.endSession(id)
 				return
 			}
-			if used, err := statedir.InUse(r.Instance); used || err != nil {
+			if used, err := statedir.InUse(r.Instance); used || err != nil || g.justOpened(r) {
 				return
 			}
 			g.closeGrant(id)

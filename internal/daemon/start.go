@@ -903,8 +903,8 @@ func (g *Guard) resumeOne(ctx context.Context, store *liststore.Store, uuid stri
 		return err
 	}
 	never := r.Baseline.IsZero() && len(entries) == 0
-	if !used && never {
-		return nil // swtpm_setup may be at work: `release` tells, or the next start
+	if !used && (never || g.justOpened(r)) {
+		return nil // it may be starting: `release` tells, or the next start
 	}
 	if !used {
 		return g.closeAfterCrash(ctx, store, r, entries, false)
@@ -921,6 +921,14 @@ func (g *Guard) resumeOne(ctx context.Context, store *liststore.Store, uuid stri
 	g.settled(r.Instance)
 	g.changed(uuid)
 	return nil
+}
+
+// justOpened reports whether a VM may be starting. swtpm takes the lock when QEMU
+// has it load its state, which is after `start` has come and the grant has gone: a
+// lock that nobody has tells nothing until then.
+func (g *Guard) justOpened(r *list.Record) bool {
+	const launch = 30 * time.Second // from `start` to swtpm's lock
+	return r.BootID == g.bootID && g.now().Before(time.Unix(r.Changed, 0).Add(g.grantLifetime()+launch))
 }
 
 // closeAfterCrash closes the record of a VM that stopped while nobody looked,

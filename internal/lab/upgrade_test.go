@@ -69,6 +69,11 @@ func TestUpgrade(t *testing.T) {
 		t.Fatal(err)
 	}
 	host := NewHost(t, HostOptions{Name: "old"})
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("virt-trustd's journal:\n%s", host.Run("journalctl", "-u", "virt-trustd", "--no-pager", "-n", "60", "-o", "short-precise").Stdout)
+		}
+	})
 	host.InstallDeb(oldDeb(t, deb))
 	host.Must("systemctl", "restart", "libvirtd")
 	off := sealed(t, host, VM{Name: "off", TPM: true, Disk: "qcow2"})
