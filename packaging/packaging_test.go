@@ -163,6 +163,31 @@ func TestEmulators(t *testing.T) {
 	}
 }
 
+// TestUpgradeRestarts: an upgrade leaves none of our services running as it was,
+// and restarts nobody else's, libvirt's least of all. TestUpgrade has it done.
+func TestUpgradeRestarts(t *testing.T) {
+	restarted := map[string]bool{}
+	invoked := regexp.MustCompile(`deb-systemd-invoke (?:\$action|(?:try-)?restart) ([^>|]*)`)
+	for _, postinst := range []string{"debian/virt-trust/postinst", "debian/virt-trust-verifier/postinst"} {
+		for _, m := range invoked.FindAllStringSubmatch(read(t, postinst), -1) {
+			for _, unit := range strings.Fields(m[1]) {
+				restarted[unit] = true
+			}
+		}
+	}
+	services, _ := filepath.Glob("../systemd/*.service")
+	for _, path := range services {
+		unit := filepath.Base(path)
+		if !restarted[unit] {
+			t.Errorf("an upgrade leaves %s running as it was", unit)
+		}
+		delete(restarted, unit)
+	}
+	if len(services) < 4 || len(restarted) > 0 {
+		t.Errorf("%d services; restarted besides: %v", len(services), restarted)
+	}
+}
+
 func TestManPages(t *testing.T) {
 	man := tool(t, "man")
 	pages, _ := filepath.Glob("man/*.[1-8]")

@@ -136,7 +136,7 @@ func (g *guard) ek(ctx context.Context, name string, ak bool, chain string) (*EK
 	vm := newVM(p)
 	property, none := "EKCertificate", fmt.Errorf("the vTPM of %s has no certificate; 'virt-trust ek %s --issue' has one made", vm.Name, vm.Name)
 	if ak {
-		property, none = "AKCertificate", fmt.Errorf("the vTPM of %s has no AK: attestation.vtpm_ak of virt-trustd.toml(5) was not on when it was made", vm.Name)
+		property, none = "AKCertificate", fmt.Errorf("the vTPM of %s has no AK: attestation.vtpm_ak of virt-trustd.toml(5) was not on when it was made, or it could not be made then and is at the VM's next start", vm.Name)
 	}
 	der, _ := p[property].Value().([]byte)
 	if len(der) == 0 {

@@ -23,6 +23,7 @@ import (
 	"virt-trust/internal/bus"
 	"virt-trust/internal/evidence/report"
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/platform/listen"
 )
 
 // EvidenceRequest is the body of POST /v1/evidence: a third party's nonce of 16 to
@@ -41,12 +42,26 @@ type puller struct {
 	mutual bool
 	limit  *rate.Limiter
 	slot   chan struct{}
+	bounds pullBounds
 	log    *logrus.Entry
 }
 
+// pullBounds are what one who asks can hold, and for how long. Each time ends one
+// kind of slow client: header counts from the connection's start, TLS included,
+// body to the end of the request, answer from when there is one.
+type pullBounds struct {
+	connections                int
+	header, body, answer, idle time.Duration
+}
+
+var usualBounds = pullBounds{connections: 64, header: 5 * time.Second, body: 10 * time.Second, answer: 30 * time.Second, idle: 10 * time.Second}
+
+// evidenceTime bounds the wait for virt-trustd.
+const evidenceTime = 2 * time.Minute
+
 func newPuller(c config.AgentPull, host Host, log *logrus.Entry) (*puller, error) {
 	p := &puller{
-		host: host, mutual: c.ClientCA != "", log: log, slot: make(chan struct{}, 1),
+		host: host, mutual: c.ClientCA != "", log: log, slot: make(chan struct{}, 1), bounds: usualBounds,
 		limit: rate.NewLimiter(rate.Limit(float64(c.PerMinute)/60), max(c.PerMinute/4, 1)),
 	}
 	for _, t := range c.Tokens {
@@ -68,6 +83,10 @@ func servePull(ctx context.Context, c config.AgentPull, a *Agent, log *logrus.En
 	if err != nil {
 		return err
 	}
+	return p.serve(ctx, c, a)
+}
+
+func (p *puller) serve(ctx context.Context, c config.AgentPull, a *Agent) error {
 	t, err := pullTLS(c, a.certificate)
 	if err != nil {
 		return err
@@ -79,7 +98,7 @@ func servePull(ctx context.Context, c config.AgentPull, a *Agent, log *logrus.En
 	server := p.server(t)
 	stop := context.AfterFunc(ctx, func() { server.Close() })
 	defer stop()
-	if err := server.ServeTLS(l, "", ""); !errors.Is(err, http.ErrServerClosed) {
+	if err := server.ServeTLS(listen.Limit(l, make(chan struct{}, p.bounds.connections)), "", ""); !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("pull API: %w", err)
 	}
 	return nil
@@ -117,12 +136,16 @@ func pullTLS(c config.AgentPull, node func() *tls.Certificate) (*tls.Config, err
 	return t, nil
 }
 
+// server speaks HTTP/1.1 alone: a connection has one request at a time.
 func (p *puller) server(t *tls.Config) *http.Server {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /v1/evidence", p.evidence)
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
 	return &http.Server{
-		Handler: mux, TLSConfig: t, MaxHeaderBytes: 16 << 10,
-		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 15 * time.Second, WriteTimeout: 3 * time.Minute, IdleTimeout: 30 * time.Second,
+		Handler: mux, TLSConfig: t, Protocols: &protocols, MaxHeaderBytes: 16 << 10,
+		ReadHeaderTimeout: p.bounds.header, ReadTimeout: p.bounds.body, WriteTimeout: p.bounds.body + evidenceTime + p.bounds.answer, IdleTimeout: p.bounds.idle,
+		ErrorLog: listen.Quiet(p.log),
 	}
 }
 
@@ -148,6 +171,12 @@ func (p *puller) evidence(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "a client certificate or a token is needed", http.StatusUnauthorized)
 		return
 	}
+	var q EvidenceRequest
+	b, err := io.ReadAll(io.LimitReader(r.Body, maxPullBody+1))
+	if err != nil || len(b) > maxPullBody || json.Unmarshal(b, &q) != nil || len(q.Nonce) < 16 || len(q.Nonce) > 64 {
+		http.Error(w, "a nonce of 16 to 64 bytes is wanted", http.StatusBadRequest)
+		return
+	}
 	select {
 	case p.slot <- struct{}{}:
 		defer func() { <-p.slot }()
@@ -161,13 +190,7 @@ func (p *puller) evidence(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "asked too often", http.StatusTooManyRequests)
 		return
 	}
-	var q EvidenceRequest
-	b, err := io.ReadAll(io.LimitReader(r.Body, maxPullBody+1))
-	if err != nil || len(b) > maxPullBody || json.Unmarshal(b, &q) != nil || len(q.Nonce) < 16 || len(q.Nonce) > 64 {
-		http.Error(w, "a nonce of 16 to 64 bytes is wanted", http.StatusBadRequest)
-		return
-	}
-	ctx, cancel := context.WithTimeout(r.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(r.Context(), evidenceTime)
 	defer cancel()
 	evidence, err := p.host.Evidence(ctx, q.Nonce, bus.Have{})
 	if err != nil {
@@ -176,6 +199,7 @@ func (p *puller) evidence(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	log.Info("evidence for a third party")
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(p.bounds.answer)) // others wait
 	w.Header().Set("Content-Type", report.MediaType)
 	_, _ = w.Write(evidence)
 }

@@ -2,10 +2,8 @@ package agent
 
 import (
 	"context"
-	"encoding/xml"
 	"errors"
 	"fmt"
-	"runtime/debug"
 	"time"
 
 	"github.com/godbus/dbus/v5"
@@ -13,6 +11,7 @@ import (
 
 	contract "virt-trust/dbus"
 	"virt-trust/internal/bus"
+	"virt-trust/internal/bus/serving"
 	"virt-trust/internal/vtpm/reason"
 )
 
@@ -35,37 +34,25 @@ const (
 
 var errDenied = errors.New("only root may do this")
 
-// serve runs a method's body behind what is common to all: panics, how many at
-// once, who may.
-func (s *service) serve(sender dbus.Sender, method string, rootOnly bool, limit time.Duration, body func(context.Context) error) (derr *dbus.Error) {
-	defer func() {
-		if p := recover(); p != nil {
-			s.log.WithField("method", method).WithField("stack", string(debug.Stack())).Errorf("panic: %v", p)
-			derr = dbus.NewError(bus.ErrorFailed, []any{"virt-trust-agent has a bug here: see its journal"})
+// serve runs a method's body behind what is common to all.
+func (s *service) serve(sender dbus.Sender, method string, rootOnly bool, limit time.Duration, body func(context.Context) error) *dbus.Error {
+	log := s.log.WithField("method", method)
+	err := serving.Call(s.slots, limit, log, func(ctx context.Context) error {
+		if err := s.admit(ctx, string(sender), rootOnly); err != nil {
+			return err
 		}
-	}()
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
-	select {
-	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
-	case <-ctx.Done():
-		return dbus.NewError(bus.ErrorFailed, []any{"too many calls are under way"})
-	}
-	err := s.admit(ctx, string(sender), rootOnly)
-	if err == nil {
-		err = body(ctx)
-	}
+		return body(ctx)
+	})
 	var answer *answerError
 	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, errDenied):
 		return dbus.NewError(bus.ErrorAccessDenied, []any{method + ": " + err.Error()})
-	case errors.As(err, &answer):
-		return dbus.NewError(bus.ErrorFailed, []any{reason.OneLine(err.Error())})
+	case errors.As(err, &answer), errors.Is(err, serving.ErrFull), errors.Is(err, serving.ErrBug):
+	default:
+		log.WithError(err).Warn("could not be done")
 	}
-	s.log.WithField("method", method).WithError(err).Warn("could not be done")
 	return dbus.NewError(bus.ErrorFailed, []any{reason.OneLine(err.Error())})
 }
 
@@ -145,15 +132,10 @@ func (s *service) export() error {
 			})
 			return d, derr
 		},
-		"Set": func(iface, name string, v dbus.Variant) *dbus.Error {
-			return dbus.NewError("org.freedesktop.DBus.Error.PropertyReadOnly", []any{"every property is read-only"})
-		},
+		"Set": serving.ReadOnly,
 	}
-	text, err := introspection()
-	if err != nil {
-		return err
-	}
-	err = errors.Join(
+	text := serving.Introspection(serving.Interface(contract.AgentXML, bus.AgentInterface))
+	err := errors.Join(
 		s.conn.ExportMethodTable(s.methods(), bus.AgentPath, bus.AgentInterface),
 		s.conn.ExportMethodTable(properties, bus.AgentPath, "org.freedesktop.DBus.Properties"),
 		s.conn.ExportMethodTable(map[string]any{"Introspect": func() (string, *dbus.Error) { return text, nil }}, bus.AgentPath, "org.freedesktop.DBus.Introspectable"),
@@ -161,14 +143,7 @@ func (s *service) export() error {
 	if err != nil {
 		return err
 	}
-	reply, err := s.conn.RequestName(bus.AgentName, dbus.NameFlagDoNotQueue)
-	if err != nil {
-		return fmt.Errorf("taking the name %s: %w", bus.AgentName, err)
-	}
-	if reply != dbus.RequestNameReplyPrimaryOwner {
-		return fmt.Errorf("another virt-trust-agent owns %s", bus.AgentName)
-	}
-	return nil
+	return serving.Claim(s.conn, bus.AgentName)
 }
 
 // changed tells of a new status.
@@ -179,32 +154,3 @@ func (s *service) changed(st Status) {
 		s.log.WithError(err).Debug("sending a signal")
 	}
 }
-
-// introspection is the contract, with the interfaces that every object has.
-func introspection() (string, error) {
-	var doc struct {
-		Interfaces []struct {
-			Name  string `xml:"name,attr"`
-			Inner string `xml:",innerxml"`
-		} `xml:"interface"`
-	}
-	if err := xml.Unmarshal([]byte(contract.AgentXML), &doc); err != nil {
-		return "", err
-	}
-	text := "<!DOCTYPE node PUBLIC \"-//freedesktop//DTD D-BUS Object Introspection 1.0//EN\"\n \"http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd\">\n<node>\n"
-	for _, i := range doc.Interfaces {
-		text += "  <interface name=\"" + i.Name + "\">" + i.Inner + "</interface>\n"
-	}
-	return text + standardXML + "</node>\n", nil
-}
-
-const standardXML = `  <interface name="org.freedesktop.DBus.Properties">
-    <method name="Get"><arg name="interface" type="s" direction="in"/><arg name="name" type="s" direction="in"/><arg name="value" type="v" direction="out"/></method>
-    <method name="GetAll"><arg name="interface" type="s" direction="in"/><arg name="properties" type="a{sv}" direction="out"/></method>
-    <method name="Set"><arg name="interface" type="s" direction="in"/><arg name="name" type="s" direction="in"/><arg name="value" type="v" direction="in"/></method>
-    <signal name="PropertiesChanged"><arg name="interface" type="s"/><arg name="changed" type="a{sv}"/><arg name="invalidated" type="as"/></signal>
-  </interface>
-  <interface name="org.freedesktop.DBus.Introspectable">
-    <method name="Introspect"><arg name="xml" type="s" direction="out"/></method>
-  </interface>
-`

@@ -3,20 +3,12 @@ package agent
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"crypto/tls"
-	"encoding/hex"
-	"encoding/json"
-	"encoding/pem"
 	"encoding/xml"
 	"errors"
 	"io"
 	"maps"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -29,8 +21,6 @@ import (
 	contract "virt-trust/dbus"
 	"virt-trust/internal/bus"
 	"virt-trust/internal/bus/bustest"
-	"virt-trust/internal/evidence/report"
-	"virt-trust/internal/platform/config"
 	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/ca"
 )
@@ -202,112 +192,5 @@ func TestPanic(t *testing.T) {
 		if derr := s.serve("", "X", false, time.Second, func(context.Context) error { panic("bug") }); derr == nil || derr.Name != bus.ErrorFailed {
 			t.Errorf("%v", derr)
 		}
-	}
-}
-
-// Third parties ask with a nonce of theirs, if they may.
-func TestPull(t *testing.T) {
-	m := newMachine(t, "a")
-	v := newVerifier(t)
-	a := enrolled(t, m, v)
-	const token = "a-token-of-some-length"
-	digest := sha256.Sum256([]byte(token))
-	dir := testkit.Folder(t)
-	clientCA := filepath.Join(dir, "ca.pem")
-	if err := os.WriteFile(clientCA, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: v.ca.Certificate().Raw}), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	probe := testkit.Must[net.Listener](t)(net.Listen("tcp", "127.0.0.1:0"))
-	address := probe.Addr().String()
-	probe.Close()
-	cfg := config.AgentPull{Listen: address, ClientCA: clientCA, Tokens: []string{hex.EncodeToString(digest[:])}, PerMinute: 12}
-	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan error, 1)
-	go func() { ended <- servePull(ctx, cfg, a, quiet()) }()
-	defer func() {
-		cancel()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-	}()
-
-	ask := func(certs []tls.Certificate, bearer string, body []byte) (int, []byte) {
-		t.Helper()
-		tc := &tls.Config{RootCAs: v.ca.Pool(), Certificates: certs, InsecureSkipVerify: true, VerifyConnection: func(s tls.ConnectionState) error {
-			id, err := ca.UntrustedIdentity(s.PeerCertificates[0])
-			if err == nil && id.Node != a.Status().Node {
-				err = errors.New("another node")
-			}
-			return err
-		}}
-		c := http.Client{Transport: &http.Transport{TLSClientConfig: tc, DisableKeepAlives: true}, Timeout: 10 * time.Second}
-		for i := 0; ; i++ {
-			q := testkit.Must[*http.Request](t)(http.NewRequest(http.MethodPost, "https://"+address+"/v1/evidence", bytes.NewReader(body)))
-			if bearer != "" {
-				q.Header.Set("Authorization", "Bearer "+bearer)
-			}
-			r, err := c.Do(q)
-			if err != nil && i < 100 {
-				time.Sleep(10 * time.Millisecond)
-				continue
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer r.Body.Close()
-			return r.StatusCode, testkit.Must[[]byte](t)(io.ReadAll(r.Body))
-		}
-	}
-	nonce := bytes.Repeat([]byte{9}, 32)
-	body := testkit.Must[[]byte](t)(json.Marshal(EvidenceRequest{nonce}))
-	for name, c := range map[string]struct {
-		bearer string
-		body   []byte
-		want   int
-	}{
-		"nobody":      {"", body, http.StatusUnauthorized},
-		"wrong token": {"another-token-of-some-length", body, http.StatusUnauthorized},
-		"short token": {"a", body, http.StatusUnauthorized},
-		"right token": {token, body, http.StatusOK},
-	} {
-		if got, b := ask(nil, c.bearer, c.body); got != c.want {
-			t.Errorf("%s: %d %s", name, got, b)
-		}
-	}
-	before := m.rounds()
-	status, b := ask([]tls.Certificate{*a.certificate()}, "", body)
-	if status != http.StatusOK {
-		t.Fatalf("mutual TLS: %d %s", status, b)
-	}
-	e, err := report.UntrustedParse(b)
-	if err != nil || !bytes.Equal(e.Nonce, nonce) || m.rounds() != before+1 || m.have.Boot != "" {
-		t.Errorf("%v", err)
-	}
-	for name, bad := range map[string][]byte{"nothing": nil, "short": []byte(`{"nonce":"AAAA"}`), "long": bytes.Repeat([]byte("x"), 8<<10)} {
-		got, b := ask(nil, token, bad)
-		if got != http.StatusBadRequest && got != http.StatusTooManyRequests {
-			t.Errorf("%s: %d %s", name, got, b)
-		}
-	}
-	for range 20 {
-		if status, _ = ask(nil, token, body); status == http.StatusTooManyRequests {
-			break
-		}
-	}
-	if status != http.StatusTooManyRequests {
-		t.Error("the TPM may be asked without end")
-	}
-}
-
-func TestPullNeedsSomebody(t *testing.T) {
-	if _, err := newPuller(config.AgentPull{Listen: "x", PerMinute: 1}, nil, quiet()); err == nil {
-		t.Error("anybody may ask")
-	}
-	if _, err := pullTLS(config.AgentPull{ClientCA: filepath.Join(testkit.Folder(t), "none")}, nil); err == nil {
-		t.Error("a client CA that is not there")
-	}
-	c := testkit.Must[*tls.Config](t)(pullTLS(config.AgentPull{}, func() *tls.Certificate { return nil }))
-	if _, err := c.GetCertificate(nil); err == nil {
-		t.Error("a node without a certificate")
 	}
 }

@@ -19,6 +19,7 @@ import (
 	"virt-trust/internal/bus"
 	"virt-trust/internal/evidence/report"
 	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/platform/config"
 	"virt-trust/internal/platform/secret"
 	"virt-trust/internal/vtpm/reason"
 )
@@ -27,9 +28,10 @@ import (
 // it.
 const agentUser = "virt-trust-agent"
 
-// agentPace bounds what the agent may ask in a minute: its rounds, those of
-// third parties who ask it, and a new certificate now and then.
-const agentPace = 60
+// agentPace bounds what the agent may ask in a minute: as much as third parties
+// may at most, and as much again for its own rounds, which those must not
+// starve, and a new certificate now and then.
+const agentPace = 2 * config.MaxPerMinute
 
 // agentUID gives the agent's user, which may have been made a moment ago.
 func agentUID() (uint32, error) {

@@ -209,7 +209,7 @@ func (g *Guard) noteIdentity(ctx context.Context, n *list.Record, m manufacture)
 	if err == nil {
 		n.AKCertificate, err = g.issue(ctx, ekcert.Request{Kind: ekcert.AK, Key: key, VM: n.UUID, Origin: ekcert.Manufactured, TPM: m.tpm})
 	}
-	if err != nil {
+	if n.AKDue = err != nil; n.AKDue {
 		notes = append(notes, note{text: "the vTPM's AK has no certificate: " + err.Error()})
 	}
 	return notes
@@ -307,7 +307,7 @@ func (g *Guard) IssueEK(ctx context.Context, d libvirt.Domain, f *domain.Facts) 
 	}
 	n.EKCertificate, err = g.issue(ctx, ekcert.Request{
 		Kind: ekcert.EK, Key: public, VM: r.UUID, Origin: ekcert.TakenIn,
-		TPM: ekcert.TPM{Manufacturer: id.Manufacturer, Version: id.Version, Family: id.Family, Level: id.Level, Revision: id.Revision},
+		TPM: tpmOf(id),
 	})
 	if err != nil {
 		return "", err
@@ -318,6 +318,11 @@ func (g *Guard) IssueEK(ctx context.Context, d libvirt.Domain, f *domain.Facts) 
 	g.report(r.UUID, r.Name, "issue", noted, "", "the vTPM's endorsement key got a certificate", journal.Certified)
 	g.changed(r.UUID)
 	return "the vTPM's endorsement key got a certificate, which is kept here and is not in the vTPM", nil
+}
+
+// tpmOf is what a vTPM says of itself, for a certificate.
+func tpmOf(id ek.Identity) ekcert.TPM {
+	return ekcert.TPM{Manufacturer: id.Manufacturer, Version: id.Version, Family: id.Family, Level: id.Level, Revision: id.Revision}
 }
 
 // reader reads vTPMs with the swtpm that is among the launchers.
@@ -335,30 +340,17 @@ func (g *Guard) chainPath() string { return filepath.Join(g.dirs.State, "certifi
 
 // certifierChain gives the certificates above those of vTPMs, the certifier's
 // first, and makes that where there is none, or none that is over this host's
-// key and valid.
+// key and valid. Nobody waits for the TPM who does not need it.
 func (g *Guard) certifierChain(ctx context.Context) ([]*x509.Certificate, error) {
 	key, err := g.certifierKey(ctx)
 	if err != nil {
 		return nil, err
 	}
 	g.certifier.mu.Lock()
-	defer g.certifier.mu.Unlock()
-	if g.certifier.chain != nil && ekcert.VerifyChain(g.certifier.chain, key.public, g.now()) == nil {
-		return g.certifier.chain, nil
-	}
-	b, err := os.ReadFile(g.chainPath())
-	if err == nil {
-		var chain []*x509.Certificate
-		if chain, err = ekcert.ParseChain(b); err == nil {
-			err = ekcert.VerifyChain(chain, key.public, g.now())
-		}
-		if err == nil {
-			g.certifier.chain = chain
-			return chain, nil
-		}
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		g.log.WithError(err).Warnf("the certifier's chain in %s is not used any more", g.chainPath())
+	chain := g.validChain(key.public)
+	g.certifier.mu.Unlock()
+	if chain != nil {
+		return chain, nil
 	}
 	der, err := ekcert.SelfSigned(key, random(), g.now())
 	if err != nil {
@@ -368,7 +360,37 @@ func (g *Guard) certifierChain(ctx context.Context) ([]*x509.Certificate, error)
 	if err != nil {
 		return nil, err
 	}
+	g.certifier.mu.Lock()
+	defer g.certifier.mu.Unlock()
+	if chain := g.validChain(key.public); chain != nil { // another was quicker, or the CA
+		return chain, nil
+	}
 	return []*x509.Certificate{c}, g.keepChain([]*x509.Certificate{c})
+}
+
+// validChain gives the chain that is there, nil where there is none over this key
+// and valid. Called with certifier.mu held.
+func (g *Guard) validChain(key *ecdsa.PublicKey) []*x509.Certificate {
+	if g.certifier.chain != nil && ekcert.VerifyChain(g.certifier.chain, key, g.now()) == nil {
+		return g.certifier.chain
+	}
+	b, err := os.ReadFile(g.chainPath())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	var chain []*x509.Certificate
+	if err == nil {
+		chain, err = ekcert.ParseChain(b)
+	}
+	if err == nil {
+		err = ekcert.VerifyChain(chain, key, g.now())
+	}
+	if err != nil {
+		g.log.WithError(err).Warnf("the certifier's chain in %s is not used any more", g.chainPath())
+		return nil
+	}
+	g.certifier.chain = chain
+	return chain
 }
 
 // keepChain writes a chain. Called with certifier.mu held.

@@ -240,7 +240,8 @@ func TestManufacture(t *testing.T) {
 	}
 }
 
-// A vTPM whose AK cannot be made starts without, and says so.
+// A vTPM whose AK cannot be made starts without, says so, and gets it at a later
+// start: not at one from a saved image, which brings another state.
 func TestNoAK(t *testing.T) {
 	t.Parallel()
 	o := openFactory(t, func(c *config.Config) { c.Attestation.VTPMAK = true })
@@ -266,6 +267,72 @@ func TestNoAK(t *testing.T) {
 	rec := o.g.peek().Get(uuidA)
 	if len(rec.AKPublic) != 0 || len(rec.AKCertificate) != 0 || len(rec.EKCertificate) == 0 || !bytes.Equal(before, o.read(uuidA)) || !strings.Contains(o.logged(), "the new vTPM has no AK") {
 		t.Errorf("AK %x\n%s", rec.AKPublic, o.logged())
+	}
+	o.stop(f)
+
+	again := func() *list.Record {
+		t.Helper()
+		if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+			t.Fatal(err)
+		}
+		o.redeemed(f)
+		o.stop(f)
+		return o.g.peek().Get(uuidA)
+	}
+	o.g.Restoring(f)
+	if rec := again(); len(rec.AKPublic) != 0 {
+		t.Error("a vTPM that a saved image brings got an AK")
+	}
+	o.g.cfg.Attestation.VTPMAK = false
+	if rec := again(); len(rec.AKPublic) != 0 || !rec.AKDue {
+		t.Error("an AK that is not wanted any more")
+	}
+	o.g.cfg.Attestation.VTPMAK = true
+	if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+		t.Fatal(err)
+	}
+	o.g.closeGrant(uuidA) // libvirt goes no further
+	o.stop(f)
+	with := o.read(uuidA)
+	certificate := rec.EKCertificate
+	o.g.cfg.Attestation.EKCertificates = false // an AK has one all the same
+	if rec = again(); !bytes.Equal(rec.EKCertificate, certificate) || rec.AKDue {
+		t.Errorf("AK due: %v\n%s", rec.AKDue, o.logged())
+	}
+	if bytes.Equal(with, before) {
+		t.Error("no AK was made up")
+	}
+	public := o.inside(uuidA, `tpm2_readpublic -Q -c 0x8180ff01 -f tpmt -o ak && cat ak`)
+	if !bytes.Equal(public, rec.AKPublic) {
+		t.Errorf("the AK in the vTPM is %x, in the record %x\n%s", public, rec.AKPublic, o.logged())
+	}
+	key, err := ek.ParseAK(rec.AKPublic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s, err := profile.UntrustedParse(rec.AKCertificate); err != nil || s.Kind != profile.AK || s.VM != uuidA || !key.Equal(s.Key) {
+		t.Errorf("%+v, %v", s, err)
+	}
+	settled := o.read(uuidA)
+	if rec := again(); !bytes.Equal(settled, o.read(uuidA)) || !bytes.Equal(rec.AKPublic, public) {
+		t.Error("it is made again")
+	}
+}
+
+// A vTPM that was there before gets no AK, nor does one while that is not wanted.
+func TestAdoptedGetsNoAK(t *testing.T) {
+	t.Parallel()
+	o := openFactory(t, func(c *config.Config) { c.Attestation.VTPMAK = true })
+	f := o.vm(uuidA, true)
+	for range 2 {
+		if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+			t.Fatal(err)
+		}
+		o.redeemed(f)
+		o.stop(f)
+	}
+	if r := o.g.peek().Get(uuidA); r.AKDue || len(r.AKPublic) != 0 {
+		t.Errorf("%+v", r)
 	}
 }
 
@@ -491,6 +558,27 @@ func callCertify(mode, address string) {
 	os.Exit(0)
 }
 
+// authority is a CA, and gives chains for the certifier by it.
+func (h *house) authority() (ca *x509.Certificate, issue func(change func(*x509.Certificate)) []byte) {
+	t := h.t
+	t.Helper()
+	root := testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	now := h.g.now()
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	template.Subject.CommonName = "CA"
+	rootDER := testkit.Must[[]byte](t)(x509.CreateCertificate(rand.Reader, template, template, root.Public(), root))
+	ca = testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(rootDER))
+	return ca, func(change func(*x509.Certificate)) []byte {
+		c := testkit.Must[*x509.Certificate](t)(profile.IssuerTemplate(h.tpm.CertifierPublic()))
+		c.SerialNumber, c.NotBefore, c.NotAfter = big.NewInt(2), now.Add(-time.Minute), now.Add(time.Minute)
+		change(c)
+		der := testkit.Must[[]byte](t)(x509.CreateCertificate(rand.Reader, c, ca, h.tpm.CertifierPublic(), root))
+		return profile.EncodeChain([]*x509.Certificate{testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(der)), ca})
+	}
+}
+
 // A CA's certificate takes the place of the certifier's own, and holds for what
 // was issued before.
 func TestCertifierChain(t *testing.T) {
@@ -510,21 +598,7 @@ func TestCertifierChain(t *testing.T) {
 		t.Error("made anew")
 	}
 
-	root := testkit.Must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	now := h.g.now()
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	template.Subject.CommonName = "CA"
-	rootDER := testkit.Must[[]byte](t)(x509.CreateCertificate(rand.Reader, template, template, root.Public(), root))
-	ca := testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(rootDER))
-	issue := func(change func(*x509.Certificate)) []byte {
-		c := testkit.Must[*x509.Certificate](t)(profile.IssuerTemplate(h.tpm.CertifierPublic()))
-		c.SerialNumber, c.NotBefore, c.NotAfter = big.NewInt(2), now.Add(-time.Minute), now.Add(time.Minute)
-		change(c)
-		der := testkit.Must[[]byte](t)(x509.CreateCertificate(rand.Reader, c, ca, h.tpm.CertifierPublic(), root))
-		return profile.EncodeChain([]*x509.Certificate{testkit.Must[*x509.Certificate](t)(x509.ParseCertificate(der)), ca})
-	}
+	ca, issue := h.authority()
 	refuses(t, h.g.SetCertifierChain(background, issue(func(c *x509.Certificate) { c.Subject.CommonName = "me" })), reason.PolicyForbids)
 	good := issue(func(*x509.Certificate) {})
 	if err := h.g.SetCertifierChain(background, good); err != nil {
@@ -548,6 +622,65 @@ func TestCertifierChain(t *testing.T) {
 	h.g.certifier.chain = nil
 	if c := testkit.Must[[]*x509.Certificate](t)(h.g.certifierChain(background)); len(c) != 1 {
 		t.Errorf("%d certificates", len(c))
+	}
+}
+
+// The chain on D-Bus is that of the moment, however lately the TPM was asked.
+func TestCertifierChainIsShown(t *testing.T) {
+	t.Parallel()
+	o := openOffice(t)
+	_, issue := o.authority()
+	for i := range 2 {
+		good := issue(func(c *x509.Certificate) { c.SerialNumber = big.NewInt(int64(10 + i)) })
+		if err := o.g.SetCertifierChain(background, good); err != nil {
+			t.Fatal(err)
+		}
+		var shown string
+		if err := o.call(bus.HostPath, "org.freedesktop.DBus.Properties.Get", bus.HostInterface, "CertifierChain").Store(&shown); err != nil || shown != string(good) {
+			t.Errorf("chain %d: %v, %d bytes of %d", i, err, len(shown), len(good))
+		}
+	}
+}
+
+// While the TPM signs the certifier's own certificate, whoever needs no TPM goes
+// on; and what a CA brings meanwhile stays.
+func TestCertifierWaitsForTheTPMAlone(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	h.tpm.mu.Lock()
+	h.tpm.held = make(chan struct{})
+	h.tpm.mu.Unlock()
+	signed := make(chan []*x509.Certificate, 1)
+	go func() { signed <- testkit.Must[[]*x509.Certificate](t)(h.g.certifierChain(background)) }()
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		h.tpm.mu.Lock()
+		asking := h.tpm.asking
+		h.tpm.mu.Unlock()
+		if asking > 0 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the TPM is not asked")
+		}
+	}
+	_, issue := h.authority()
+	good := issue(func(*x509.Certificate) {})
+	set := make(chan error, 1)
+	go func() {
+		h.g.chainText()
+		set <- h.g.SetCertifierChain(background, good)
+	}()
+	select {
+	case err := <-set:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("the chain waits for the TPM")
+	}
+	close(h.tpm.held)
+	if chain := <-signed; len(chain) != 2 || h.g.chainText() != string(good) {
+		t.Errorf("%d certificates", len(chain))
 	}
 }
 

@@ -46,7 +46,7 @@ func (g *Guard) open(st *start, cgroup string) {
 	}
 	fresh := !gr.had && st.d.Plan != lifecycle.Pass && st.f.TPM.Version == "2.0"
 	gr.certify = fresh && g.cfg.Attestation.EKCertificates
-	gr.ak = fresh && g.cfg.Attestation.VTPMAK && !gr.pass && g.launch.ek != nil
+	gr.ak = fresh && st.r.AKDue
 	if !gr.pass {
 		gr.keys = st.keys
 	}
@@ -57,6 +57,24 @@ func (g *Guard) open(st *start, cgroup string) {
 	g.grants[st.seen.Instance] = gr
 	g.mu.Unlock()
 	g.openEmulator(st, cgroup)
+}
+
+// awaitStarts waits until no grant is open, but no longer than limit: whoever comes
+// for the keys of a VM that is just starting finds none at the next virt-trustd.
+func (g *Guard) awaitStarts(limit time.Duration) {
+	open := func() bool {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		for _, gr := range g.grants {
+			if !g.now().After(gr.expires) {
+				return true
+			}
+		}
+		return false
+	}
+	for end := time.Now().Add(limit); open() && time.Now().Before(end); {
+		time.Sleep(20 * time.Millisecond)
+	}
 }
 
 // closeGrant ends a VM's grant.

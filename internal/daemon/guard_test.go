@@ -420,6 +420,7 @@ func TestRestartWhileAVMRuns(t *testing.T) {
 	h.write(uuidA, key)
 	h.g.Close()
 	h.boot()
+	h.later(2 * time.Minute) // a VM that was started a moment ago may be starting
 	if err := h.g.resume(background); err != nil {
 		t.Fatal(err)
 	}
@@ -916,14 +917,33 @@ func TestSweep(t *testing.T) {
 	}
 	h.belongs(f)
 
-	// A running VM that nobody watches is taken up.
+	// swtpm takes its lock a while after `start`: until then a VM that starts looks
+	// like one that does not run, also to a virt-trustd that is started anew.
 	h.start(f)
-	h.holder(uuidA)
+	h.g.sweep(background)
+	if r := h.g.peek().Get(uuidA); !r.Open || len(h.g.sessions) != 1 {
+		t.Fatal("a start under way was closed")
+	}
 	h.reboot()
-	testkit.Must[*liststore.Store](t)(h.g.List(background))
+	if err := h.g.resume(background); err != nil {
+		t.Fatal(err)
+	}
+	if r := h.g.peek().Get(uuidA); !r.Open {
+		t.Fatal("a start under way was closed")
+	}
+	// A running VM that nobody watches is taken up.
+	end := h.holder(uuidA)
 	h.g.sweep(background)
 	if len(h.g.sessions) != 1 {
 		t.Error("it is not watched")
+	}
+	end()
+	h.reboot()
+	testkit.Must[*liststore.Store](t)(h.g.List(background))
+	h.later(2 * time.Minute)
+	h.g.sweep(background)
+	if r := h.g.peek().Get(uuidA); r.Open {
+		t.Error("it is still open")
 	}
 }
 

@@ -22,6 +22,7 @@ import (
 	"virt-trust/internal/platform/config"
 	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/vtpm/ek"
+	"virt-trust/internal/vtpm/ekcert"
 	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/liststore"
 	"virt-trust/internal/vtpm/reason"
@@ -347,7 +348,7 @@ func (g *Guard) launched(ctx context.Context, f *domain.Facts, all []launcher, m
 // what its manufacture has given. That it could not be read keeps no VM from
 // starting.
 func (g *Guard) readEK(ctx context.Context, store *liststore.Store, f *domain.Facts, r *list.Record, all []launcher, m manufacture) *list.Record {
-	if !r.EKDigest.IsZero() && !m.fresh || f.TPM.Version != "2.0" {
+	if !r.EKDigest.IsZero() && !m.fresh && m.ak == nil || f.TPM.Version != "2.0" {
 		return r
 	}
 	log := g.log.WithField(journal.VM, f.UUID)
@@ -363,12 +364,17 @@ func (g *Guard) readEK(ctx context.Context, store *liststore.Store, f *domain.Fa
 		if err == nil && !seen.Exists() { // swtpm without swtpm_setup makes it later
 			return r
 		}
+		var id ek.Identity
 		if err == nil {
-			n.EKDigest, err = g.reader(all).Digest(ctx, seen.Name, seen.Data, stateKey(s.keys))
+			id, err = g.reader(all).Identity(ctx, seen.Name, seen.Data, stateKey(s.keys))
 		}
 		if err != nil {
 			log.WithError(err).Warn("reading the vTPM's endorsement key: it is not in the launch log")
 			return r
+		}
+		n.EKDigest = list.DigestOf(id.EK)
+		if m.tpm == (ekcert.TPM{}) { // swtpm_setup has not told
+			m.tpm = tpmOf(id)
 		}
 	} else if n.EKDigest = m.key; m.key.IsZero() { // only swtpm_setup has told
 		return r

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -93,6 +94,7 @@ func Run(ctx context.Context, o Options) error {
 	go s.g.keepRaised(ctx)
 	select {
 	case <-ctx.Done():
+		s.g.awaitStarts(patience)
 		s.drain()
 		last, cancel := context.WithTimeout(context.Background(), lastRaise)
 		defer cancel()
@@ -116,10 +118,13 @@ func newService(conn *dbus.Conn, o Options, swtpmUID, qemuUID uint32, tpm *hostt
 	}
 }
 
-// drain lets the hooks and wrappers that are under way come to their end, for
-// no longer than a TPM needs: a VM that is just starting should start.
+// patience bounds each of the waits for what libvirt has under way when
+// virt-trustd ends: a VM that is just starting should start.
+const patience = 10 * time.Second
+
+// drain lets the hooks and wrappers that are under way come to their end.
 func (s *Service) drain() {
-	late := time.After(10 * time.Second)
+	late := time.After(patience)
 	for range cap(s.slots) {
 		select {
 		case s.slots <- struct{}{}:
@@ -279,10 +284,8 @@ func (g *Guard) sweep(ctx context.Context) {
 	}
 	g.mu.Unlock()
 	for _, r := range unwatched {
-		if used, err := statedir.InUse(r.Instance); err == nil && used {
-			if err := g.resumeOne(ctx, store, r.UUID); err != nil {
-				g.log.WithField(journal.VM, r.UUID).WithError(err).Warn("taking up a running VM")
-			}
+		if err := g.resumeOne(ctx, store, r.UUID); err != nil {
+			g.log.WithField(journal.VM, r.UUID).WithError(err).Warn("taking up a running VM")
 		}
 	}
 	for _, id := range stale {
@@ -293,7 +296,7 @@ func (g *Guard) sweep(ctx context.Context) {
 				g.endSession(id)
 				return
 			}
-			if used, err := statedir.InUse(r.Instance); used || err != nil {
+			if used, err := statedir.InUse(r.Instance); used || err != nil || g.justOpened(r) {
 				return
 			}
 			g.closeGrant(id)
@@ -558,8 +561,15 @@ func (g *Guard) lastVerdict(r *list.Record) (verdict, code, what string) {
 // statusAge is how long an answer of the TPM counts as present.
 const statusAge = 2 * time.Second
 
-// hostProperties asks the TPM, but not more often than it changes.
+// hostProperties are the TPM's, and what virt-trustd can tell without it.
 func (s *Service) hostProperties() dict {
+	d := maps.Clone(s.tpmProperties())
+	d["CertifierChain"] = dbus.MakeVariant(s.g.chainText())
+	return d
+}
+
+// tpmProperties asks the TPM, but not more often than it changes.
+func (s *Service) tpmProperties() dict {
 	s.statusMu.Lock()
 	defer s.statusMu.Unlock()
 	if s.status.state != nil && time.Since(s.status.at) < statusAge {
@@ -591,7 +601,6 @@ func (s *Service) hostProperties() dict {
 	for name, t := range s.host.Timings() {
 		counts[name], times[name] = uint64(t.Count), uint64(t.Total.Microseconds())
 	}
-	d["CertifierChain"] = dbus.MakeVariant(s.g.chainText())
 	d["CommandCounts"], d["CommandTimes"] = dbus.MakeVariant(counts), dbus.MakeVariant(times)
 	d["NextBoot"] = dbus.MakeVariant(uint64(0))
 	if w, err := s.host.Waiver(); err == nil && w != nil {

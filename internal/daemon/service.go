@@ -2,13 +2,11 @@ package daemon
 
 import (
 	"context"
-	"encoding/xml"
 	"errors"
 	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -20,6 +18,7 @@ import (
 
 	contract "virt-trust/dbus"
 	"virt-trust/internal/bus"
+	"virt-trust/internal/bus/serving"
 	"virt-trust/internal/domain"
 	"virt-trust/internal/domain/emulator"
 	"virt-trust/internal/domain/libvirt"
@@ -104,38 +103,29 @@ const (
 )
 
 // serve runs a method's body behind everything that is common to all.
-func (s *Service) serve(sender dbus.Sender, method string, who access, limit time.Duration, body func(context.Context, *caller) error) (derr *dbus.Error) {
-	defer func() {
-		if p := recover(); p != nil {
-			s.log.WithField("method", method).WithField("stack", string(debug.Stack())).Errorf("panic: %v", p)
-			derr = dbus.NewError(bus.ErrorFailed, []any{"virt-trustd has a bug here: see its journal"})
-		}
-	}()
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
+func (s *Service) serve(sender dbus.Sender, method string, who access, limit time.Duration, body func(context.Context, *caller) error) *dbus.Error {
 	slots := s.others
 	if who == hookOnly || who == wrapperOnly || who == emulatorOnly || who == ekcertOnly {
 		slots = s.slots
 	}
-	select {
-	case slots <- struct{}{}:
-		defer func() { <-slots }()
-	case <-ctx.Done():
-		return s.fail(method, reason.Refuse(reason.TPMBusy, "try again", "too many calls are under way"))
-	}
-	c, err := identify(ctx, s.conn, string(sender))
-	if err == nil {
-		if err = s.admit(ctx, c, method, who); err != nil {
-			s.deny("", c.exe, method, err)
+	err := serving.Call(slots, limit, s.log.WithField("method", method), func(ctx context.Context) error {
+		c, err := identify(ctx, s.conn, string(sender))
+		if err != nil {
+			return err
 		}
+		if err := s.admit(ctx, c, method, who); err != nil {
+			s.deny("", c.exe, method, err)
+			return err
+		}
+		return body(ctx, c)
+	})
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, serving.ErrFull):
+		err = reason.Refuse(reason.TPMBusy, "try again", "%s", err)
 	}
-	if err == nil {
-		err = body(ctx, c)
-	}
-	if err != nil {
-		return s.fail(method, err)
-	}
-	return nil
+	return s.fail(method, err)
 }
 
 var errDenied = errors.New("you may not do this")
@@ -186,6 +176,8 @@ func (s *Service) fail(method string, err error) *dbus.Error {
 		return dbus.NewError(bus.ErrorAccessDenied, []any{fmt.Sprintf("%s: %s; ask an administrator, or see org.virttrust1(5)", method, err)})
 	case errors.Is(err, bus.ErrNotFound), errors.Is(err, libvirt.ErrNoDomain):
 		return dbus.NewError(bus.ErrorNotFound, []any{reason.OneLine(err.Error())})
+	case errors.Is(err, serving.ErrBug): // it is logged
+		return dbus.NewError(bus.ErrorFailed, []any{err.Error()})
 	}
 	s.log.WithField("method", method).WithError(err).Error("could not tell")
 	return dbus.NewError(bus.ErrorFailed, []any{reason.OneLine(err.Error())})
@@ -669,72 +661,34 @@ func (s *Service) managedObjects(sender dbus.Sender) (map[dbus.ObjectPath]map[st
 	})
 }
 
-// introspection of an object: its interfaces as the contract has them, and its
+// introspect gives an object's interfaces, as the contract has them, and its
 // children.
 func (s *Service) introspect(msg dbus.Message) (string, *dbus.Error) {
 	p := pathOf(msg)
-	var b strings.Builder
-	b.WriteString("<!DOCTYPE node PUBLIC \"-//freedesktop//DTD D-BUS Object Introspection 1.0//EN\"\n \"http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd\">\n<node>\n")
-	var children []string
+	of := func(name string) string { return serving.Interface(contract.XML, name) }
 	switch {
 	case p == "/":
-		children = []string{"org"}
+		return serving.Introspection("", "org"), nil
 	case p == "/org":
-		children = []string{"virttrust1"}
+		return serving.Introspection("", "virttrust1"), nil
 	case p == bus.Path:
-		b.WriteString(interfaceXML(bus.ManagerInterface) + objectManagerXML)
-		children = []string{"host", "vm"}
+		return serving.Introspection(of(bus.ManagerInterface)+objectManagerXML, "host", "vm"), nil
 	case p == bus.HostPath:
-		b.WriteString(interfaceXML(bus.HostInterface) + interfaceXML(bus.AttestationInterface))
+		return serving.Introspection(of(bus.HostInterface) + of(bus.AttestationInterface)), nil
 	case string(p) == strings.TrimSuffix(bus.VMPathPrefix, "/"):
+		var children []string
 		if store := s.g.peek(); store != nil {
 			for _, r := range store.All() {
 				children = append(children, strings.ReplaceAll(r.UUID, "-", "_"))
 			}
 		}
-	default:
-		if _, ok := s.properties(p, bus.VMInterface); !ok {
-			return "", dbus.NewError("org.freedesktop.DBus.Error.UnknownObject", []any{"there is no object " + string(p)})
-		}
-		b.WriteString(interfaceXML(bus.VMInterface))
+		return serving.Introspection("", children...), nil
 	}
-	b.WriteString(standardXML)
-	for _, c := range children {
-		fmt.Fprintf(&b, "  <node name=%q/>\n", c)
+	if _, ok := s.properties(p, bus.VMInterface); !ok {
+		return "", dbus.NewError("org.freedesktop.DBus.Error.UnknownObject", []any{"there is no object " + string(p)})
 	}
-	b.WriteString("</node>\n")
-	return b.String(), nil
+	return serving.Introspection(of(bus.VMInterface)), nil
 }
-
-// interfaceXML cuts one interface out of the contract.
-func interfaceXML(name string) string {
-	var doc struct {
-		Interfaces []struct {
-			Name  string `xml:"name,attr"`
-			Inner string `xml:",innerxml"`
-		} `xml:"interface"`
-	}
-	if err := xml.Unmarshal([]byte(contract.XML), &doc); err != nil {
-		return ""
-	}
-	for _, i := range doc.Interfaces {
-		if i.Name == name {
-			return "  <interface name=\"" + name + "\">" + i.Inner + "</interface>\n"
-		}
-	}
-	return ""
-}
-
-const standardXML = `  <interface name="org.freedesktop.DBus.Properties">
-    <method name="Get"><arg name="interface" type="s" direction="in"/><arg name="name" type="s" direction="in"/><arg name="value" type="v" direction="out"/></method>
-    <method name="GetAll"><arg name="interface" type="s" direction="in"/><arg name="properties" type="a{sv}" direction="out"/></method>
-    <method name="Set"><arg name="interface" type="s" direction="in"/><arg name="name" type="s" direction="in"/><arg name="value" type="v" direction="in"/></method>
-    <signal name="PropertiesChanged"><arg name="interface" type="s"/><arg name="changed" type="a{sv}"/><arg name="invalidated" type="as"/></signal>
-  </interface>
-  <interface name="org.freedesktop.DBus.Introspectable">
-    <method name="Introspect"><arg name="xml" type="s" direction="out"/></method>
-  </interface>
-`
 
 const objectManagerXML = `  <interface name="org.freedesktop.DBus.ObjectManager">
     <method name="GetManagedObjects"><arg name="objects" type="a{oa{sa{sv}}}" direction="out"/></method>
@@ -748,9 +702,7 @@ func (s *Service) export() error {
 	properties := map[string]any{
 		"Get":    s.getProperty,
 		"GetAll": s.getAll,
-		"Set": func(iface, name string, v dbus.Variant) *dbus.Error {
-			return dbus.NewError("org.freedesktop.DBus.Error.PropertyReadOnly", []any{"every property is read-only"})
-		},
+		"Set":    serving.ReadOnly,
 	}
 	err := errors.Join(
 		s.conn.ExportMethodTable(s.manager(), bus.Path, bus.ManagerInterface),
@@ -767,14 +719,7 @@ func (s *Service) export() error {
 	if err != nil {
 		return err
 	}
-	reply, err := s.conn.RequestName(bus.Name, dbus.NameFlagDoNotQueue)
-	if err != nil {
-		return fmt.Errorf("taking the name %s: %w", bus.Name, err)
-	}
-	if reply != dbus.RequestNameReplyPrimaryOwner {
-		return fmt.Errorf("another virt-trustd owns %s", bus.Name)
-	}
-	return nil
+	return serving.Claim(s.conn, bus.Name)
 }
 
 // emit sends a signal, in order, without making its cause wait.

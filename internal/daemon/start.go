@@ -37,7 +37,10 @@ type session struct {
 	// writes: swtpm may have written. Until QEMU has it load its state, only a
 	// swtpm_setup may.
 	writes atomic.Bool
-	// making: a swtpm_setup makes the vTPM, and QEMU has not had it yet.
+	// making: a swtpm_setup makes the vTPM, and QEMU has not had it yet. Nothing is
+	// noted until then: what is there of the vTPM of a record without baseline and
+	// journal was never of use, and may be removed by swtpm_setup or libvirt and
+	// made again, also when virt-trustd was started anew meanwhile.
 	making atomic.Bool
 
 	tags     *list.Record // the tags as the record shall have them; nil: as it has them
@@ -190,6 +193,10 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 		r.SetTag(tagOf(st.dir, st.keys))
 	}
 	r.AdoptFrom, r.Ephemeral = list.Digest{}, g.ephemeral(f)
+	wantsAK := g.cfg.Attestation.VTPMAK && f.TPM.Version == "2.0" && r.KeyOwner == list.Ours && g.launch.ek != nil
+	if !st.dir.Exists() {
+		r.AKDue = wantsAK
+	}
 	if st.dir.Exists() {
 		if err = g.keepState(r.UUID, st.dir); err != nil {
 			return err
@@ -212,6 +219,9 @@ func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) err
 		return err
 	}
 	g.open(st, cgroup)
+	if r.AKDue && wantsAK && st.dir.Exists() && !restored { // else the vTPM is the image's
+		g.makeUpAK(ctx, st)
+	}
 	g.mu.Lock()
 	delete(g.verdicts, f.UUID)
 	g.mu.Unlock()
@@ -522,7 +532,7 @@ func (g *Guard) settle(s *session) (sound bool, err error) {
 	store := g.peek()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.ended || store == nil {
+	if s.ended || store == nil || s.making.Load() {
 		return true, nil
 	}
 	r := store.Get(s.uuid)
@@ -622,6 +632,7 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 	if !ok && g.cfg.Mode != "enforce" {
 		if s != nil {
 			s.writes.Store(true)
+			s.making.Store(false)
 		}
 		return nil
 	}
@@ -634,9 +645,17 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 		return nil
 	}
 	// swtpm loads its state when QEMU asks it to, which is after this: whoever
-	// exchanged it since prepare was too early.
+	// exchanged it since prepare was too early. From here on a new vTPM counts.
+	made := s.making.Swap(false)
+	defer func() {
+		if err != nil {
+			s.making.Store(made)
+		}
+	}()
 	if sound, err := g.settle(s); !sound && g.cfg.Mode == "enforce" {
 		return reason.Refuse(reason.VTPMChanged, "start the VM again", "the vTPM state in %s was replaced while the VM was being started", s.dir)
+	} else if err != nil && made && g.cfg.Mode == "enforce" {
+		return fmt.Errorf("noting the new vTPM: %w", err)
 	} else if err != nil {
 		g.log.WithField(journal.VM, s.uuid).WithError(err).Warn("making a vTPM's state durable")
 	}
@@ -657,7 +676,6 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 		g.report(f.UUID, f.Name, "start", wouldRefuse, r.Code, r.Text(), journal.WouldRefuse)
 	}
 	s.writes.Store(true)
-	s.making.Store(false)
 	g.setState(f.UUID, list.Running)
 	return nil
 }
@@ -884,11 +902,16 @@ func (g *Guard) resumeOne(ctx context.Context, store *liststore.Store, uuid stri
 	if err != nil {
 		return err
 	}
+	never := r.Baseline.IsZero() && len(entries) == 0
+	if !used && (never || g.justOpened(r)) {
+		return nil // it may be starting: `release` tells, or the next start
+	}
 	if !used {
 		return g.closeAfterCrash(ctx, store, r, entries, false)
 	}
 	s = &session{uuid: uuid, dir: r.Instance, state: list.Running, noted: entries}
 	s.writes.Store(true)
+	s.making.Store(never)
 	if err := g.watch.Add(r.Instance); err != nil {
 		return err
 	}
@@ -898,6 +921,14 @@ func (g *Guard) resumeOne(ctx context.Context, store *liststore.Store, uuid stri
 	g.settled(r.Instance)
 	g.changed(uuid)
 	return nil
+}
+
+// justOpened reports whether a VM may be starting. swtpm takes the lock when QEMU
+// has it load its state, which is after `start` has come and the grant has gone: a
+// lock that nobody has tells nothing until then.
+func (g *Guard) justOpened(r *list.Record) bool {
+	const launch = 30 * time.Second // from `start` to swtpm's lock
+	return r.BootID == g.bootID && g.now().Before(time.Unix(r.Changed, 0).Add(g.grantLifetime()+launch))
 }
 
 // closeAfterCrash closes the record of a VM that stopped while nobody looked,

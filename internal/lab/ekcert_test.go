@@ -78,6 +78,58 @@ func TestEKCertificate(t *testing.T) {
 		h.Must("virt-trust", "check", "certified")
 	})
 
+	t.Run("a VM that names its PCR banks", func(t *testing.T) {
+		h := h.In(t)
+		g := h.NewVM(VM{Name: "banks", TPM: true, Disk: "qcow2", Bank: "sha384"})
+		g.Start() // for which libvirt runs swtpm_setup twice
+		if log := h.Must("cat", "/var/log/swtpm/libvirt/qemu/banks-swtpm.log"); !strings.Contains(log, "activated PCR banks sha384 among") {
+			t.Errorf("swtpm_setup's log:\n%s", log)
+		}
+		if inside := g.Ask("ekcert"); !strings.HasPrefix(inside, "ekcert "+property(t, g, "EKCertificate")+" by vTPM certifier ") {
+			t.Errorf("in the guest %s", inside)
+		}
+		if inside := g.Ask("ak"); inside != "ak "+property(t, g, "AKPublic") {
+			t.Errorf("in the guest %s", inside)
+		}
+		g.Destroy()
+		g.Start()
+		g.Destroy()
+	})
+
+	t.Run("virt-trustd is started anew while a vTPM is made", func(t *testing.T) {
+		h := h.In(t)
+		h.SlowTPM(300 * time.Millisecond) // so that swtpm_setup waits for its certificates
+		defer h.SlowTPM(0)
+		for how, args := range map[string]string{"restarted": "restart", "killed": "kill -s KILL"} {
+			g := h.NewVM(VM{Name: how, TPM: true, Disk: "qcow2"})
+			first := make(chan Result, 1)
+			go func() { first <- g.TryStart() }()
+			for end := time.Now().Add(30 * time.Second); h.Run("pgrep", "-f", "virt-trust-ekcert.*"+g.UUID).Code != 0; {
+				if time.Now().After(end) {
+					t.Fatalf("nothing asks for a certificate; virsh start: %+v", <-first)
+				}
+			}
+			h.Shell("systemctl " + args + " virt-trustd")
+			r := <-first
+			t.Logf("%s: exit %d after %v: %s", how, r.Code, r.Took, r.Stderr)
+			if how == "restarted" && r.Code != 0 {
+				t.Error("a restart does not wait for the start")
+			}
+			if how == "killed" && (r.Code == 0 || !strings.Contains(r.Stderr, "swtpm_setup")) {
+				t.Error("the start does not say what has failed")
+			}
+			if r.Code != 0 {
+				g.Start()
+			} else {
+				g.Expect("VT: ready")
+			}
+			if inside := g.Ask("ekcert"); !strings.HasPrefix(inside, "ekcert "+property(t, g, "EKCertificate")+" by vTPM certifier ") {
+				t.Errorf("in the guest %s", inside)
+			}
+			g.Destroy()
+		}
+	})
+
 	t.Run("the tool fails", func(t *testing.T) {
 		h := h.In(t)
 		g := h.NewVM(VM{Name: "unlucky", TPM: true, Disk: "qcow2"})

@@ -21,6 +21,7 @@ type VM struct {
 	TPMVersion      string // "2.0" if empty
 	PersistentState bool   // persistent_state='yes'
 	Secret          string // UUID of a libvirt secret, for libvirt's own <encryption>
+	Bank            string // the vTPM's one active PCR bank, "" for what swtpm_setup activates
 
 	Firmware  string // "seabios" if empty, "ovmf"
 	Disk      string // "" for none, "qcow2", "raw", "volume" (qcow2 in the pool "default")
@@ -150,6 +151,9 @@ func (vm VM) xml() string {
 		p("    <tpm model='%s'><backend type='emulator' version='%s'%s>", model, version, persistent)
 		if vm.Secret != "" {
 			p("      <encryption secret='%s'/>", vm.Secret)
+		}
+		if vm.Bank != "" {
+			p("      <active_pcr_banks><%s/></active_pcr_banks>", vm.Bank)
 		}
 		p("    </backend></tpm>")
 	}

@@ -5,16 +5,15 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	stdlog "log"
 	"net"
 	"net/http"
-	"sync"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/sirupsen/logrus"
 
 	"virt-trust/internal/platform/config"
+	"virt-trust/internal/platform/listen"
 )
 
 // browsersName is what systemd calls the sockets for browsers
@@ -46,19 +45,19 @@ func listeners(cfg config.Verifier) (nodes, browsers []net.Listener, err error) 
 		return nil, nil, errors.New("systemd hands over sockets for browsers, and browsers.certificate is empty")
 	}
 	if len(nodes) == 0 {
-		if nodes, err = listen(cfg.Listen); err != nil {
+		if nodes, err = listenAt(cfg.Listen); err != nil {
 			return nil, nil, err
 		}
 	}
 	if wanted && len(browsers) == 0 {
-		if browsers, err = listen(cfg.Browsers.Listen); err != nil {
+		if browsers, err = listenAt(cfg.Browsers.Listen); err != nil {
 			return nil, nil, errors.Join(err, closeAll(nodes))
 		}
 	}
 	return nodes, browsers, nil
 }
 
-func listen(addresses []string) ([]net.Listener, error) {
+func listenAt(addresses []string) ([]net.Listener, error) {
 	all := []net.Listener{}
 	for _, a := range addresses {
 		l, err := net.Listen("tcp", a)
@@ -78,49 +77,6 @@ func closeAll(all []net.Listener) error {
 	return errors.Join(errs...)
 }
 
-// limited bounds the connections that are open at once, over all listeners:
-// more wait in the kernel's queue, until a timeout has ended idle ones.
-type limited struct {
-	net.Listener
-	slots  chan struct{}
-	closed chan struct{}
-	once   sync.Once
-}
-
-func limit(l net.Listener, slots chan struct{}) net.Listener {
-	return &limited{Listener: l, slots: slots, closed: make(chan struct{})}
-}
-
-func (l *limited) Accept() (net.Conn, error) {
-	select {
-	case l.slots <- struct{}{}:
-	case <-l.closed:
-		return nil, net.ErrClosed
-	}
-	c, err := l.Listener.Accept()
-	if err != nil {
-		<-l.slots
-		return nil, err
-	}
-	return &slot{Conn: c, free: sync.OnceFunc(func() { <-l.slots })}, nil
-}
-
-func (l *limited) Close() error {
-	l.once.Do(func() { close(l.closed) })
-	return l.Listener.Close()
-}
-
-type slot struct {
-	net.Conn
-	free func()
-}
-
-func (s *slot) Close() error {
-	err := s.Conn.Close()
-	s.free()
-	return err
-}
-
 // maxHeader bounds a request's header in bytes.
 const maxHeader = 32 << 10
 
@@ -138,17 +94,8 @@ func newServer(h http.Handler, t *tls.Config, l config.VerifierLimits, log *logr
 	return &http.Server{
 		Handler: h, TLSConfig: t, Protocols: &protocols, MaxHeaderBytes: maxHeader,
 		ReadHeaderTimeout: time.Duration(l.HeaderTimeout), ReadTimeout: body, WriteTimeout: 2 * body, IdleTimeout: time.Duration(l.IdleTimeout),
-		ErrorLog: stdlog.New(handshakes{log}, "", 0),
+		ErrorLog: listen.Quiet(log),
 	}
-}
-
-// handshakes takes what net/http says of its connections: anybody can cause it,
-// so that it is for debugging alone.
-type handshakes struct{ log *logrus.Entry }
-
-func (h handshakes) Write(b []byte) (int, error) {
-	h.log.WithField("said", fmt.Sprintf("%q", b)).Debug("a connection failed")
-	return len(b), nil
 }
 
 // Times of a graceful stop: requests may end until patience is over, then their
@@ -188,7 +135,7 @@ func serve(ctx context.Context, srv *http.Server, all []net.Listener, connection
 	slots := make(chan struct{}, connections)
 	failed := make(chan error, len(all))
 	for _, l := range all {
-		go func() { failed <- srv.ServeTLS(limit(l, slots), "", "") }()
+		go func() { failed <- srv.ServeTLS(listen.Limit(l, slots), "", "") }()
 	}
 	select {
 	case err := <-failed:

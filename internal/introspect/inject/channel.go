@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/go-tpm/tpm2"
 	"golang.org/x/sys/unix"
 
 	"virt-trust/internal/introspect"
@@ -26,6 +27,9 @@ type channel struct {
 	qemu, swtpm int // process ids
 	near, far   int // descriptors of QEMU's end, and of swtpm's
 	pidfd       int // of QEMU
+
+	end   time.Time    // when QEMU is let go, whatever is under way
+	letGo func() error // does it
 }
 
 // find finds the channel of a swtpm. QEMU is told by the credentials that its
@@ -197,12 +201,29 @@ var polls = map[string][]int{"amd64": {7, 271}, "arm64": {73}, "riscv64": {73}, 
 // maxCommand is what swtpm takes, and gives.
 const maxCommand = 4096
 
+// errLate: swtpm was slower than a VM may be held.
+var errLate = fmt.Errorf("%w: swtpm does not answer within %v", introspect.ErrBusy, holdLimit)
+
+// begins reports whether there is time for a command. What was put aside of the
+// guest's goes back up to the end.
+func (c *channel) begins(command []byte) bool {
+	end := c.end
+	if len(command) < 10 || tpm2.TPMCC(binary.BigEndian.Uint32(command[6:])) != tpm2.TPMCCContextLoad {
+		end = end.Add(-backLimit)
+	}
+	return time.Now().Before(end)
+}
+
 // Send has swtpm do a command and gives its answer (transport.TPM). Nothing is
 // sent unless all of it can be. Once it is, the answer must be awaited, or QEMU
-// would take it for that of its next command.
+// would take it for that of its next command: where it is late, QEMU goes on
+// meanwhile, and only a guest that uses its vTPM in just that time may get it.
 func (c *channel) Send(command []byte) ([]byte, error) {
 	if len(command) > maxCommand {
 		return nil, fmt.Errorf("a command of %d bytes", len(command))
+	}
+	if !c.begins(command) {
+		return nil, errLate
 	}
 	n, err := unix.SendmsgN(c.near, command, nil, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
 	if err != nil {
@@ -211,15 +232,21 @@ func (c *channel) Send(command []byte) ([]byte, error) {
 	if n != len(command) {
 		return nil, fmt.Errorf("%w: swtpm took %d bytes of %d", ErrLost, n, len(command))
 	}
-	deadline := time.Now().Add(answerLimit)
+	deadline, late := c.end, false
 	answer := make([]byte, 0, maxCommand)
 	const header = 10
 	for want := header; len(answer) < want; {
 		ms := time.Until(deadline).Milliseconds()
 		p := []unix.PollFd{{Fd: int32(c.near), Events: unix.POLLIN}}
-		if got, err := unix.Poll(p, int(max(ms, 0))); errors.Is(err, unix.EINTR) {
+		got, err := unix.Poll(p, int(max(ms, 0)))
+		switch {
+		case errors.Is(err, unix.EINTR):
 			continue
-		} else if err != nil || got == 0 {
+		case err == nil && got == 0 && !late:
+			late, deadline = true, time.Now().Add(answerLimit)
+			_ = c.letGo() // what it could not do is tried again at the end
+			continue
+		case err != nil || got == 0:
 			return nil, fmt.Errorf("%w: no answer within %v (%v)", ErrLost, answerLimit, err)
 		}
 		n, _, err := unix.Recvfrom(c.near, answer[len(answer):want], unix.MSG_DONTWAIT)
@@ -239,6 +266,9 @@ func (c *channel) Send(command []byte) ([]byte, error) {
 			}
 			want = int(size)
 		}
+	}
+	if late {
+		return nil, errLate
 	}
 	return answer, nil
 }

@@ -52,7 +52,9 @@ var codes = map[string]error{
 const (
 	stopLimit   = 50 * time.Millisecond  // for QEMU's threads to stop
 	idleLimit   = 5 * time.Millisecond   // for swtpm to finish what it has, QEMU being held
-	answerLimit = 10 * time.Second       // for one command: an answer that is left behind would be QEMU's
+	holdLimit   = 500 * time.Millisecond // for which QEMU stands still, whatever swtpm does
+	backLimit   = 100 * time.Millisecond // of it, in which nothing is begun but to put back what is the guest's
+	answerLimit = 10 * time.Second       // for one command, QEMU running again: an answer that is left behind would be its
 	slowLimit   = time.Second            // for a thread that was not let go to stop after all
 	roundLimit  = 3 * time.Second        // for a moment without a command of the guest
 	pause       = 400 * time.Microsecond // between two looks
@@ -124,12 +126,20 @@ func (a *Answer) hold(c *channel, q Request) (asked bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	held := true
+	letGo := func() error {
+		err := h.release()
+		if held {
+			held, a.Held = false, max(a.Held, time.Since(begin))
+		}
+		return err
+	}
 	defer func() {
-		if e := h.release(); e != nil {
+		if e := letGo(); e != nil {
 			err = errors.Join(err, e)
 		}
-		a.Held = max(a.Held, time.Since(begin))
 	}()
+	c.end, c.letGo = begin.Add(holdLimit), letGo
 	if err := c.connected(); err != nil {
 		return false, err
 	}

@@ -18,7 +18,9 @@
 //   - QEMU was stopped by somebody else, or is being debugged: ErrStopped,
 //     ErrForbidden, and it stays as it was. A VM that is suspended by libvirt is
 //     not: its QEMU runs.
-//   - swtpm does not answer within ten seconds: ErrLost; QEMU is let go.
+//   - swtpm hangs: after half a second QEMU is let go. The answer is awaited
+//     for ten seconds more, so that the guest does not get it; without one, or
+//     where the guest was quicker, ErrLost.
 //   - The guest has all three slots for transient objects: one is saved, flushed
 //     and loaded again, and must come back under its handle.
 //   - The guest has an exclusive audit session (TPM 2.0 Part 1, 17.3): it is not

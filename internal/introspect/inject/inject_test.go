@@ -426,6 +426,63 @@ func TestSignalsAreKept(t *testing.T) {
 	}
 }
 
+// A swtpm that hangs with a command of ours holds the VM no longer than it may,
+// and the answer that comes late is not left to the guest.
+func TestSwtpmHangs(t *testing.T) {
+	v := startVM(t)
+	const hangs = 1500 * time.Millisecond
+	slow := exec.Command(testkit.Need(t, "strace"), "-f", "-p", fmt.Sprint(v.Swtpm), "-o", "/dev/null", "-e", "trace=write,writev,sendmsg,sendto",
+		"-e", fmt.Sprintf("inject=write,writev,sendmsg,sendto:delay_enter=%d", hangs.Microseconds()))
+	slow.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := slow.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", v.Swtpm)); !bytes.Contains(b, []byte("TracerPid:\t0\n")) && stateOf(t, v.Swtpm) == "S" {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("strace does not attach")
+		}
+	}
+	v.tell(t, "load") // or swtpm would be seen in restart_syscall(2), into which strace has put it
+	v.says(t, "extended")
+	v.says(t, "done")
+	began, done := time.Now(), make(chan error, 1)
+	go func() {
+		_, err := quoter().Read(t.Context(), v.Target)
+		done <- err
+	}()
+	var held time.Duration
+	for from, err := (time.Time{}), error(nil); err == nil; time.Sleep(time.Millisecond) {
+		switch stopped := stateOf(t, v.QEMU) == "t"; {
+		case stopped && from.IsZero():
+			from = time.Now()
+		case !stopped && !from.IsZero():
+			held, from = max(held, time.Since(from)), time.Time{}
+		}
+		select {
+		case err = <-done:
+			if !errors.Is(err, introspect.ErrBusy) {
+				t.Fatalf("after %v: %v", time.Since(began), err)
+			}
+		default:
+		}
+	}
+	if held < holdLimit/2 || held > holdLimit+200*time.Millisecond || time.Since(began) < hangs {
+		t.Errorf("the VM was held for %v; all took %v", held, time.Since(began))
+	}
+	t.Logf("figures: swtpm hangs for %v: the VM is held for %v", hangs, held)
+	slow.Process.Signal(syscall.SIGINT)
+	slow.Wait()
+	v.tell(t, "load")
+	v.says(t, "extended")
+	v.says(t, "done")
+	if _, err := quoter().Read(t.Context(), v.Target); err != nil {
+		t.Error(err)
+	}
+}
+
 // A thread that does not stop in time is let go all the same, and can be held
 // again.
 func TestSlowThread(t *testing.T) {

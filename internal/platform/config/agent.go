@@ -27,6 +27,9 @@ type AgentPull struct {
 	PerMinute   int      `toml:"per_minute"`  // of all together
 }
 
+// MaxPerMinute bounds AgentPull.PerMinute.
+const MaxPerMinute = 60
+
 // DefaultAgent gives the compiled-in configuration.
 func DefaultAgent() Agent { return Agent{Pull: AgentPull{Tokens: []string{}, PerMinute: 12}} }
 
@@ -56,7 +59,7 @@ func ParseAgent(b []byte) (Agent, error) {
 }
 
 func (p AgentPull) check() error {
-	errs := []error{inRange("pull.per_minute", p.PerMinute, 1, 60)}
+	errs := []error{inRange("pull.per_minute", p.PerMinute, 1, MaxPerMinute)}
 	for key, v := range map[string]string{"pull.certificate": p.Certificate, "pull.key": p.Key, "pull.client_ca": p.ClientCA} {
 		if v != "" {
 			errs = append(errs, abs(key, v))

@@ -1,6 +1,7 @@
 package ek
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"errors"
@@ -34,8 +35,9 @@ var akTemplate = tpm2.TPMTPublic{
 	Unique: tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{}),
 }
 
-// MakeAK gives the state of a vTPM, as PublicKey takes it, with an AK at
-// AKHandle, and the AK's TPMT_PUBLIC. The state that it is given stays as it is.
+// MakeAK gives the state of a vTPM, as Identity takes it, with an AK at
+// AKHandle, and the AK's TPMT_PUBLIC. An AK that is there stays. The state that it
+// is given stays as it is.
 func (r Reader) MakeAK(ctx context.Context, name string, state, stateKey []byte) (after, public []byte, err error) {
 	after, err = r.load(ctx, name, state, stateKey, func(t transport.TPM) error {
 		public, err = makeAK(t)
@@ -62,6 +64,9 @@ func ParseAK(public []byte) (*ecdsa.PublicKey, error) {
 }
 
 func makeAK(t transport.TPM) (public []byte, err error) {
+	if public, err = readAK(t); public != nil || err != nil {
+		return public, err
+	}
 	k, err := tpm2.CreatePrimary{PrimaryHandle: tpm2.TPMRHPlatform, InPublic: tpm2.New2B(akTemplate)}.Execute(t)
 	if err != nil {
 		return nil, fmt.Errorf("making the AK: %w", err)
@@ -81,4 +86,25 @@ func makeAK(t transport.TPM) (public []byte, err error) {
 		return nil, err
 	}
 	return k.OutPublic.Bytes(), nil
+}
+
+// readAK gives the AK that is there, nil if there is none.
+func readAK(t transport.TPM) ([]byte, error) {
+	r, err := tpm2.ReadPublic{ObjectHandle: AKHandle}.Execute(t)
+	if errors.Is(err, tpm2.TPMRCHandle) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("looking for an AK: %w", err)
+	}
+	p, err := r.OutPublic.Contents()
+	if err != nil {
+		return nil, err
+	}
+	blank := *p
+	blank.Unique = akTemplate.Unique
+	if !bytes.Equal(tpm2.Marshal(blank), tpm2.Marshal(akTemplate)) || !primary(tpm2.TPMRHPlatform, r.Name.Buffer, r.QualifiedName.Buffer) {
+		return nil, fmt.Errorf("there is another key at %#x", uint32(AKHandle))
+	}
+	return r.OutPublic.Bytes(), nil
 }

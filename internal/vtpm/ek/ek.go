@@ -43,40 +43,22 @@ const limit = 5 * time.Second
 // handle is where the RSA EK is kept (TCG EK Credential Profile 2.5, 2.2.1.4).
 const handle = tpm2.TPMHandle(0x81010001)
 
-// Digest gives the SHA-256 digest of PublicKey's result: what
-//
-//	openssl x509 -in ek.cert -noout -pubkey | openssl pkey -pubin -outform der | sha256sum
-//
-// says of the vTPM's EK certificate.
-func (r Reader) Digest(ctx context.Context, name string, state, stateKey []byte) (d [sha256.Size]byte, err error) {
-	der, err := r.PublicKey(ctx, name, state, stateKey)
-	if err != nil {
-		return d, err
-	}
-	return sha256.Sum256(der), nil
-}
-
-// PublicKey gives the RSA-2048 endorsement key of the TCG's template (EK
-// Credential Profile, B.3.3) as SubjectPublicKeyInfo in DER. state is the
-// content of the state file of this name, under stateKey, or plain where
-// stateKey is nil.
-func (r Reader) PublicKey(ctx context.Context, name string, state, stateKey []byte) (der []byte, err error) {
-	_, err = r.load(ctx, name, state, stateKey, func(t transport.TPM) error {
-		der, err = ask(t)
-		return err
-	})
-	return der, err
-}
-
 // Identity is what a vTPM says of itself.
 type Identity struct {
-	EK                    []byte // as PublicKey gives it
+	// EK is the RSA-2048 endorsement key of the TCG's template (EK Credential
+	// Profile, B.3.3), as SubjectPublicKeyInfo in DER: of it
+	//
+	//	openssl x509 -in ek.cert -noout -pubkey | openssl pkey -pubin -outform der
+	//
+	// says the same for the vTPM's EK certificate.
+	EK                    []byte
 	Manufacturer, Version string // "id:" and 8 hexadecimal digits
 	Family                string // "2.0"
 	Level, Revision       int    // of the specification; 164 is 1.64
 }
 
-// Identity reads what PublicKey does, and the vTPM's properties.
+// Identity reads who a vTPM is. state is the content of the state file of this
+// name, under stateKey, or plain where stateKey is nil.
 func (r Reader) Identity(ctx context.Context, name string, state, stateKey []byte) (id Identity, err error) {
 	_, err = r.load(ctx, name, state, stateKey, func(t transport.TPM) error {
 		if id.EK, err = ask(t); err != nil {
@@ -258,19 +240,21 @@ func ask(t transport.TPM) ([]byte, error) {
 }
 
 // genuine reports whether a key has the EK's template, and is a primary key of
-// the endorsement hierarchy: then its qualified name is the hash of the
-// hierarchy's handle and its name (Part 1, 16).
+// the endorsement hierarchy.
 func genuine(p *tpm2.TPMTPublic, name, qualified []byte) bool {
 	want := tpm2.RSAEKTemplate
 	if p.Type != want.Type || p.NameAlg != want.NameAlg || p.ObjectAttributes != want.ObjectAttributes || !bytes.Equal(p.AuthPolicy.Buffer, want.AuthPolicy.Buffer) {
 		return false
 	}
 	parms, err := p.Parameters.RSADetail()
-	if err != nil || parms.KeyBits != 2048 {
-		return false
-	}
+	return err == nil && parms.KeyBits == 2048 && primary(tpm2.TPMRHEndorsement, name, qualified)
+}
+
+// primary reports whether a key is a primary key of a hierarchy: then its
+// qualified name is the hash of the hierarchy's handle and its name (Part 1, 16).
+func primary(hierarchy tpm2.TPMHandle, name, qualified []byte) bool {
 	h := sha256.New()
-	h.Write([]byte{0x40, 0, 0, 0x0b}) // TPM_RH_ENDORSEMENT
+	h.Write(binary.BigEndian.AppendUint32(nil, uint32(hierarchy)))
 	h.Write(name)
 	return len(qualified) == 2+sha256.Size && bytes.Equal(qualified[2:], h.Sum(nil))
 }

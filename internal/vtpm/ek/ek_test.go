@@ -3,6 +3,7 @@ package ek
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"os"
 	"os/exec"
@@ -18,7 +19,21 @@ import (
 
 const stateName = "tpm2-00.permall"
 
-func reader(t *testing.T) Reader {
+// PublicKey is the EK alone, and Digest what a record has of it.
+func (r Reader) PublicKey(ctx context.Context, name string, state, stateKey []byte) ([]byte, error) {
+	id, err := r.Identity(ctx, name, state, stateKey)
+	return id.EK, err
+}
+
+func (r Reader) Digest(ctx context.Context, name string, state, stateKey []byte) ([sha256.Size]byte, error) {
+	der, err := r.PublicKey(ctx, name, state, stateKey)
+	if err != nil {
+		return [sha256.Size]byte{}, err
+	}
+	return sha256.Sum256(der), nil
+}
+
+func reader(t testing.TB) Reader {
 	t.Helper()
 	r := Reader{Swtpm: testkit.Need(t, "swtpm"), UID: os.Getuid(), GID: os.Getgid()}
 	var err error
@@ -37,7 +52,7 @@ func reader(t *testing.T) Reader {
 }
 
 // manufacture makes a vTPM, and gives its state.
-func manufacture(t *testing.T) (state []byte) {
+func manufacture(t testing.TB) (state []byte) {
 	t.Helper()
 	dir := t.TempDir()
 	if out, err := exec.Command(testkit.Need(t, "swtpm_setup"), "--tpm2", "--tpm-state", dir, "--overwrite", "--createek").CombinedOutput(); err != nil {

@@ -332,7 +332,7 @@ func State(r *list.Record, s Seen, p Policy) Decision {
 		return refuse(reason.VTPMChanged, keep+", or "+cmd("accept", s.Name, "--rolled-back")+" takes this one", "the vTPM state is not the one that was measured last")
 	case !r.Open:
 		return refuse(reason.VTPMRolledBack, accept, "the vTPM state is this VM's, but not its newest")
-	case p.StrictCrashRecovery:
+	case p.StrictCrashRecovery && !never: // else there was no other that this one could be instead of
 		return refuse(reason.VTPMRolledBack, accept, "after a crash the vTPM state is one that was not noted, and policy.crash_recovery is strict")
 	}
 	return Decision{Plan: StartRecovered, Note: "the state was written in the last instant before a crash"}

@@ -98,6 +98,7 @@ func TestPrepare(t *testing.T) {
 		{"zeros without a crash", same, func(s *Seen) { s.State.Kind, s.State.Digest = statefile.Damaged, newer }, adopt, Refuse, reason.VTPMChanged},
 		{"first start cut short", first, func(s *Seen) { s.State, s.Kept = StateSeen{}, list.Digest{} }, adopt, StartFresh, ""},
 		{"first start cut short after manufacture", first, func(s *Seen) { s.State.Auth = Authentic }, adopt, StartRecovered, ""},
+		{"first start cut short after manufacture, strict", first, func(s *Seen) { s.State.Auth = Authentic }, Policy{StrictCrashRecovery: true}, StartRecovered, ""},
 		{"first start, someone else's state", first, func(s *Seen) { s.State.Auth = Forged }, adopt, Refuse, reason.VTPMChanged},
 		{"adoption cut short", adopting, func(s *Seen) { s.State.Kind, s.State.Digest = statefile.Plain, newer }, adopt, FinishAdoption, ""},
 		{"adoption cut short at its end", adopting, func(s *Seen) {}, adopt, Start, ""},

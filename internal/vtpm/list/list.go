@@ -148,6 +148,8 @@ type Record struct {
 	// AKCertificate X.509 over it; empty where that was not turned on.
 	AKPublic      []byte `cbor:"42,keyasint,omitempty"`
 	AKCertificate []byte `cbor:"43,keyasint,omitempty"`
+	// AKDue: the vTPM was to get an AK at its manufacture, and has none yet.
+	AKDue bool `cbor:"44,keyasint,omitempty"`
 	// Launchers is the generation of the Reference Values for launchers under which
 	// the record was opened last: a file of an older one was rolled back.
 	Launchers uint64 `cbor:"40,keyasint,omitempty"`
