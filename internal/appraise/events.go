@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"compress/flate"
 	"crypto"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"io"
@@ -67,7 +68,7 @@ func (r *round) eventLog() {
 		*st = eventState{}
 		return
 	}
-	if r.sameBoot && st.Packed != nil && l.From == 0 && !bytes.Equal(packed, st.Packed) {
+	if r.sameBoot && st.Packed != nil && l.From == 0 && !samePacked(packed, st.Packed) {
 		r.hostf(CodeLogChanged, Contraindicated, "the event log is another one than before in the same boot")
 	}
 	size := st.Size
@@ -121,7 +122,26 @@ var deflaters = sync.Pool{New: func() any {
 	return w
 }}
 
+// pack deflates a log. A small one, as most are, becomes one block that is stored
+// as it is (RFC 1951, 3.2.4): deflating would take more than all the rest that is
+// done with it, for half of so little room.
 func pack(b []byte) []byte {
+	if n := uint16(len(b)); len(b) <= maxStored {
+		const final = 1
+		out := append(make([]byte, 0, 5+len(b)), final)
+		out = binary.LittleEndian.AppendUint16(out, n)
+		out = binary.LittleEndian.AppendUint16(out, ^n)
+		return append(out, b...)
+	}
+	return deflate(b)
+}
+
+const maxStored = 16 << 10 // bytes: of a block fewer than 1<<16
+
+// samePacked: the same log, which may have been packed in another way.
+func samePacked(a, b []byte) bool { return bytes.Equal(a, b) || bytes.Equal(unpack(a), unpack(b)) }
+
+func deflate(b []byte) []byte {
 	var out bytes.Buffer
 	w := deflaters.Get().(*flate.Writer)
 	defer deflaters.Put(w)
