@@ -167,8 +167,11 @@ func (l *Log) check(line []byte) (e Entry, err error) {
 	if len(line) > MaxLine || bytes.IndexByte(line, '\n') >= 0 {
 		return e, errors.New("it is too long, or no line")
 	}
-	if err := json.Unmarshal(line, &e); err != nil {
-		return e, err
+	e, ok := plain(line)
+	if !ok {
+		if err := json.Unmarshal(line, &e); err != nil {
+			return e, err
+		}
 	}
 	if (e.Event == EventBoot) != (l.Entries == 0) {
 		return e, fmt.Errorf("an entry %.40q is out of place", e.Event)
