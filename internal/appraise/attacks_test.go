@@ -64,7 +64,7 @@ func TestNotVerified(t *testing.T) {
 		"forged values": {o: forge.Options{Evidence: func(e *report.Evidence, _ *forge.Host) {
 			e.PCRs[0].Values[4] = bytes.Repeat([]byte{1}, 32)
 		}}, tier: Contraindicated, code: CodePCRValues},
-		"a value is missing": {o: forge.Options{Evidence: func(e *report.Evidence, _ *forge.Host) { delete(e.PCRs[0].Values, 4) }}, tier: Contraindicated, code: CodePCRValues},
+		"a value is missing": {o: forge.Options{Evidence: func(e *report.Evidence, _ *forge.Host) { e.PCRs[0].Values[4] = nil }}, tier: Contraindicated, code: CodePCRValues},
 		"another report": {o: forge.Options{Evidence: func(e *report.Evidence, h *forge.Host) {
 			r := h.Report(e.Nonce, forge.Options{})
 			r.VMs = r.VMs[:1] // a VM is hidden after the quote
@@ -712,9 +712,9 @@ func TestVMs(t *testing.T) {
 			b.host.Tick(5 * time.Minute)
 		}, tier: Affirming},
 		"its PCRs are not read": {o: forge.Options{Report: edit("one", func(v *report.VM) { v.PCRs, v.Problem = nil, "no" })}, tier: None, codes: []string{CodeVMPCRsMissing}},
-		"a PCR is missing":      {o: forge.Options{Report: edit("one", func(v *report.VM) { delete(v.PCRs.Banks[0].Values, 7) })}, tier: None, codes: []string{CodeVMPCRsMissing}},
+		"a PCR is missing":      {o: forge.Options{Report: edit("one", func(v *report.VM) { v.PCRs.Banks[0].Values[7] = nil })}, tier: None, codes: []string{CodeVMPCRsMissing}},
 		"another bank": {o: forge.Options{Report: edit("one", func(v *report.VM) {
-			v.PCRs.Banks = []report.Bank{{Algorithm: "sha1", Values: map[uint][]byte{0: make([]byte, 20)}}}
+			v.PCRs.Banks = []report.Bank{{Algorithm: "sha1", Values: report.Values{0: make([]byte, 20)}}}
 		})}, tier: None, codes: []string{CodeVMPCRsMissing}},
 		"an old reading": {o: forge.Options{Report: edit("one", func(v *report.VM) { v.PCRs.Time -= 3600e6 })}, tier: None, codes: []string{CodeVMPCRsMissing}},
 		"it never started": {do: func(b *bench) {

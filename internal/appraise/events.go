@@ -35,7 +35,7 @@ func (r *round) firmwareLive() pcrs {
 			some |= 1 << p
 		}
 	}
-	return packPCRs(r.policy.Bank, r.live, some)
+	return packPCRs(r.policy.Bank, &r.live, some)
 }
 
 // eventLog replays the event log of firmware and boot loader, and holds its
@@ -372,8 +372,7 @@ func (o *order) findings(pcrs []uint) (all []Reason) {
 func (r *round) hostPCRs() {
 	withoutLog := r.next.Events.Packed == nil
 	for _, p := range r.policy.Events {
-		_, ok := r.live[p]
-		if !ok || p == r.policy.LaunchPCR {
+		if r.live[p] == nil || p == r.policy.LaunchPCR {
 			continue
 		}
 		path := pcrPath(r.policy.Bank, p)

@@ -27,14 +27,14 @@ func zeros(b []byte) bool { return len(bytes.Trim(b, "\x00")) == 0 }
 // right before remains so until Reference Values or policy say otherwise.
 func (r *round) imaList() {
 	st := &r.next.IMA
-	want, quoted := r.live[ima.PCR]
+	want := r.live[ima.PCR]
 	l, ok := r.log(report.IMA, st.At.Offset)
 	if !ok {
 		*st = imaState{}
 		return
 	}
 	switch {
-	case !quoted:
+	case want == nil:
 		*st, r.softOnly = imaState{}, true
 		if r.policy.IMA.Require {
 			r.hostf(CodeIMAMissing, None, "PCR %d was not quoted", ima.PCR)
@@ -192,8 +192,8 @@ func (r *round) bootAggregate(e *ima.Entry) bool {
 	}
 	w := h.New()
 	for p := range uint(10) {
-		v, quoted := r.live[p]
-		if !quoted {
+		v := r.live[p]
+		if v == nil { // it was not quoted
 			return true
 		}
 		w.Write(v)

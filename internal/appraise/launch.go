@@ -21,13 +21,13 @@ func (r *round) launchLog() {
 	if p := r.report.Host.LaunchPCR; p != pcr {
 		r.hostf(CodeLaunchPCR, Contraindicated, "the host measures launchers to PCR %d, and has to do so to PCR %d", p, pcr)
 	}
-	want, quoted := r.live[pcr]
+	want := r.live[pcr]
 	l, ok := r.log(report.LaunchLog, st.Size)
 	switch {
 	case !ok:
 		*st = launchState{}
 		return
-	case !quoted:
+	case want == nil:
 		*st = launchState{}
 		r.hostf(CodeLaunchMissing, None, "PCR %d of the launch log was not quoted in bank %s", pcr, r.policy.Bank)
 		return

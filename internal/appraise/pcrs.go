@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/bits"
+
+	"virt-trust/internal/evidence/report"
 )
 
 const numPCRs = 24
@@ -51,13 +53,10 @@ type pcrs struct {
 
 // packPCRs gives those of some PCRs that have a value. The values are of the
 // bank's size: package report sees to it.
-func packPCRs(bank string, values map[uint][]byte, some uint32) pcrs {
-	n := pcrs{Bank: bank, Values: make([]byte, 0, len(values)*sizeOf(bank))}
-	for p := range uint(numPCRs) {
-		if some&(1<<p) == 0 {
-			continue
-		}
-		if v, ok := values[p]; ok {
+func packPCRs(bank string, values *report.Values, some uint32) pcrs {
+	n := pcrs{Bank: bank, Values: make([]byte, 0, numPCRs*sizeOf(bank))}
+	for p, v := range values {
+		if v != nil && some&(1<<p) != 0 {
 			n.Which, n.Values = n.Which|1<<p, append(n.Values, v...)
 		}
 	}

@@ -145,13 +145,9 @@ func (r *round) vmLaunchers(s vmStart) (all []Reason) {
 // against both.
 func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start vmStart, say sayer) {
 	bank := r.policy.VMBank
-	var live map[uint][]byte
+	var live *report.Values
 	if v.PCRs != nil {
-		for _, b := range v.PCRs.Banks {
-			if b.Algorithm == bank {
-				live = b.Values
-			}
-		}
+		live = v.PCRs.Banks.Values(bank)
 	}
 	problem := v.Problem
 	if problem == "" {
@@ -167,7 +163,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 	}
 	st.PCRs = packPCRs(bank, live, everyPCR)
 	vm.PCRs = PCRs{packed: st.PCRs}
-	r.vmQuote(v, live, say)
+	r.vmQuote(v, say)
 	starting := start.Time != 0 && r.report.Time/1e6-start.Time < int64(time.Duration(r.policy.Starting).Seconds()) && r.report.Time/1e6 >= start.Time
 	values := r.in.view("", vm.UUID)
 	learn := r.learnsVM(vm.UUID)
@@ -214,7 +210,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 
 // vmQuote checks the quote by the AK in the vTPM, where there is one, against
 // what the host read.
-func (r *round) vmQuote(v *report.VM, live map[uint][]byte, say sayer) {
+func (r *round) vmQuote(v *report.VM, say sayer) {
 	if v.Quote == nil {
 		if r.policy.RequireVMQuote {
 			say(CodeVMQuote, None, "its vTPM did not quote")
@@ -238,11 +234,7 @@ func (r *round) vmQuote(v *report.VM, live map[uint][]byte, say sayer) {
 		say(CodeVMQuote, Contraindicated, "the quote of its vTPM: %v", err)
 		return
 	}
-	values := map[string]map[uint][]byte{}
-	for _, b := range v.PCRs.Banks {
-		values[b.Algorithm] = b.Values
-	}
-	if err := q.Check(values); err != nil {
+	if err := q.Check(v.PCRs.Banks.Value); err != nil {
 		say(CodeVMReading, Contraindicated, "its vTPM quotes other PCRs than the host has read of it")
 	}
 }
