@@ -165,7 +165,7 @@ func UntrustedParse(attest []byte) (Quote, error) {
 		if r.failed || size > maxSelect {
 			return Quote{}, fmt.Errorf("%w: PCR selection of %d bytes", ErrFormat, size)
 		}
-		sel := Selection{Bank: bankNames[alg]}
+		sel := Selection{Bank: bankNames[alg], PCRs: make([]uint, 0, 8*size)}
 		if sel.Bank == "" {
 			sel.Bank = fmt.Sprintf("%#06x", alg)
 		}

@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 )
 
 // Bounds of a log.
@@ -237,11 +238,12 @@ func (l *Log) checkStart(s *Start) error {
 
 // ParseDigest reads a SHA-256 digest in lower-case hexadecimal.
 func ParseDigest(s string) (d [sha256.Size]byte, err error) {
-	b, err := hex.DecodeString(s)
-	if err != nil || len(b) != sha256.Size || hex.EncodeToString(b) != s {
-		return d, fmt.Errorf("%.80q is no SHA-256 digest", s)
+	if len(s) == hex.EncodedLen(len(d)) && strings.ToLower(s) == s {
+		if _, err = hex.Decode(d[:], []byte(s)); err == nil {
+			return d, nil
+		}
 	}
-	return [sha256.Size]byte(b), nil
+	return [sha256.Size]byte{}, fmt.Errorf("%.80q is no SHA-256 digest", s)
 }
 
 // Split cuts a log file into its lines. A last line without a newline was cut
