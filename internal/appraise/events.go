@@ -234,7 +234,7 @@ var hashes = map[string]crypto.Hash{"sha1": crypto.SHA1, "sha256": crypto.SHA256
 // calls it. An event of type EV_NO_ACTION was not measured, and the log would not
 // replay if one that was measured were called that.
 func (r *round) events(log *eventlog.Log) {
-	alg := algorithms[r.policy.Bank]
+	alg, _ := identify(r.policy.Bank)
 	h := hashes[r.policy.Bank]
 	order := newOrder(h)
 	key := make([]byte, 0, 2+64)
@@ -249,7 +249,7 @@ func (r *round) events(log *eventlog.Log) {
 		if !slices.Contains(r.policy.Events, uint(e.PCR)) {
 			continue
 		}
-		key = append(append(key[:0], byte(e.PCR), alg.id), digest...)
+		key = append(append(key[:0], byte(e.PCR), alg), digest...)
 		if r.values.event(key) {
 			continue
 		}

@@ -194,8 +194,9 @@ func (r *round) launcherKnown(f *launchlog.File) bool {
 	if err != nil {
 		return false
 	}
-	key := append([]byte{algorithms["sha256"].id}, d[:]...)
-	if r.values.file(ofLauncher, key, []byte(f.Path)) {
+	id, size := identify("sha256")
+	key := append(append([]byte{id}, d[:]...), f.Path...)
+	if r.values.file(ofLauncher, key, 1+size) {
 		return true
 	}
 	if r.in.Learn && f.By != "" && len(r.values.at(ofLauncher, []byte(f.Path))) == 0 &&

@@ -65,17 +65,8 @@ func packPCRs(bank string, values *report.Values, some uint32) pcrs {
 
 // sizeOf is the size of a bank's digests; 0 of one that there is not.
 func sizeOf(bank string) int {
-	switch bank { // each time that a PCR is looked at: a map is slower
-	case "sha256":
-		return 32
-	case "sha1":
-		return 20
-	case "sha384":
-		return 48
-	case "sha512":
-		return 64
-	}
-	return 0
+	_, size := identify(bank)
+	return size
 }
 
 const everyPCR = 1<<numPCRs - 1
@@ -148,7 +139,7 @@ func isHex(digits string, b []byte) bool {
 // pcrPaths are the names of PCRs in Reference Values and results.
 var pcrPaths = func() map[string]*[numPCRs]string {
 	all := map[string]*[numPCRs]string{}
-	for bank := range algorithms {
+	for _, bank := range algorithms {
 		all[bank] = new([numPCRs]string)
 		for p := range all[bank] {
 			all[bank][p] = fmt.Sprintf("%s:%d", bank, p)
