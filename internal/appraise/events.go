@@ -179,18 +179,17 @@ func (r *round) notExplained(log *eventlog.Log, live map[uint][]byte, err error)
 	}
 }
 
-// words say what an event is. vouched is whether its digest is of its data: only
-// then is it true what the data says.
-func words(e *eventlog.Event, h crypto.Hash) (d eventlog.Description, vouched bool) {
-	d = e.Describe()
+// vouched reports whether an event's digest is of its data: only then is it true
+// what the data says.
+func vouched(e *eventlog.Event, h crypto.Hash) bool {
 	for _, data := range [][]byte{e.Data, withoutPrefix(e.Data)} {
 		w := h.New()
 		w.Write(data)
 		if bytes.Equal(w.Sum(nil), digestOf(e)) {
-			return d, true
+			return true
 		}
 	}
-	return d, false
+	return false
 }
 
 func digestOf(e *eventlog.Event) []byte {
@@ -253,7 +252,7 @@ func (r *round) events(log *eventlog.Log) {
 		if r.values.event(key) {
 			continue
 		}
-		d, vouched := words(e, h)
+		d := e.Describe()
 		path := eventPath(e, d)
 		hexDigest := hex.EncodeToString(digest)
 		if r.learnHost {
@@ -269,7 +268,7 @@ func (r *round) events(log *eventlog.Log) {
 			what += fmt.Sprintf(" %q", d.Value)
 		}
 		switch {
-		case vouched:
+		case vouched(e, h):
 		case inherent(e):
 			what += " (so its log calls it)"
 		default:
@@ -328,13 +327,11 @@ func (o *order) see(e *eventlog.Event, digest []byte, h crypto.Hash) {
 	case bytes.Equal(digest, o.bad[0]) || bytes.Equal(digest, o.bad[1]):
 		o.at[e.PCR]++
 		o.failed[e.PCR] = true
-	case e.PCR == pcrSecureBoot && e.Type == eventlog.VariableConfig:
-		if d, vouched := words(e, h); vouched && d.What == "Secure Boot variable SecureBoot" {
-			if o.at[pcrSecureBoot] == 0 {
-				o.early++
-			} else {
-				o.late++
-			}
+	case e.PCR == pcrSecureBoot && e.Type == eventlog.VariableConfig && e.Variable() == "SecureBoot" && vouched(e, h):
+		if o.at[pcrSecureBoot] == 0 {
+			o.early++
+		} else {
+			o.late++
 		}
 	}
 }

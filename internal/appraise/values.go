@@ -23,7 +23,7 @@ type Values struct {
 // subjectValues are those of one subject.
 type subjectValues struct {
 	revision uint64                 // the sum of all values' digests
-	files    [2]map[string]bool     // of IMA, launchers: digest ("\x0b" ‖ 32 bytes) ‖ path, which is "" for wherever
+	files    [2]map[string]struct{} // of IMA, launchers: digest ("\x0b" ‖ 32 bytes) ‖ path, which is "" for wherever
 	paths    [2]map[string][]string // path => digests, in hexadecimal
 	// events: "PCR/" ‖ digest; words: PCR/type/description => digests, in
 	// hexadecimal.
@@ -140,7 +140,7 @@ func (x *Values) of(subject string) *subjectValues {
 	if s == nil {
 		s = &subjectValues{events: map[string]bool{}, words: map[string][]string{}, marks: map[uint64]bool{}, rejected: map[fleet.Kind]map[string]bool{}}
 		for i := range 2 {
-			s.files[i], s.paths[i], s.pcrs[i] = map[string]bool{}, map[string][]string{}, map[string][]string{}
+			s.files[i], s.paths[i], s.pcrs[i] = map[string]struct{}{}, map[string][]string{}, map[string][]string{}
 		}
 		x.subjects[subject] = s
 	}
@@ -167,7 +167,7 @@ func (x *Values) add(v *fleet.Value) {
 		} else {
 			s.marks[mark([]byte(v.Path), key[1:])] = true
 		}
-		s.files[of][string(key)+v.Path] = true
+		s.files[of][string(key)+v.Path] = struct{}{}
 		s.paths[of][v.Path] = append(s.paths[of][v.Path], digest)
 	}
 	d := sha256.Sum256([]byte(strings.Join([]string{v.Subject, string(v.Kind), v.Path, strings.ToLower(v.Digest)}, "\x00")))
@@ -245,7 +245,10 @@ func (v view) marked(m uint64) bool {
 // begins with the digest.
 func (v view) file(of int, key []byte, digest int) bool {
 	for _, s := range v {
-		if s.files[of][string(key)] || s.files[of][string(key[:digest])] {
+		if _, ok := s.files[of][string(key)]; ok {
+			return true
+		}
+		if _, ok := s.files[of][string(key[:digest])]; ok {
 			return true
 		}
 	}
