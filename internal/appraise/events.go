@@ -122,9 +122,9 @@ var deflaters = sync.Pool{New: func() any {
 	return w
 }}
 
-// pack deflates a log. A small one, as most are, becomes one block that is stored
-// as it is (RFC 1951, 3.2.4): deflating would take more than all the rest that is
-// done with it, for half of so little room.
+// pack deflates a log. One that is short, as those without GRUB in them are,
+// becomes one block that is stored as it is (RFC 1951, 3.2.4): deflating would take
+// more than all the rest that is done with it, for half a page of the database.
 func pack(b []byte) []byte {
 	if n := uint16(len(b)); len(b) <= maxStored {
 		const final = 1
@@ -136,7 +136,7 @@ func pack(b []byte) []byte {
 	return deflate(b)
 }
 
-const maxStored = 16 << 10 // bytes: of a block fewer than 1<<16
+const maxStored = 4 << 10 // bytes; a block has fewer than 1<<16
 
 // samePacked: the same log, which may have been packed in another way.
 func samePacked(a, b []byte) bool { return bytes.Equal(a, b) || bytes.Equal(unpack(a), unpack(b)) }
