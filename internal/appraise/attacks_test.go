@@ -301,6 +301,10 @@ func TestEventLogs(t *testing.T) {
 			i := find(l, 7, eventlog.VariableConfig)
 			l.Events = slices.Delete(l.Events, i, i+1)
 		}, Contraindicated, []string{CodeEventMissing}, "Secure Boot"},
+		"Secure Boot is told by words that are a lie": {func(l *eventlog.Log) {
+			e := &l.Events[find(l, 7, eventlog.VariableConfig)]
+			e.Data = append(bytes.Clone(e.Data[:len(e.Data)-1]), e.Data[len(e.Data)-1]^1)
+		}, Contraindicated, []string{CodeEventMissing}, "Secure Boot"},
 		"an event that informs": {func(l *eventlog.Log) {
 			e := event(l, 0, eventlog.NoAction, "anything")
 			l.Events = append(l.Events, e)
@@ -450,13 +454,17 @@ func TestIMA(t *testing.T) {
 		tier   Tier
 		codes  []string
 	}{
-		"nothing new":                 {nil, func(b *bench) {}, forge.Options{}, Affirming, nil},
-		"a known file":                {nil, func(b *bench) { b.host.Measure("/usr/lib/x86_64-linux-gnu/libexample-3.so.3.2.3", []byte("library 3")) }, forge.Options{}, Affirming, nil},
-		"an unknown file":             {nil, func(b *bench) { b.host.Measure("/tmp/x", []byte("x")) }, forge.Options{}, Warning, []string{CodeIMAUnknown}},
-		"an unknown file, strictly":   {func(p *Policy) { p.IMA.Unknown = Contraindicated }, func(b *bench) { b.host.Measure("/tmp/x", []byte("x")) }, forge.Options{}, Contraindicated, []string{CodeIMAUnknown}},
-		"an unknown file, let be":     {func(p *Policy) { p.IMA.Unknown = Affirming }, func(b *bench) { b.host.Measure("/tmp/x", []byte("x")) }, forge.Options{}, Affirming, nil},
-		"a changed file":              {nil, func(b *bench) { b.host.Measure("/usr/lib/x86_64-linux-gnu/libexample-3.so.3.2.3", []byte("x")) }, forge.Options{}, Contraindicated, []string{CodeIMAChanged}},
-		"a known file elsewhere":      {nil, func(b *bench) { b.host.Measure("/tmp/copy", []byte("library 3")) }, forge.Options{}, Warning, []string{CodeIMAUnknown}},
+		"nothing new":               {nil, func(b *bench) {}, forge.Options{}, Affirming, nil},
+		"a known file":              {nil, func(b *bench) { b.host.Measure("/usr/lib/x86_64-linux-gnu/libexample-3.so.3.2.3", []byte("library 3")) }, forge.Options{}, Affirming, nil},
+		"an unknown file":           {nil, func(b *bench) { b.host.Measure("/tmp/x", []byte("x")) }, forge.Options{}, Warning, []string{CodeIMAUnknown}},
+		"an unknown file, strictly": {func(p *Policy) { p.IMA.Unknown = Contraindicated }, func(b *bench) { b.host.Measure("/tmp/x", []byte("x")) }, forge.Options{}, Contraindicated, []string{CodeIMAUnknown}},
+		"an unknown file, let be":   {func(p *Policy) { p.IMA.Unknown = Affirming }, func(b *bench) { b.host.Measure("/tmp/x", []byte("x")) }, forge.Options{}, Affirming, nil},
+		"a changed file":            {nil, func(b *bench) { b.host.Measure("/usr/lib/x86_64-linux-gnu/libexample-3.so.3.2.3", []byte("x")) }, forge.Options{}, Contraindicated, []string{CodeIMAChanged}},
+		"a known file elsewhere":    {nil, func(b *bench) { b.host.Measure("/tmp/copy", []byte("library 3")) }, forge.Options{}, Warning, []string{CodeIMAUnknown}},
+		"a file for any path": {nil, func(b *bench) {
+			b.values = append(b.values, fleet.Value{Kind: fleet.HostIMA, Digest: "sha256:" + hex.EncodeToString(digest[:]), State: fleet.Approved})
+			b.host.MeasureEntry(forge.IMAEntry{Path: "/tmp/x", Digest: digest[:]})
+		}, forge.Options{}, Affirming, nil},
 		"a folder that is excluded":   {func(p *Policy) { p.IMA.Excludes = []string{"/tmp/*"} }, func(b *bench) { b.host.Measure("/tmp/deep/x", []byte("x")) }, forge.Options{}, Affirming, nil},
 		"a file that is excluded":     {func(p *Policy) { p.IMA.Excludes = []string{"/tmp/x"} }, func(b *bench) { b.host.Measure("/tmp/x", []byte("x")) }, forge.Options{}, Affirming, nil},
 		"beside one that is excluded": {func(p *Policy) { p.IMA.Excludes = []string{"/tmp/x"} }, func(b *bench) { b.host.Measure("/tmp/xy", []byte("x")) }, forge.Options{}, Warning, []string{CodeIMAUnknown}},

@@ -27,19 +27,17 @@ func Diff(was, now *Checkpoint, p *Policy) []Change {
 		d.add("host", "tier", "%s, was %s", now.Host, was.Host)
 	}
 	d.files(was, now)
-	var other, gone []string
-	for uuid, v := range now.VMs {
-		if b, known := was.VMs[uuid]; !known || !v.same(&b) {
-			other = append(other, uuid)
-		}
+	all, gone := make([]string, 0, len(now.VMs)), []string{}
+	for uuid := range now.VMs {
+		all = append(all, uuid)
 	}
 	for uuid := range was.VMs {
 		if _, there := now.VMs[uuid]; !there {
 			gone = append(gone, uuid)
 		}
 	}
-	slices.Sort(other)
-	for _, uuid := range other {
+	slices.Sort(all)
+	for _, uuid := range all {
 		b, known := was.VMs[uuid]
 		d.vm(uuid, b, now.VMs[uuid], known, p)
 	}
@@ -133,11 +131,6 @@ func (d *differ) files(was, now *Checkpoint) {
 			d.add("host", "launcher", "%s %.200s changed from %.16s… to %.16s…", f.Role, f.Path, before, f.SHA256)
 		}
 	}
-}
-
-// same: nothing is to be told of the VM.
-func (v *vmState) same(o *vmState) bool {
-	return v.Running == o.Running && v.Tier == o.Tier && v.Start.Generation == o.Start.Generation && v.Start.Time == o.Start.Time && v.PCRs.same(&o.PCRs)
 }
 
 func (d *differ) vm(uuid string, was, now vmState, known bool, p *Policy) {
