@@ -361,6 +361,47 @@ func TestUpdate(t *testing.T) {
 	b.want(Affirming)
 }
 
+// What differs from the round before is told, of its subject, and once.
+func TestChanges(t *testing.T) {
+	b := learned(t)
+	h := b.host
+	digest := bytes.Repeat([]byte{1}, 32)
+	for _, c := range []struct {
+		kind, subject string // subject: the VM's name, or "host"
+		do            func()
+	}{
+		{"launcher", "host", func() { h.Launchers([3]string{"firmware", "/usr/share/OVMF/new.fd", "new"}) }},
+		{"ima-entry", "host", func() { h.MeasureEntry(forge.IMAEntry{Path: "/tmp/x", Digest: digest}) }},
+		{"vm-new", "four", func() { h.AddVM("four") }},
+		{"vm-started", "three", func() { h.Start(b.hostVM("three"), bootLog(t, "sd"), b.hostVM("one").Used...) }},
+		{"pcr", "two", func() { b.hostVM("two").TPM.Extend("sha256", 23, digest) }},
+		{"vm-stopped", "one", func() { h.Stop(b.hostVM("one")) }},
+	} {
+		h.Tick(time.Hour)
+		c.do()
+		b.round(forge.Options{})
+		subject := c.subject
+		if subject != "host" {
+			subject = b.hostVM(c.subject).UUIDText()
+		}
+		n := 0
+		for _, x := range b.result.Changes {
+			if x.Kind == c.kind && x.Subject == subject {
+				n++
+			} else if x.Kind != "tier" {
+				t.Errorf("%s: %+v", c.kind, x)
+			}
+		}
+		if n != 1 {
+			t.Errorf("%s: %+v", c.kind, b.result.Changes)
+		}
+		b.round(forge.Options{})
+		if len(b.result.Changes) > 0 {
+			t.Errorf("after %s: %+v", c.kind, b.result.Changes)
+		}
+	}
+}
+
 func TestUpdateInWords(t *testing.T) {
 	for name, want := range map[string]string{"sd": "event PCR 12: kernel command line changed from ", "grub": "event PCR 8: kernel command line changed from "} {
 		h := forge.NewHost("sha256", bootLog(t, name), epoch)

@@ -261,7 +261,7 @@ func TestForms(t *testing.T) {
 		"a large array":       put(6, make([]int, MaxVMs+1)),
 		"null":                put(6, nil),
 		"numbers for bytes":   put(2, make([]int, 32)),
-		"a PCR twice":         put(5, []any{map[int]any{1: "sha256", 2: cbor.RawMessage("\xa2\x01\x40\x01\x40")}}),
+		"a PCR twice":         put(5, []any{map[int]any{1: "sha256", 2: cbor.RawMessage("\xa2" + strings.Repeat("\x01\x58\x20"+strings.Repeat("v", 32), 2))}}),
 		"PCR 24":              put(5, []any{map[int]any{1: "sha256", 2: map[int][]byte{24: make([]byte, 32)}}}),
 		"a PCR without bytes": put(5, []any{map[int]any{1: "sha256", 2: map[int][]byte{0: {}}}}),
 		"many PCRs":           put(5, []any{map[int]any{1: "sha256", 2: tooMany}}),
