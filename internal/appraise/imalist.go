@@ -51,7 +51,7 @@ func (r *round) imaList() {
 		*st = imaState{}
 	}
 	policyChanged := st.At.Entries > 0 && r.prev.Policy != r.next.Policy
-	const usual = 96                                                            // bytes of an entry, or some more
+	const usual = 128                                                           // bytes of an entry, more or less
 	st.Accepted = slices.Grow(slices.Clip(st.Accepted), 16*(len(l.Data)/usual)) // it is the checkpoint's before
 	withdrawn := st.At.Entries > 0 && r.revised() && r.reviewIMA(st)
 	v := imaVisit{r: r, st: st}

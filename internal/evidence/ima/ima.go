@@ -179,12 +179,11 @@ func (e *Entry) fields() {
 		}
 		digest = digest[i+1:]
 	}
-	// "sha256:" NUL digest
-	colon := bytes.IndexByte(digest, ':')
-	if len(rest) > 0 || colon < 0 || colon+1 >= len(digest) || digest[colon+1] != 0 {
+	alg, value, ok := algorithmOf(digest)
+	if !ok || len(rest) > 0 {
 		return
 	}
-	e.Algorithm, e.Digest = algorithm(digest[:colon]), digest[colon+2:]
+	e.Algorithm, e.Digest = alg, value
 	e.Path = withoutNUL(f[1])
 	switch {
 	case e.Template == "ima-buf":
@@ -202,13 +201,19 @@ func withoutNUL(b []byte) []byte {
 	return b
 }
 
-func algorithm(b []byte) string {
-	for _, a := range []string{"sha256", "sha1", "sha512", "sha384"} {
-		if string(b) == a {
-			return a
+// algorithmOf takes a field "sha256:" NUL digest apart.
+func algorithmOf(field []byte) (name string, digest []byte, ok bool) {
+	for _, a := range [...]string{"sha256", "sha1", "sha512", "sha384"} { // which are not allocated
+		n := len(a)
+		if len(field) >= n+2 && string(field[:n]) == a && field[n] == ':' && field[n+1] == 0 {
+			return a, field[n+2:], true
 		}
 	}
-	return string(b)
+	colon := bytes.IndexByte(field, ':')
+	if colon < 0 || colon+1 >= len(field) || field[colon+1] != 0 {
+		return "", nil, false
+	}
+	return string(field[:colon]), field[colon+2:], true
 }
 
 // Mode says how entries get into a bank that is not SHA-1's: kernels since 5.8
