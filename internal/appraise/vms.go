@@ -60,11 +60,10 @@ func (r *round) shareEK(i, other int) {
 
 // learnsVM: the VM's first good round is this one.
 func (r *round) learnsVM(uuid string) bool {
-	if !r.in.Learn || r.prev != nil && r.prev.VMs[uuid].Learned {
+	if own := r.in.view(uuid); !r.in.Learn || own.hasVM() || own.rejected(fleet.VMPCR) {
 		return false
 	}
-	own := r.in.view(uuid)
-	return !own.hasVM() && !own.rejected(fleet.VMPCR)
+	return r.prev == nil || !r.prev.VMs[uuid].Learned
 }
 
 func (r *round) vm(v *report.VM) (VM, vmState) {
