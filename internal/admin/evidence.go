@@ -209,7 +209,7 @@ func banks(all []report.Bank) []EvidencePCRs {
 	out := []EvidencePCRs{}
 	for _, b := range all {
 		p := EvidencePCRs{Bank: b.Algorithm, Values: map[uint]string{}}
-		for i, v := range b.Values {
+		for i, v := range b.Values.All() {
 			p.Values[i] = hex.EncodeToString(v)
 		}
 		out = append(out, p)

@@ -25,7 +25,7 @@ func someEvidence(t *testing.T, nonce []byte) []byte {
 		Host: report.Host{Name: "host", Software: "1", Mode: "enforce", ListState: "readable", ListGeneration: 4, ListCounter: 9, LaunchPCR: 15, LaunchLog: "replays", Kernel: "6.1"},
 		VMs: []report.VM{{
 			UUID: [16]byte{1}, Name: "a\x1b[2Jb", State: "running", Running: true, Generation: 3, EK: digest[:], Verdict: "allow",
-			PCRs: &report.Reading{Reader: "swtpm-memory", Time: 1, Banks: []report.Bank{{Algorithm: "sha256", Values: map[uint][]byte{7: digest[:]}}}},
+			PCRs: &report.Reading{Reader: "swtpm-memory", Time: 1, Banks: []report.Bank{{Algorithm: "sha256", Values: report.Values{7: digest[:]}}}},
 		}},
 		Deleted: []report.Deleted{{UUID: [16]byte{2}, Time: 1700000000000000, Why: "the VM was undefined"}},
 	}
@@ -35,7 +35,7 @@ func someEvidence(t *testing.T, nonce []byte) []byte {
 	}
 	e := &report.Evidence{
 		Version: report.Version, Nonce: nonce, Report: b, Quote: report.Quote{Attest: []byte{0xFF}, Signature: []byte{0x18}},
-		PCRs: []report.Bank{{Algorithm: "sha256", Values: map[uint][]byte{0: digest[:]}}},
+		PCRs: []report.Bank{{Algorithm: "sha256", Values: report.Values{0: digest[:]}}},
 		Logs: []report.Log{{Kind: report.IMA, Problem: "the kernel keeps none"}, {Kind: report.LaunchLog, Data: []byte("x")}},
 	}
 	if b, err = e.Encode(); err != nil {

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	stdlog "log"
-	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -248,7 +247,7 @@ func (m *machine) Evidence(ctx context.Context, nonce []byte, have bus.Have) ([]
 	}
 	e := &report.Evidence{
 		Version: report.Version, Nonce: nonce, Report: b, Quote: report.Quote{Attest: q.Attest, Signature: q.Signature},
-		PCRs: []report.Bank{{Algorithm: "sha256", Values: maps.Clone(q.State.PCRs)}}, Logs: []report.Log{{Kind: report.EventLog, Problem: "none here"}},
+		PCRs: []report.Bank{{Algorithm: "sha256", Values: report.ValuesOf(q.State.PCRs)}}, Logs: []report.Log{{Kind: report.EventLog, Problem: "none here"}},
 	}
 	if change != nil {
 		change(e)

@@ -24,9 +24,9 @@ type round struct {
 	evidence *report.Evidence
 	report   *report.Report
 	quote    quote.Quote
-	live     map[uint][]byte // PCRs of the policy's bank, as quoted
-	sameBoot bool            // as that of prev
-	values   view            // for the host
+	live     report.Values // PCRs of the policy's bank, as quoted
+	sameBoot bool          // as that of prev
+	values   view          // for the host
 
 	host      []Reason
 	softOnly  bool // Executables is vouched for up to the boot alone: there is no IMA list
@@ -164,19 +164,12 @@ func (r *round) verifyPCRs() bool {
 		r.hostf(code, Contraindicated, "%v", err)
 		return false
 	}
-	values := map[string]map[uint][]byte{}
-	for _, b := range r.evidence.PCRs {
-		values[b.Algorithm] = b.Values
-	}
-	if err := r.quote.Check(values); err != nil {
+	if err := r.quote.Check(r.evidence.PCRs.Value); err != nil {
 		r.hostf(CodePCRValues, Contraindicated, "%v", err)
 		return false
 	}
-	r.live = map[uint][]byte{}
-	for p, v := range values[r.policy.Bank] {
-		if r.quote.Over(r.policy.Bank, p) { // nothing vouches for another one
-			r.live[p] = v
-		}
+	for _, p := range r.quote.PCRs(r.policy.Bank) { // nothing vouches for another one
+		r.live[p] = r.evidence.PCRs.Value(r.policy.Bank, p)
 	}
 	return true
 }
@@ -191,7 +184,7 @@ func (r *round) begin() {
 	}
 	n.BootID, n.Received = r.report.BootID, r.in.Now.Unix()
 	n.Clock, n.Resets, n.Restarts = r.quote.Clock.Milliseconds, r.quote.Clock.Resets, r.quote.Clock.Restarts
-	n.PCRs = packPCRs(r.policy.Bank, r.live, everyPCR)
+	n.PCRs = packPCRs(r.policy.Bank, &r.live, everyPCR)
 	r.values = r.in.view(append([]string{"", r.in.Node.ID}, r.in.Node.Groups...)...)
 	n.Values, n.Policy = r.values.revision(), r.policy.revision
 	own := r.in.view(r.in.Node.ID)

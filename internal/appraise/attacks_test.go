@@ -64,7 +64,7 @@ func TestNotVerified(t *testing.T) {
 		"forged values": {o: forge.Options{Evidence: func(e *report.Evidence, _ *forge.Host) {
 			e.PCRs[0].Values[4] = bytes.Repeat([]byte{1}, 32)
 		}}, tier: Contraindicated, code: CodePCRValues},
-		"a value is missing": {o: forge.Options{Evidence: func(e *report.Evidence, _ *forge.Host) { delete(e.PCRs[0].Values, 4) }}, tier: Contraindicated, code: CodePCRValues},
+		"a value is missing": {o: forge.Options{Evidence: func(e *report.Evidence, _ *forge.Host) { e.PCRs[0].Values[4] = nil }}, tier: Contraindicated, code: CodePCRValues},
 		"another report": {o: forge.Options{Evidence: func(e *report.Evidence, h *forge.Host) {
 			r := h.Report(e.Nonce, forge.Options{})
 			r.VMs = r.VMs[:1] // a VM is hidden after the quote
@@ -301,6 +301,10 @@ func TestEventLogs(t *testing.T) {
 			i := find(l, 7, eventlog.VariableConfig)
 			l.Events = slices.Delete(l.Events, i, i+1)
 		}, Contraindicated, []string{CodeEventMissing}, "Secure Boot"},
+		"Secure Boot is told by words that are a lie": {func(l *eventlog.Log) {
+			e := &l.Events[find(l, 7, eventlog.VariableConfig)]
+			e.Data = append(bytes.Clone(e.Data[:len(e.Data)-1]), e.Data[len(e.Data)-1]^1)
+		}, Contraindicated, []string{CodeEventMissing}, "Secure Boot"},
 		"an event that informs": {func(l *eventlog.Log) {
 			e := event(l, 0, eventlog.NoAction, "anything")
 			l.Events = append(l.Events, e)
@@ -355,6 +359,47 @@ func TestUpdate(t *testing.T) {
 	in.Node.Groups = []string{"group:web"}
 	b.appraise(in)
 	b.want(Affirming)
+}
+
+// What differs from the round before is told, of its subject, and once.
+func TestChanges(t *testing.T) {
+	b := learned(t)
+	h := b.host
+	digest := bytes.Repeat([]byte{1}, 32)
+	for _, c := range []struct {
+		kind, subject string // subject: the VM's name, or "host"
+		do            func()
+	}{
+		{"launcher", "host", func() { h.Launchers([3]string{"firmware", "/usr/share/OVMF/new.fd", "new"}) }},
+		{"ima-entry", "host", func() { h.MeasureEntry(forge.IMAEntry{Path: "/tmp/x", Digest: digest}) }},
+		{"vm-new", "four", func() { h.AddVM("four") }},
+		{"vm-started", "three", func() { h.Start(b.hostVM("three"), bootLog(t, "sd"), b.hostVM("one").Used...) }},
+		{"pcr", "two", func() { b.hostVM("two").TPM.Extend("sha256", 23, digest) }},
+		{"vm-stopped", "one", func() { h.Stop(b.hostVM("one")) }},
+	} {
+		h.Tick(time.Hour)
+		c.do()
+		b.round(forge.Options{})
+		subject := c.subject
+		if subject != "host" {
+			subject = b.hostVM(c.subject).UUIDText()
+		}
+		n := 0
+		for _, x := range b.result.Changes {
+			if x.Kind == c.kind && x.Subject == subject {
+				n++
+			} else if x.Kind != "tier" {
+				t.Errorf("%s: %+v", c.kind, x)
+			}
+		}
+		if n != 1 {
+			t.Errorf("%s: %+v", c.kind, b.result.Changes)
+		}
+		b.round(forge.Options{})
+		if len(b.result.Changes) > 0 {
+			t.Errorf("after %s: %+v", c.kind, b.result.Changes)
+		}
+	}
 }
 
 func TestUpdateInWords(t *testing.T) {
@@ -465,13 +510,17 @@ func TestIMA(t *testing.T) {
 		tier   Tier
 		codes  []string
 	}{
-		"nothing new":                 {nil, func(b *bench) {}, forge.Options{}, Affirming, nil},
-		"a known file":                {nil, func(b *bench) { b.host.Measure("/usr/lib/x86_64-linux-gnu/libexample-3.so.3.2.3", []byte("library 3")) }, forge.Options{}, Affirming, nil},
-		"an unknown file":             {nil, func(b *bench) { b.host.Measure("/tmp/x", []byte("x")) }, forge.Options{}, Warning, []string{CodeIMAUnknown}},
-		"an unknown file, strictly":   {func(p *Policy) { p.IMA.Unknown = Contraindicated }, func(b *bench) { b.host.Measure("/tmp/x", []byte("x")) }, forge.Options{}, Contraindicated, []string{CodeIMAUnknown}},
-		"an unknown file, let be":     {func(p *Policy) { p.IMA.Unknown = Affirming }, func(b *bench) { b.host.Measure("/tmp/x", []byte("x")) }, forge.Options{}, Affirming, nil},
-		"a changed file":              {nil, func(b *bench) { b.host.Measure("/usr/lib/x86_64-linux-gnu/libexample-3.so.3.2.3", []byte("x")) }, forge.Options{}, Contraindicated, []string{CodeIMAChanged}},
-		"a known file elsewhere":      {nil, func(b *bench) { b.host.Measure("/tmp/copy", []byte("library 3")) }, forge.Options{}, Warning, []string{CodeIMAUnknown}},
+		"nothing new":               {nil, func(b *bench) {}, forge.Options{}, Affirming, nil},
+		"a known file":              {nil, func(b *bench) { b.host.Measure("/usr/lib/x86_64-linux-gnu/libexample-3.so.3.2.3", []byte("library 3")) }, forge.Options{}, Affirming, nil},
+		"an unknown file":           {nil, func(b *bench) { b.host.Measure("/tmp/x", []byte("x")) }, forge.Options{}, Warning, []string{CodeIMAUnknown}},
+		"an unknown file, strictly": {func(p *Policy) { p.IMA.Unknown = Contraindicated }, func(b *bench) { b.host.Measure("/tmp/x", []byte("x")) }, forge.Options{}, Contraindicated, []string{CodeIMAUnknown}},
+		"an unknown file, let be":   {func(p *Policy) { p.IMA.Unknown = Affirming }, func(b *bench) { b.host.Measure("/tmp/x", []byte("x")) }, forge.Options{}, Affirming, nil},
+		"a changed file":            {nil, func(b *bench) { b.host.Measure("/usr/lib/x86_64-linux-gnu/libexample-3.so.3.2.3", []byte("x")) }, forge.Options{}, Contraindicated, []string{CodeIMAChanged}},
+		"a known file elsewhere":    {nil, func(b *bench) { b.host.Measure("/tmp/copy", []byte("library 3")) }, forge.Options{}, Warning, []string{CodeIMAUnknown}},
+		"a file for any path": {nil, func(b *bench) {
+			b.values = append(b.values, fleet.Value{Kind: fleet.HostIMA, Digest: "sha256:" + hex.EncodeToString(digest[:]), State: fleet.Approved})
+			b.host.MeasureEntry(forge.IMAEntry{Path: "/tmp/x", Digest: digest[:]})
+		}, forge.Options{}, Affirming, nil},
 		"a folder that is excluded":   {func(p *Policy) { p.IMA.Excludes = []string{"/tmp/*"} }, func(b *bench) { b.host.Measure("/tmp/deep/x", []byte("x")) }, forge.Options{}, Affirming, nil},
 		"a file that is excluded":     {func(p *Policy) { p.IMA.Excludes = []string{"/tmp/x"} }, func(b *bench) { b.host.Measure("/tmp/x", []byte("x")) }, forge.Options{}, Affirming, nil},
 		"beside one that is excluded": {func(p *Policy) { p.IMA.Excludes = []string{"/tmp/x"} }, func(b *bench) { b.host.Measure("/tmp/xy", []byte("x")) }, forge.Options{}, Warning, []string{CodeIMAUnknown}},
@@ -764,9 +813,9 @@ func TestVMs(t *testing.T) {
 			b.host.Tick(5 * time.Minute)
 		}, tier: Affirming},
 		"its PCRs are not read": {o: forge.Options{Report: edit("one", func(v *report.VM) { v.PCRs, v.Problem = nil, "no" })}, tier: None, codes: []string{CodeVMPCRsMissing}},
-		"a PCR is missing":      {o: forge.Options{Report: edit("one", func(v *report.VM) { delete(v.PCRs.Banks[0].Values, 7) })}, tier: None, codes: []string{CodeVMPCRsMissing}},
+		"a PCR is missing":      {o: forge.Options{Report: edit("one", func(v *report.VM) { v.PCRs.Banks[0].Values[7] = nil })}, tier: None, codes: []string{CodeVMPCRsMissing}},
 		"another bank": {o: forge.Options{Report: edit("one", func(v *report.VM) {
-			v.PCRs.Banks = []report.Bank{{Algorithm: "sha1", Values: map[uint][]byte{0: make([]byte, 20)}}}
+			v.PCRs.Banks = []report.Bank{{Algorithm: "sha1", Values: report.Values{0: make([]byte, 20)}}}
 		})}, tier: None, codes: []string{CodeVMPCRsMissing}},
 		"an old reading": {o: forge.Options{Report: edit("one", func(v *report.VM) { v.PCRs.Time -= 3600e6 })}, tier: None, codes: []string{CodeVMPCRsMissing}},
 		"it never started": {do: func(b *bench) {

@@ -91,6 +91,7 @@ func bare(b *bench, in Input) func(testing.TB) {
 		key  *ecdsa.PublicKey
 		q    []byte
 		r, s *big.Int
+		uuid [16]byte
 	}
 	var vms []signed // quotes of vTPMs
 	for _, v := range rep.VMs {
@@ -107,7 +108,7 @@ func bare(b *bench, in Input) func(testing.TB) {
 		}
 		rest := v.Quote.Quote.Signature[4:]
 		n := int(binary.BigEndian.Uint16(rest))
-		vms = append(vms, signed{key, v.Quote.Quote.Attest, new(big.Int).SetBytes(rest[2 : 2+n]), new(big.Int).SetBytes(rest[4+n:])})
+		vms = append(vms, signed{key, v.Quote.Quote.Attest, new(big.Int).SetBytes(rest[2 : 2+n]), new(big.Int).SetBytes(rest[4+n:]), v.UUID})
 	}
 	return func(tb testing.TB) {
 		d := sha256.Sum256(e.Quote.Attest)
@@ -115,10 +116,13 @@ func bare(b *bench, in Input) func(testing.TB) {
 			tb.Fatal("signature")
 		}
 		for _, v := range vms {
-			d, pcrs := sha256.Sum256(v.q), sha256.Sum256(values)
-			if !ecdsa.Verify(v.key, d[:], v.r, v.s) || pcrs == d {
+			d, pcrs, binding := sha256.Sum256(v.q), sha256.Sum256(values), report.VTPMQualifyingData(e.Nonce, v.uuid)
+			if !ecdsa.Verify(v.key, d[:], v.r, v.s) || pcrs == d || binding == d {
 				tb.Fatal("signature of a vTPM")
 			}
+		}
+		if in.Previous == nil && sha256.Sum256(values[:10*32]) == d { // IMA's first entry is of PCRs 0 to 9
+			tb.Fatal("boot aggregate")
 		}
 		inner := sha256.Sum256(e.Report)
 		outer := sha256.Sum256(append(bytes.Clone(e.Nonce), inner[:]...))

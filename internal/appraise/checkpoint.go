@@ -48,7 +48,7 @@ type Checkpoint struct {
 // grow within a boot.
 type eventState struct {
 	Size   uint64   `cbor:"1,keyasint"`
-	Packed []byte   `cbor:"2,keyasint"` // the log of the one bank, deflated
+	Packed []byte   `cbor:"2,keyasint"` // the log of the one bank: see pack
 	Bank   string   `cbor:"3,keyasint"`
 	Values pcrs     `cbor:"4,keyasint"` // that it replayed to
 	Found  []Reason `cbor:"5,keyasint"`

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"fmt"
-	"maps"
 	"slices"
 
 	"virt-trust/internal/evidence/eventlog"
@@ -28,14 +27,23 @@ func Diff(was, now *Checkpoint, p *Policy) []Change {
 		d.add("host", "tier", "%s, was %s", now.Host, was.Host)
 	}
 	d.files(was, now)
-	for _, uuid := range slices.Sorted(maps.Keys(now.VMs)) {
+	all, gone := make([]string, 0, len(now.VMs)), []string{}
+	for uuid := range now.VMs {
+		all = append(all, uuid)
+	}
+	for uuid := range was.VMs {
+		if _, there := now.VMs[uuid]; !there {
+			gone = append(gone, uuid)
+		}
+	}
+	slices.Sort(all)
+	for _, uuid := range all {
 		b, known := was.VMs[uuid]
 		d.vm(uuid, b, now.VMs[uuid], known, p)
 	}
-	for _, uuid := range slices.Sorted(maps.Keys(was.VMs)) {
-		if _, there := now.VMs[uuid]; !there {
-			d.add(uuid, "vm-gone", "VM %.80q is not there any more", was.VMs[uuid].Name)
-		}
+	slices.Sort(gone)
+	for _, uuid := range gone {
+		d.add(uuid, "vm-gone", "VM %.80q is not there any more", was.VMs[uuid].Name)
 	}
 	return d.all
 }
@@ -64,7 +72,7 @@ func (d *differ) add(subject, kind, format string, args ...any) {
 
 // events are those of the boot, in the words of its log.
 func (d *differ) events(was, now *Checkpoint, p *Policy) {
-	if slices.Equal(was.Events.Packed, now.Events.Packed) || was.Events.Bank != now.Events.Bank {
+	if bytes.Equal(was.Events.Packed, now.Events.Packed) || was.Events.Bank != now.Events.Bank {
 		if len(was.Events.Packed) == 0 {
 			d.pcrs("host", &was.PCRs, &now.PCRs, p.Bank, p.Events)
 		}
@@ -106,6 +114,9 @@ func (d *differ) files(was, now *Checkpoint) {
 		if !known[f.Entry] {
 			d.add("host", "ima-entry", "%.300q is no Reference Value", cmp.Or(f.Path, f.What))
 		}
+	}
+	if slices.Equal(was.Launch.Files, now.Launch.Files) {
+		return
 	}
 	old := map[string]string{}
 	for _, f := range was.Launch.Files {

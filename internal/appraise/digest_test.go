@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"virt-trust/internal/evidence/report"
 )
 
 // full sets all that there is to something, with one element in each list.
@@ -86,8 +88,8 @@ func TestDigest(t *testing.T) {
 }
 
 func TestPCRs(t *testing.T) {
-	values := map[uint][]byte{0: make([]byte, 32), 7: append(make([]byte, 31), 0xab), 23: make([]byte, 32)}
-	p := PCRs{packed: packPCRs("sha256", values, everyPCR)}
+	values := report.Values{0: make([]byte, 32), 7: append(make([]byte, 31), 0xab), 23: make([]byte, 32)}
+	p := PCRs{packed: packPCRs("sha256", &values, everyPCR)}
 	zeros := strings.Repeat("00", 32)
 	want := map[string]string{"sha256:0": zeros, "sha256:7": zeros[:62] + "ab", "sha256:23": zeros}
 	if got := p.Texts(); !maps.Equal(got, want) || p.IsZero() {
@@ -110,7 +112,7 @@ func TestPCRs(t *testing.T) {
 			t.Errorf("%+v", spoilt)
 		}
 	}
-	if q := packPCRs("sha256", values, 1<<7); q.Which != 1<<7 || !isHex(want["sha256:7"], q.at(7)) || isHex(want["sha256:0"], q.at(7)) || isHex("", q.at(7)) {
+	if q := packPCRs("sha256", &values, 1<<7); q.Which != 1<<7 || !isHex(want["sha256:7"], q.at(7)) || isHex(want["sha256:0"], q.at(7)) || isHex("", q.at(7)) {
 		t.Errorf("%+v", q)
 	}
 }

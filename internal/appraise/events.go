@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"compress/flate"
 	"crypto"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"io"
@@ -34,7 +35,7 @@ func (r *round) firmwareLive() pcrs {
 			some |= 1 << p
 		}
 	}
-	return packPCRs(r.policy.Bank, r.live, some)
+	return packPCRs(r.policy.Bank, &r.live, some)
 }
 
 // eventLog replays the event log of firmware and boot loader, and holds its
@@ -67,7 +68,7 @@ func (r *round) eventLog() {
 		*st = eventState{}
 		return
 	}
-	if r.sameBoot && st.Packed != nil && l.From == 0 && !bytes.Equal(packed, st.Packed) {
+	if r.sameBoot && st.Packed != nil && l.From == 0 && !samePacked(packed, st.Packed) {
 		r.hostf(CodeLogChanged, Contraindicated, "the event log is another one than before in the same boot")
 	}
 	size := st.Size
@@ -121,7 +122,26 @@ var deflaters = sync.Pool{New: func() any {
 	return w
 }}
 
+// pack deflates a log. One that is short, as those without GRUB in them are,
+// becomes one block that is stored as it is (RFC 1951, 3.2.4): deflating would take
+// more than all the rest that is done with it, for half a page of the database.
 func pack(b []byte) []byte {
+	if n := uint16(len(b)); len(b) <= maxStored {
+		const final = 1
+		out := append(make([]byte, 0, 5+len(b)), final)
+		out = binary.LittleEndian.AppendUint16(out, n)
+		out = binary.LittleEndian.AppendUint16(out, ^n)
+		return append(out, b...)
+	}
+	return deflate(b)
+}
+
+const maxStored = 4 << 10 // bytes; a block has fewer than 1<<16
+
+// samePacked: the same log, which may have been packed in another way.
+func samePacked(a, b []byte) bool { return bytes.Equal(a, b) || bytes.Equal(unpack(a), unpack(b)) }
+
+func deflate(b []byte) []byte {
 	var out bytes.Buffer
 	w := deflaters.Get().(*flate.Writer)
 	defer deflaters.Put(w)
@@ -159,18 +179,17 @@ func (r *round) notExplained(log *eventlog.Log, live map[uint][]byte, err error)
 	}
 }
 
-// words say what an event is. vouched is whether its digest is of its data: only
-// then is it true what the data says.
-func words(e *eventlog.Event, h crypto.Hash) (d eventlog.Description, vouched bool) {
-	d = e.Describe()
+// vouched reports whether an event's digest is of its data: only then is it true
+// what the data says.
+func vouched(e *eventlog.Event, h crypto.Hash) bool {
 	for _, data := range [][]byte{e.Data, withoutPrefix(e.Data)} {
 		w := h.New()
 		w.Write(data)
 		if bytes.Equal(w.Sum(nil), digestOf(e)) {
-			return d, true
+			return true
 		}
 	}
-	return d, false
+	return false
 }
 
 func digestOf(e *eventlog.Event) []byte {
@@ -214,7 +233,7 @@ var hashes = map[string]crypto.Hash{"sha1": crypto.SHA1, "sha256": crypto.SHA256
 // calls it. An event of type EV_NO_ACTION was not measured, and the log would not
 // replay if one that was measured were called that.
 func (r *round) events(log *eventlog.Log) {
-	alg := algorithms[r.policy.Bank]
+	alg, _ := identify(r.policy.Bank)
 	h := hashes[r.policy.Bank]
 	order := newOrder(h)
 	key := make([]byte, 0, 2+64)
@@ -229,11 +248,11 @@ func (r *round) events(log *eventlog.Log) {
 		if !slices.Contains(r.policy.Events, uint(e.PCR)) {
 			continue
 		}
-		key = append(append(key[:0], byte(e.PCR), alg.id), digest...)
+		key = append(append(key[:0], byte(e.PCR), alg), digest...)
 		if r.values.event(key) {
 			continue
 		}
-		d, vouched := words(e, h)
+		d := e.Describe()
 		path := eventPath(e, d)
 		hexDigest := hex.EncodeToString(digest)
 		if r.learnHost {
@@ -249,7 +268,7 @@ func (r *round) events(log *eventlog.Log) {
 			what += fmt.Sprintf(" %q", d.Value)
 		}
 		switch {
-		case vouched:
+		case vouched(e, h):
 		case inherent(e):
 			what += " (so its log calls it)"
 		default:
@@ -308,13 +327,11 @@ func (o *order) see(e *eventlog.Event, digest []byte, h crypto.Hash) {
 	case bytes.Equal(digest, o.bad[0]) || bytes.Equal(digest, o.bad[1]):
 		o.at[e.PCR]++
 		o.failed[e.PCR] = true
-	case e.PCR == pcrSecureBoot && e.Type == eventlog.VariableConfig:
-		if d, vouched := words(e, h); vouched && d.What == "Secure Boot variable SecureBoot" {
-			if o.at[pcrSecureBoot] == 0 {
-				o.early++
-			} else {
-				o.late++
-			}
+	case e.PCR == pcrSecureBoot && e.Type == eventlog.VariableConfig && e.Variable() == "SecureBoot" && vouched(e, h):
+		if o.at[pcrSecureBoot] == 0 {
+			o.early++
+		} else {
+			o.late++
 		}
 	}
 }
@@ -352,8 +369,7 @@ func (o *order) findings(pcrs []uint) (all []Reason) {
 func (r *round) hostPCRs() {
 	withoutLog := r.next.Events.Packed == nil
 	for _, p := range r.policy.Events {
-		_, ok := r.live[p]
-		if !ok || p == r.policy.LaunchPCR {
+		if r.live[p] == nil || p == r.policy.LaunchPCR {
 			continue
 		}
 		path := pcrPath(r.policy.Bank, p)

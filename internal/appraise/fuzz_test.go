@@ -1,6 +1,7 @@
 package appraise
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
@@ -314,6 +315,36 @@ func TestCheckpoint(t *testing.T) {
 	for _, bad := range [][]byte{enc, []byte("x"), {0xa0}} {
 		if _, err := DecodeCheckpoint(bad); !errors.Is(err, ErrCheckpoint) {
 			t.Errorf("%.10x: %v", bad, err)
+		}
+	}
+}
+
+// A log is kept whole, however long it is; one that was kept deflated, as all were
+// once, is the same log.
+func TestPack(t *testing.T) {
+	for _, n := range []int{0, 1, maxStored, maxStored + 1, 100 << 10} {
+		b := bytes.Repeat([]byte("event log"), n/9+1)[:n]
+		if got := unpack(pack(b)); !bytes.Equal(got, b) {
+			t.Errorf("of %d bytes %d come back", n, len(got))
+		}
+		if len(pack(b)) > maxStored+5 {
+			t.Errorf("%d bytes are kept in %d", n, len(pack(b)))
+		}
+	}
+	b := learned(t)
+	kept := *b.state
+	for _, c := range []struct {
+		packed []byte
+		tier   Tier
+	}{
+		{deflate(unpack(kept.Events.Packed)), Affirming}, {pack([]byte("another log")), Contraindicated},
+	} {
+		s := kept
+		s.Events.Packed = c.packed
+		in := b.input(forge.Options{Have: map[string]uint64{}})
+		in.Previous = &s
+		if r, _ := Appraise(in); r.Host.Tier != c.tier {
+			t.Errorf("%v: %s", r.Host.Tier, dump(r.Host.Reasons))
 		}
 	}
 }

@@ -27,14 +27,14 @@ func zeros(b []byte) bool { return len(bytes.Trim(b, "\x00")) == 0 }
 // right before remains so until Reference Values or policy say otherwise.
 func (r *round) imaList() {
 	st := &r.next.IMA
-	want, quoted := r.live[ima.PCR]
+	want := r.live[ima.PCR]
 	l, ok := r.log(report.IMA, st.At.Offset)
 	if !ok {
 		*st = imaState{}
 		return
 	}
 	switch {
-	case !quoted:
+	case want == nil:
 		*st, r.softOnly = imaState{}, true
 		if r.policy.IMA.Require {
 			r.hostf(CodeIMAMissing, None, "PCR %d was not quoted", ima.PCR)
@@ -51,7 +51,7 @@ func (r *round) imaList() {
 		*st = imaState{}
 	}
 	policyChanged := st.At.Entries > 0 && r.prev.Policy != r.next.Policy
-	const usual = 96                                                            // bytes of an entry, or some more
+	const usual = 128                                                           // bytes of an entry, more or less
 	st.Accepted = slices.Grow(slices.Clip(st.Accepted), 16*(len(l.Data)/usual)) // it is the checkpoint's before
 	withdrawn := st.At.Entries > 0 && r.revised() && r.reviewIMA(st)
 	v := imaVisit{r: r, st: st}
@@ -93,7 +93,7 @@ func (r *round) reviewIMA(st *imaState) bool {
 		if f.Code != "" || f.Violation || len(f.Digest) < 9 {
 			return false
 		}
-		ok := r.values.file(ofIMA, f.Digest, []byte(f.Path))
+		ok := r.values.file(ofIMA, append(bytes.Clone(f.Digest), f.Path...), len(f.Digest))
 		if ok {
 			st.accept([]byte(f.Path), f.Digest[1:])
 		}
@@ -115,7 +115,7 @@ func (r *round) reviewIMA(st *imaState) bool {
 type imaVisit struct {
 	r   *round
 	st  *imaState
-	key [1 + 64]byte
+	key []byte // of the entry, as in Values
 }
 
 func (v *imaVisit) entry(n uint64, e *ima.Entry) {
@@ -136,8 +136,8 @@ func (v *imaVisit) entry(n uint64, e *ima.Entry) {
 	if r.policy.excluded(e.Path) {
 		return
 	}
-	alg, known := algorithms[e.Algorithm]
-	if e.Violation() || !known || len(e.Digest) != alg.size {
+	id, size := identify(e.Algorithm)
+	if e.Violation() || size == 0 || len(e.Digest) != size {
 		f := imaFinding{Entry: int(n), Path: string(e.Path), Violation: e.Violation()}
 		if !f.Violation {
 			f.Code, f.What = CodeIMAUnknown, fmt.Sprintf("a file with a digest of algorithm %.20q", e.Algorithm)
@@ -145,9 +145,8 @@ func (v *imaVisit) entry(n uint64, e *ima.Entry) {
 		v.found(f)
 		return
 	}
-	v.key[0] = alg.id
-	key := v.key[:1+copy(v.key[1:], e.Digest)]
-	ok := r.values.file(ofIMA, key, e.Path)
+	v.key = append(append(append(v.key[:0], id), e.Digest...), e.Path...)
+	ok := r.values.file(ofIMA, v.key, 1+size)
 	if !ok && len(r.policy.keys) > 0 && len(e.Signature) > 0 && imaSigned(r.policy.keys, e.Algorithm, e.Digest, e.Signature) {
 		return
 	}
@@ -155,7 +154,7 @@ func (v *imaVisit) entry(n uint64, e *ima.Entry) {
 		ok = r.learn(r.in.Node.ID, fleet.HostIMA, string(e.Path), e.Algorithm+":"+hex.EncodeToString(e.Digest))
 	}
 	if !ok {
-		v.found(imaFinding{Entry: int(n), Path: string(e.Path), Digest: bytes.Clone(key)})
+		v.found(imaFinding{Entry: int(n), Path: string(e.Path), Digest: bytes.Clone(v.key[:1+size])})
 		return
 	}
 	v.st.accept(e.Path, e.Digest)
@@ -192,8 +191,8 @@ func (r *round) bootAggregate(e *ima.Entry) bool {
 	}
 	w := h.New()
 	for p := range uint(10) {
-		v, quoted := r.live[p]
-		if !quoted {
+		v := r.live[p]
+		if v == nil { // it was not quoted
 			return true
 		}
 		w.Write(v)
@@ -243,8 +242,8 @@ func (r *round) imaReason(f *imaFinding) Reason {
 
 // digestText writes a digest of Values as "sha256:…".
 func digestText(key []byte) string {
-	for name, a := range algorithms {
-		if len(key) == 1+a.size && key[0] == a.id {
+	for _, name := range algorithms {
+		if id, size := identify(name); len(key) == 1+size && key[0] == id {
 			return name + ":" + hex.EncodeToString(key[1:])
 		}
 	}

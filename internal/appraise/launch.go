@@ -21,13 +21,13 @@ func (r *round) launchLog() {
 	if p := r.report.Host.LaunchPCR; p != pcr {
 		r.hostf(CodeLaunchPCR, Contraindicated, "the host measures launchers to PCR %d, and has to do so to PCR %d", p, pcr)
 	}
-	want, quoted := r.live[pcr]
+	want := r.live[pcr]
 	l, ok := r.log(report.LaunchLog, st.Size)
 	switch {
 	case !ok:
 		*st = launchState{}
 		return
-	case !quoted:
+	case want == nil:
 		*st = launchState{}
 		r.hostf(CodeLaunchMissing, None, "PCR %d of the launch log was not quoted in bank %s", pcr, r.policy.Bank)
 		return
@@ -52,6 +52,9 @@ func (r *round) launchLog() {
 }
 
 func (r *round) replayLaunch(st *launchState, l *report.Log, want []byte, before launchState) bool {
+	if len(l.Data) == 0 && st.Boot != nil && bytes.Equal(st.Values[r.policy.Bank], want) {
+		return true // nothing is new
+	}
 	log := &launchlog.Log{}
 	if st.Boot != nil {
 		log = launchlog.Resume(launchlog.Log{Boot: *st.Boot, Entries: st.Entries, Files: slices.Clip(st.Files), Values: st.Values})
@@ -192,8 +195,9 @@ func (r *round) launcherKnown(f *launchlog.File) bool {
 	if err != nil {
 		return false
 	}
-	key := append([]byte{algorithms["sha256"].id}, d[:]...)
-	if r.values.file(ofLauncher, key, []byte(f.Path)) {
+	id, size := identify("sha256")
+	key := append(append([]byte{id}, d[:]...), f.Path...)
+	if r.values.file(ofLauncher, key, 1+size) {
 		return true
 	}
 	if r.learnLaunchers && f.By != "" && len(r.values.at(ofLauncher, []byte(f.Path))) == 0 &&

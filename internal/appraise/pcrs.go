@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/bits"
+
+	"virt-trust/internal/evidence/report"
 )
 
 const numPCRs = 24
@@ -51,13 +53,10 @@ type pcrs struct {
 
 // packPCRs gives those of some PCRs that have a value. The values are of the
 // bank's size: package report sees to it.
-func packPCRs(bank string, values map[uint][]byte, some uint32) pcrs {
-	n := pcrs{Bank: bank, Values: make([]byte, 0, len(values)*sizeOf(bank))}
-	for p := range uint(numPCRs) {
-		if some&(1<<p) == 0 {
-			continue
-		}
-		if v, ok := values[p]; ok {
+func packPCRs(bank string, values *report.Values, some uint32) pcrs {
+	n := pcrs{Bank: bank, Values: make([]byte, 0, numPCRs*sizeOf(bank))}
+	for p, v := range values {
+		if v != nil && some&(1<<p) != 0 {
 			n.Which, n.Values = n.Which|1<<p, append(n.Values, v...)
 		}
 	}
@@ -66,17 +65,8 @@ func packPCRs(bank string, values map[uint][]byte, some uint32) pcrs {
 
 // sizeOf is the size of a bank's digests; 0 of one that there is not.
 func sizeOf(bank string) int {
-	switch bank { // each time that a PCR is looked at: a map is slower
-	case "sha256":
-		return 32
-	case "sha1":
-		return 20
-	case "sha384":
-		return 48
-	case "sha512":
-		return 64
-	}
-	return 0
+	_, size := identify(bank)
+	return size
 }
 
 const everyPCR = 1<<numPCRs - 1
@@ -149,7 +139,7 @@ func isHex(digits string, b []byte) bool {
 // pcrPaths are the names of PCRs in Reference Values and results.
 var pcrPaths = func() map[string]*[numPCRs]string {
 	all := map[string]*[numPCRs]string{}
-	for bank := range algorithms {
+	for _, bank := range algorithms {
 		all[bank] = new([numPCRs]string)
 		for p := range all[bank] {
 			all[bank][p] = fmt.Sprintf("%s:%d", bank, p)

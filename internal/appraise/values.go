@@ -23,7 +23,7 @@ type Values struct {
 // subjectValues are those of one subject.
 type subjectValues struct {
 	revision uint64                 // the sum of all values' digests
-	files    [2]map[string][]string // of IMA, launchers: digest ("\x0b" ‖ 32 bytes) => paths, "" for wherever
+	files    [2]map[string]struct{} // of IMA, launchers: digest ("\x0b" ‖ 32 bytes) ‖ path, which is "" for wherever
 	paths    [2]map[string][]string // path => digests, in hexadecimal
 	// events: "PCR/" ‖ digest; words: PCR/type/description => digests, in
 	// hexadecimal.
@@ -45,20 +45,33 @@ const (
 	ofVM       = 1
 )
 
-var algorithms = map[string]struct {
-	id   byte
-	size int
-}{"sha1": {0x04, 20}, "sha256": {0x0b, 32}, "sha384": {0x0c, 48}, "sha512": {0x0d, 64}}
+var algorithms = []string{"sha1", "sha256", "sha384", "sha512"}
+
+// identify gives an algorithm's TPM_ALG_ID and the size of its digests; 0 of one
+// that there is not. It is asked for each entry of IMA's list, and a map is slower.
+func identify(algorithm string) (id byte, size int) {
+	switch algorithm {
+	case "sha256":
+		return 0x0b, 32
+	case "sha1":
+		return 0x04, 20
+	case "sha384":
+		return 0x0c, 48
+	case "sha512":
+		return 0x0d, 64
+	}
+	return 0, 0
+}
 
 // parseDigest reads "sha256:…".
 func parseDigest(s string) (key []byte, hexDigits string, err error) {
 	alg, digits, _ := strings.Cut(s, ":")
-	a, ok := algorithms[alg]
+	id, size := identify(alg)
 	b, err := hex.DecodeString(digits)
-	if !ok || err != nil || len(b) != a.size {
+	if size == 0 || err != nil || len(b) != size {
 		return nil, "", fmt.Errorf("%.150q is no digest: sha256:… is", s)
 	}
-	return append([]byte{a.id}, b...), strings.ToLower(digits), nil
+	return append([]byte{id}, b...), strings.ToLower(digits), nil
 }
 
 // CheckValue says what is wrong with a Reference Value that is to be stored.
@@ -76,7 +89,7 @@ func CheckValue(v fleet.Value) error {
 		}
 	case fleet.HostPCR, fleet.VMPCR:
 		bank, n, _ := strings.Cut(v.Path, ":")
-		if i, err := strconv.ParseUint(n, 10, 8); err != nil || i > 23 || algorithms[bank].size == 0 || !strings.HasPrefix(v.Digest, bank+":") {
+		if i, err := strconv.ParseUint(n, 10, 8); err != nil || i > 23 || sizeOf(bank) == 0 || !strings.HasPrefix(v.Digest, bank+":") {
 			return fmt.Errorf("%.80q with %.20q is no PCR: sha256:0 with sha256:… is", v.Path, v.Digest)
 		}
 	case fleet.HostIMA, fleet.VMIMA, fleet.Launcher:
@@ -127,7 +140,7 @@ func (x *Values) of(subject string) *subjectValues {
 	if s == nil {
 		s = &subjectValues{events: map[string]bool{}, words: map[string][]string{}, marks: map[uint64]bool{}, rejected: map[fleet.Kind]map[string]bool{}}
 		for i := range 2 {
-			s.files[i], s.paths[i], s.pcrs[i] = map[string][]string{}, map[string][]string{}, map[string][]string{}
+			s.files[i], s.paths[i], s.pcrs[i] = map[string]struct{}{}, map[string][]string{}, map[string][]string{}
 		}
 		x.subjects[subject] = s
 	}
@@ -154,7 +167,7 @@ func (x *Values) add(v *fleet.Value) {
 		} else {
 			s.marks[mark([]byte(v.Path), key[1:])] = true
 		}
-		s.files[of][string(key)] = append(s.files[of][string(key)], v.Path)
+		s.files[of][string(key)+v.Path] = struct{}{}
 		s.paths[of][v.Path] = append(s.paths[of][v.Path], digest)
 	}
 	d := sha256.Sum256([]byte(strings.Join([]string{v.Subject, string(v.Kind), v.Path, strings.ToLower(v.Digest)}, "\x00")))
@@ -182,7 +195,7 @@ func mark(path, digest []byte) uint64 {
 type view []*subjectValues
 
 func (in *Input) view(subjects ...string) view {
-	var all view
+	all := make(view, 0, len(in.Values)*len(subjects))
 	for _, x := range in.Values {
 		for _, name := range subjects {
 			if s := x.subjects[name]; s != nil {
@@ -239,16 +252,18 @@ func (v view) marked(m uint64) bool {
 	return v.has(func(s *subjectValues) bool { return s.marks[m] })
 }
 
-// file reports whether a digest is right for a path.
-func (v view) file(of int, key, path []byte) bool {
-	return v.has(func(s *subjectValues) bool {
-		for _, p := range s.files[of][string(key)] {
-			if p == "" || p == string(path) {
-				return true
-			}
+// file reports whether a digest is right for a path: the two are in key, which
+// begins with the digest.
+func (v view) file(of int, key []byte, digest int) bool {
+	for _, s := range v {
+		if _, ok := s.files[of][string(key)]; ok {
+			return true
 		}
-		return false
-	})
+		if _, ok := s.files[of][string(key[:digest])]; ok {
+			return true
+		}
+	}
+	return false
 }
 
 // at gives the digests that are right for a path.

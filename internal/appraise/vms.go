@@ -32,30 +32,30 @@ func isUUID(s string) bool {
 // reportedVMs appraises each VM of the report, and those that the report hides.
 func (r *round) reportedVMs() {
 	n := len(r.report.VMs)
-	states, byEK := make(map[string]vmState, n), make(map[string][]int, n)
+	states, byEK := make(map[string]vmState, n), make(map[string]int, n)
 	r.vms = make([]VM, 0, n)
 	for i := range r.report.VMs {
 		v := &r.report.VMs[i]
 		vm, st := r.vm(v)
 		states[vm.UUID] = st
-		if vm.EK != "" {
-			byEK[vm.EK] = append(byEK[vm.EK], len(r.vms))
-		}
 		r.vms = append(r.vms, vm)
-	}
-	for _, some := range byEK {
-		for _, i := range some {
-			if len(some) > 1 {
-				other := r.vms[some[0]]
-				if some[0] == i {
-					other = r.vms[some[1]]
-				}
-				r.vms[i].Reasons = append(r.vms[i].Reasons, Reason{Code: CodeVMSharedEK, Tier: Contraindicated, What: fmt.Sprintf("its vTPM has the endorsement key of VM %s as well: one was copied", other.UUID)})
-			}
+		if first, there := byEK[vm.EK]; !there {
+			byEK[vm.EK] = i
+		} else if vm.EK != "" {
+			r.shareEK(i, first)
+			r.shareEK(first, i)
 		}
 	}
 	r.hiddenVMs(states)
 	r.next.VMs = states
+}
+
+// shareEK: VM i has the endorsement key of another one, which is said once.
+func (r *round) shareEK(i, other int) {
+	v := &r.vms[i]
+	if !slices.ContainsFunc(v.Reasons, func(x Reason) bool { return x.Code == CodeVMSharedEK }) {
+		v.Reasons = append(v.Reasons, Reason{Code: CodeVMSharedEK, Tier: Contraindicated, What: fmt.Sprintf("its vTPM has the endorsement key of VM %s as well: one was copied", r.vms[other].UUID)})
+	}
 }
 
 // learnsVM: the VM's first good round is this one.
@@ -145,13 +145,9 @@ func (r *round) vmLaunchers(s vmStart) (all []Reason) {
 // against both.
 func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start vmStart, say sayer) {
 	bank := r.policy.VMBank
-	var live map[uint][]byte
+	var live *report.Values
 	if v.PCRs != nil {
-		for _, b := range v.PCRs.Banks {
-			if b.Algorithm == bank {
-				live = b.Values
-			}
-		}
+		live = v.PCRs.Banks.Values(bank)
 	}
 	problem := v.Problem
 	if problem == "" {
@@ -167,7 +163,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 	}
 	st.PCRs = packPCRs(bank, live, everyPCR)
 	vm.PCRs = PCRs{packed: st.PCRs}
-	r.vmQuote(v, live, say)
+	r.vmQuote(v, say)
 	starting := start.Time != 0 && r.report.Time/1e6-start.Time < int64(time.Duration(r.policy.Starting).Seconds()) && r.report.Time/1e6 >= start.Time
 	values := r.in.view("", vm.UUID)
 	learn := r.learnsVM(vm.UUID)
@@ -214,7 +210,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 
 // vmQuote checks the quote by the AK in the vTPM, where there is one, against
 // what the host read.
-func (r *round) vmQuote(v *report.VM, live map[uint][]byte, say sayer) {
+func (r *round) vmQuote(v *report.VM, say sayer) {
 	if v.Quote == nil {
 		if r.policy.RequireVMQuote {
 			say(CodeVMQuote, None, "its vTPM did not quote")
@@ -238,11 +234,7 @@ func (r *round) vmQuote(v *report.VM, live map[uint][]byte, say sayer) {
 		say(CodeVMQuote, Contraindicated, "the quote of its vTPM: %v", err)
 		return
 	}
-	values := map[string]map[uint][]byte{}
-	for _, b := range v.PCRs.Banks {
-		values[b.Algorithm] = b.Values
-	}
-	if err := q.Check(values); err != nil {
+	if err := q.Check(v.PCRs.Banks.Value); err != nil {
 		say(CodeVMReading, Contraindicated, "its vTPM quotes other PCRs than the host has read of it")
 	}
 }
@@ -256,20 +248,22 @@ func (r *round) hiddenVMs(states map[string]vmState) {
 		gone[uuidText(d.UUID)] = true
 	}
 	hidden := map[string]string{}
+	hide := func(uuid, name string) {
+		if _, reported := states[uuid]; !reported && !gone[uuid] {
+			hidden[uuid] = name
+		}
+	}
 	for uuid, s := range r.next.Launch.Starts {
 		if s.Time < r.report.Time/1e6-1 {
-			hidden[uuid] = ""
+			hide(uuid, "")
 		}
 	}
 	if r.sameBoot {
 		for uuid, v := range r.prev.VMs {
-			hidden[uuid] = v.Name
+			hide(uuid, v.Name)
 		}
 	}
 	for _, uuid := range slices.Sorted(maps.Keys(hidden)) {
-		if _, reported := states[uuid]; reported || gone[uuid] {
-			continue
-		}
 		reason := Reason{Code: CodeVMHidden, Tier: Contraindicated, What: "it was started, or reported, in this boot, and the report is silent about it"}
 		if s := r.report.Host.ListState; s != "readable" && s != "empty" { // which is said of the host
 			reason = Reason{Code: CodeListState, Tier: None, What: "the vTPM list was not read, so that nothing is known of it"}

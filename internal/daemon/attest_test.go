@@ -139,7 +139,7 @@ func (r *seer) Read(ctx context.Context, t introspect.Target) (*report.Reading, 
 		return nil, r.err
 	}
 	d := sha256.Sum256([]byte(t.UUID))
-	return &report.Reading{Reader: "test", Time: 7, Banks: []report.Bank{{Algorithm: "sha256", Values: map[uint][]byte{0: d[:]}}}}, nil
+	return &report.Reading{Reader: "test", Time: 7, Banks: []report.Bank{{Algorithm: "sha256", Values: report.Values{0: d[:]}}}}, nil
 }
 
 // notary is a vTPM's AK.
@@ -226,7 +226,7 @@ func (s *site) verified(b, nonce []byte) (*report.Evidence, *report.Report) {
 	if err := q.Covers("sha256", s.g.cfg.Attestation.PCRs); err != nil {
 		s.t.Fatal(err)
 	}
-	if err := q.Check(map[string]map[uint][]byte{"sha256": e.PCRs[0].Values}); err != nil || len(e.PCRs) != 1 {
+	if err := q.Check(e.PCRs.Value); err != nil || len(e.PCRs) != 1 {
 		s.t.Fatal(err)
 	}
 	return e, r

@@ -66,7 +66,7 @@ func (s *Service) collect(ctx context.Context, nonce []byte, have bus.Have) (*re
 		return nil, err
 	}
 	e.Quote = report.Quote{Attest: q.Attest, Signature: q.Signature}
-	e.PCRs = []report.Bank{{Algorithm: bank, Values: q.State.PCRs}}
+	e.PCRs = []report.Bank{{Algorithm: bank, Values: report.ValuesOf(q.State.PCRs)}}
 	if have.Boot != s.g.bootID {
 		have.Offsets = nil
 	}

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"hash"
-	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -95,7 +94,7 @@ func banksAre(t *testing.T, m *Memory, v *vtpm, want layout.Selection) {
 	var got []string
 	for _, b := range r.Banks {
 		sel := 0
-		for i := range b.Values {
+		for i := range b.Values.All() {
 			sel |= 1 << i
 		}
 		got = append(got, fmt.Sprintf("%s %06x", b.Algorithm, sel))
@@ -110,9 +109,9 @@ var hashes = map[uint16]func() hash.Hash{4: sha1.New, 0xb: sha256.New, 0xc: sha5
 func state(banks []report.Bank) string {
 	h := sha256.New()
 	for _, b := range banks {
-		fmt.Fprintf(h, "%s %d\n", b.Algorithm, len(b.Values))
-		for _, i := range slices.Sorted(maps.Keys(b.Values)) {
-			h.Write(b.Values[i])
+		fmt.Fprintf(h, "%s\n", b.Algorithm)
+		for i, v := range b.Values.All() {
+			fmt.Fprintf(h, "%d %x\n", i, v)
 		}
 	}
 	return string(h.Sum(nil))

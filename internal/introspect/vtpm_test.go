@@ -115,11 +115,11 @@ func equal(t testing.TB, m Reader, v *vtpm) {
 		got := r.Banks[n]
 		n++
 		if len(got.Values) != len(want) {
-			t.Errorf("bank %s has %d PCRs", got.Algorithm, len(got.Values))
+			t.Errorf("bank %s has %d PCRs", got.Algorithm, len(want))
 		}
 		for i, w := range want {
-			if !bytes.Equal(got.Values[uint(i)], w) {
-				t.Errorf("PCR %d of bank %s: read %x, the TPM says %x", i, got.Algorithm, got.Values[uint(i)], w)
+			if !bytes.Equal(got.Values[i], w) {
+				t.Errorf("PCR %d of bank %s: read %x, the TPM says %x", i, got.Algorithm, got.Values[i], w)
 			}
 		}
 	}

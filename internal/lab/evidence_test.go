@@ -93,10 +93,12 @@ func checkedByTools(t *testing.T, h *Host, e *report.Evidence) {
 	}
 	// The values are those of the quote: TPMS_QUOTE_INFO ends with their digest.
 	all := sha256.New()
-	for i := range uint(16) {
-		all.Write(e.PCRs[0].Values[i])
+	last := uint(0)
+	for i, v := range e.PCRs[0].Values.All() {
+		all.Write(v)
+		last = i
 	}
-	if len(e.PCRs[0].Values) != 16 || !bytes.HasSuffix(e.Quote.Attest, all.Sum(nil)) {
+	if last != 15 || !bytes.HasSuffix(e.Quote.Attest, all.Sum(nil)) {
 		t.Error("the values are not those that were quoted")
 	}
 }

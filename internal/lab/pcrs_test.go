@@ -72,8 +72,8 @@ func words(r report.Reading) string {
 	var w []string
 	for _, b := range r.Banks {
 		w = append(w, b.Algorithm)
-		for i := range uint(len(b.Values)) {
-			w = append(w, fmt.Sprintf("%x", b.Values[i]))
+		for _, v := range b.Values {
+			w = append(w, fmt.Sprintf("%x", v))
 		}
 	}
 	return strings.Join(w, " ")
@@ -131,7 +131,8 @@ func underLoad(t *testing.T, g *Guest, from report.Reading, batches, readings in
 	extends := batches * batch
 	at := map[string]int{words(from): 0}
 	for n := range extends {
-		for _, b := range from.Banks {
+		for i := range from.Banks {
+			b := &from.Banks[i]
 			d, h := bankHashes[b.Algorithm](), bankHashes[b.Algorithm]()
 			fmt.Fprintf(d, "extend %d", n%batch)
 			h.Write(b.Values[16])

@@ -111,6 +111,13 @@ func (e *Event) Describe() Description {
 	return d
 }
 
+// Variable is the name of the UEFI variable that the event's data shows; "" where
+// they show none.
+func (e *Event) Variable() string {
+	name, _, _ := variable(e.Data)
+	return name
+}
+
 // describeVariable: UEFI_VARIABLE_DATA (PFP, 10.4.2).
 func (e *Event) describeVariable() Description {
 	name, data, ok := variable(e.Data)

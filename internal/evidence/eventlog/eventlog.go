@@ -168,7 +168,8 @@ func UntrustedParse(b []byte) (*Log, error) {
 		first.Digests = nil
 		next = func() (Event, error) { return r.event(l.Algorithms) }
 	}
-	l.Events = append(l.Events, first)
+	const usual = 128 // bytes of an event, or some more
+	l.Events = append(make([]Event, 0, min(1+len(b)/usual, maxEvents)), first)
 	for len(r.b) > 0 && !padding(r.b) {
 		if len(l.Events) == maxEvents {
 			return nil, fmt.Errorf("event log of more than %d events", maxEvents)

@@ -240,11 +240,7 @@ func (h *Host) Report(nonce []byte, o Options) *report.Report {
 	for _, v := range h.VMs {
 		c := v.VM
 		if c.Running {
-			values := map[uint][]byte{}
-			for p, b := range v.TPM.PCRs["sha256"] {
-				values[p] = b
-			}
-			c.PCRs = &report.Reading{Reader: "swtpm-memory", Time: h.Now.UnixMicro(), Banks: []report.Bank{{Algorithm: "sha256", Values: values}}}
+			c.PCRs = &report.Reading{Reader: "swtpm-memory", Time: h.Now.UnixMicro(), Banks: []report.Bank{{Algorithm: "sha256", Values: report.ValuesOf(v.TPM.PCRs["sha256"])}}}
 			if o.VMQuotes {
 				q := report.VTPMQualifyingData(nonce, v.UUID)
 				c.Quote = &report.VTPMQuote{Quote: v.TPM.Quote(q[:], quote.Selection{Bank: "sha256", PCRs: first16}), AK: v.TPM.AK()}
@@ -277,7 +273,7 @@ func (h *Host) Evidence(nonce []byte, o Options) []byte {
 	q := report.QualifyingData(nonce, b)
 	e := &report.Evidence{Version: report.Version, Nonce: nonce, Report: b, Quote: h.TPM.Quote(q[:], sel...), Logs: h.logs(o)}
 	for _, s := range sel {
-		values := map[uint][]byte{}
+		var values report.Values
 		for _, p := range s.PCRs {
 			values[p] = h.TPM.PCRs[s.Bank][p]
 		}

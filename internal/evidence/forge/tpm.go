@@ -70,6 +70,9 @@ func (t *TPM) Reset() {
 	t.clear()
 }
 
+// PCR gives a PCR's value.
+func (t *TPM) PCR(bank string, pcr uint) []byte { return t.PCRs[bank][pcr] }
+
 // Extend extends a PCR in a bank.
 func (t *TPM) Extend(bank string, pcr uint, digest []byte) {
 	h := Hashes[bank].New()

@@ -62,9 +62,6 @@ func zero(b []byte) bool {
 	return true
 }
 
-// names of templates, so that they are not allocated.
-var templates = []string{"ima-ng", "ima-sig", "ima", "ima-buf", "ima-modsig", "ima-ngv2", "ima-sigv2", "evm-sig"}
-
 const legacy = "ima"
 
 // Next takes the first entry off a list. size is the number of its bytes; 0 where
@@ -76,13 +73,13 @@ func (e *Entry) Next(list []byte) (size int, err error) {
 	return size, err
 }
 
-// frame is Next without a look at the fields.
+// frame is Next without a look at the fields, which it leaves as they are.
 func (e *Entry) frame(list []byte) (size int, err error) {
 	const fixed = 4 + sha1.Size + 4
 	if len(list) < fixed {
 		return 0, nil
 	}
-	*e = Entry{PCR: binary.LittleEndian.Uint32(list), SHA1: list[4 : 4+sha1.Size : 4+sha1.Size]}
+	e.PCR, e.SHA1 = binary.LittleEndian.Uint32(list), list[4:4+sha1.Size:4+sha1.Size]
 	n := binary.LittleEndian.Uint32(list[4+sha1.Size:])
 	if n == 0 || n > MaxName || e.PCR > 23 {
 		return 0, fmt.Errorf("%w: PCR %d, template name of %d bytes", ErrFormat, e.PCR, n)
@@ -121,11 +118,23 @@ func (e *Entry) frame(list []byte) (size int, err error) {
 	return at + length, nil
 }
 
+// name is a template's: those that are known are not allocated.
 func name(b []byte) string {
-	for _, t := range templates {
-		if string(b) == t {
-			return t
-		}
+	switch string(b) {
+	case "ima-ng":
+		return "ima-ng"
+	case "ima-sig":
+		return "ima-sig"
+	case "ima-buf":
+		return "ima-buf"
+	case "ima-modsig":
+		return "ima-modsig"
+	case "ima-ngv2":
+		return "ima-ngv2"
+	case "ima-sigv2":
+		return "ima-sigv2"
+	case legacy:
+		return legacy
 	}
 	return string(b)
 }
@@ -134,6 +143,7 @@ func name(b []byte) string {
 // (Documentation/security/IMA-templates.rst). Data that does not fit leaves the
 // entry opaque.
 func (e *Entry) fields() {
+	e.Algorithm, e.Digest, e.Path, e.Signature, e.Buffer, e.Known = "", nil, nil, nil, nil, false
 	if e.Template == legacy {
 		e.Algorithm, e.Digest, e.Path, e.Known = "sha1", e.Data[:sha1.Size], withoutNUL(e.Data[sha1.Size+4:]), true
 		return
@@ -169,12 +179,11 @@ func (e *Entry) fields() {
 		}
 		digest = digest[i+1:]
 	}
-	// "sha256:" NUL digest
-	colon := bytes.IndexByte(digest, ':')
-	if len(rest) > 0 || colon < 0 || colon+1 >= len(digest) || digest[colon+1] != 0 {
+	alg, value, ok := algorithmOf(digest)
+	if !ok || len(rest) > 0 {
 		return
 	}
-	e.Algorithm, e.Digest = algorithm(digest[:colon]), digest[colon+2:]
+	e.Algorithm, e.Digest = alg, value
 	e.Path = withoutNUL(f[1])
 	switch {
 	case e.Template == "ima-buf":
@@ -192,13 +201,19 @@ func withoutNUL(b []byte) []byte {
 	return b
 }
 
-func algorithm(b []byte) string {
-	for _, a := range []string{"sha256", "sha1", "sha512", "sha384"} {
-		if string(b) == a {
-			return a
+// algorithmOf takes a field "sha256:" NUL digest apart.
+func algorithmOf(field []byte) (name string, digest []byte, ok bool) {
+	for _, a := range [...]string{"sha256", "sha1", "sha512", "sha384"} { // which are not allocated
+		n := len(a)
+		if len(field) >= n+2 && string(field[:n]) == a && field[n] == ':' && field[n+1] == 0 {
+			return a, field[n+2:], true
 		}
 	}
-	return string(b)
+	colon := bytes.IndexByte(field, ':')
+	if colon < 0 || colon+1 >= len(field) || field[colon+1] != 0 {
+		return "", nil, false
+	}
+	return string(field[:colon]), field[colon+2:], true
 }
 
 // Mode says how entries get into a bank that is not SHA-1's: kernels since 5.8

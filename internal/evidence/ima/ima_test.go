@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -255,6 +256,16 @@ func TestTemplates(t *testing.T) {
 	var seen ima.Entry
 	if _, err := (ima.Checkpoint{}).Replay(b, "sha256", ima.PCR, tpm.PCRs["sha256"][10], func(_ uint64, e *ima.Entry) { seen = *e }); err != nil || seen.Known || seen.Template != "new" {
 		t.Errorf("%+v, %v", seen, err)
+	}
+	// It has nothing of the entry that was read before it.
+	for _, before := range []forge.IMAEntry{{Template: "ima-sig", Path: "/bin/sh", Digest: digest, Extra: []byte{3}}, {Template: "ima-buf", Path: "x", Digest: digest, Extra: []byte{3}}} {
+		var e ima.Entry
+		if _, err := e.Next(before.Marshal(10)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := e.Next(b); err != nil || !reflect.DeepEqual(e, seen) {
+			t.Errorf("%+v, %v", e, err)
+		}
 	}
 }
 

@@ -47,19 +47,26 @@ func (e *Entry) measured(buf []byte) ([]byte, error) {
 type chain struct {
 	bank   bank
 	mode   Mode
-	value  []byte // of the PCR
-	room   [2 * sha512.Size]byte
+	room   [2 * sha512.Size]byte // begins with the value of the PCR
 	digest [sha512.Size]byte
 	legacy [sha1.Size + legacyName]byte
 }
+
+func newChain(b bank, m Mode, value []byte) *chain {
+	c := &chain{bank: b, mode: m}
+	copy(c.room[:], value)
+	return c
+}
+
+func (c *chain) value() []byte { return c.room[:c.bank.size] }
 
 // extend adds an entry.
 func (c *chain) extend(e *Entry) error {
 	if c.mode == Native && c.bank.size == sha256.Size && e.Template != legacy && !e.Violation() { // nearly always
 		d := sha256.Sum256(e.Data)
-		copy(c.room[copy(c.room[:], c.value):], d[:])
+		copy(c.room[sha256.Size:], d[:])
 		d = sha256.Sum256(c.room[:2*sha256.Size])
-		copy(c.value, d[:])
+		copy(c.room[:], d[:])
 		return nil
 	}
 	d := c.digest[:c.bank.size]
@@ -86,8 +93,7 @@ func (c *chain) extend(e *Entry) error {
 		}
 		clear(d[copy(d, e.SHA1):])
 	}
-	room := append(append(c.room[:0], c.value...), d...)
-	c.value = c.bank.sum(c.value, room) // which is read before it is overwritten
+	c.bank.sum(c.value(), append(c.value(), d...)) // which is read before it is overwritten
 	return nil
 }
 
@@ -95,7 +101,7 @@ func (c *chain) extend(e *Entry) error {
 // such prefix, since the hashes of a longer one cannot come back to it.
 func (c *chain) find(list, want []byte, pcr uint32, room uint64) (size int, entries uint64, err error) {
 	var e Entry
-	for !bytes.Equal(c.value, want) {
+	for !bytes.Equal(c.value(), want) {
 		n, err := e.frame(list[size:])
 		if err != nil {
 			return 0, 0, fmt.Errorf("entry %d: %w", entries, err)
@@ -143,7 +149,7 @@ func (c Checkpoint) Replay(list []byte, bankName string, pcr uint32, want []byte
 	}
 	var first error
 	for _, m := range modes {
-		ch := chain{bank: b, mode: m, value: bytes.Clone(start.Value)}
+		ch := newChain(b, m, start.Value)
 		size, entries, err := ch.find(list, want, pcr, MaxEntries-start.Entries)
 		if err != nil {
 			if first == nil {
@@ -153,7 +159,7 @@ func (c Checkpoint) Replay(list []byte, bankName string, pcr uint32, want []byte
 		}
 		next := Checkpoint{
 			Offset: start.Offset + uint64(size), Entries: start.Entries + entries,
-			Bank: bankName, Mode: start.Mode, Value: ch.value,
+			Bank: bankName, Mode: start.Mode, Value: bytes.Clone(ch.value()),
 		}
 		if entries > 0 {
 			next.Mode = m
@@ -191,7 +197,7 @@ func (c Checkpoint) Advance(list []byte, bankName string, pcr uint32, visit func
 	if !ok || next.Bank != bankName || len(next.Value) != b.size || next.Mode > Padded {
 		return c, fmt.Errorf("%w: bank %.20q", ErrReplay, bankName)
 	}
-	ch := chain{bank: b, mode: next.Mode, value: bytes.Clone(next.Value)}
+	ch := newChain(b, next.Mode, next.Value)
 	var e Entry
 	for at := 0; ; {
 		n, err := e.Next(list[at:])
@@ -199,7 +205,7 @@ func (c Checkpoint) Advance(list []byte, bankName string, pcr uint32, visit func
 			return c, fmt.Errorf("%w: entry %d", ErrFormat, next.Entries)
 		}
 		if n == 0 {
-			next.Value = ch.value
+			next.Value = bytes.Clone(ch.value())
 			return next, nil
 		}
 		if e.PCR == pcr {

@@ -165,7 +165,7 @@ func UntrustedParse(attest []byte) (Quote, error) {
 		if r.failed || size > maxSelect {
 			return Quote{}, fmt.Errorf("%w: PCR selection of %d bytes", ErrFormat, size)
 		}
-		sel := Selection{Bank: bankNames[alg]}
+		sel := Selection{Bank: bankNames[alg], PCRs: make([]uint, 0, 8*size)}
 		if sel.Bank == "" {
 			sel.Bank = fmt.Sprintf("%#06x", alg)
 		}
@@ -226,8 +226,8 @@ func verifySignature(message, signature []byte, key *ecdsa.PublicKey) error {
 	return nil
 }
 
-// selected gives the selection of a bank.
-func (q Quote) selected(bank string) []uint {
+// PCRs are those of a bank that were quoted.
+func (q Quote) PCRs(bank string) []uint {
 	for _, s := range q.Selections {
 		if s.Bank == bank {
 			return s.PCRs
@@ -240,7 +240,7 @@ func (q Quote) selected(bank string) []uint {
 // never covered. Errors: ErrNoPCRs, ErrBank, ErrPCRs.
 func (q Quote) Covers(bank string, pcrs []uint) error {
 	none := !slices.ContainsFunc(q.Selections, func(s Selection) bool { return len(s.PCRs) > 0 })
-	have := q.selected(bank)
+	have := q.PCRs(bank)
 	switch {
 	case none || len(pcrs) == 0:
 		return ErrNoPCRs
@@ -259,16 +259,17 @@ func (q Quote) Covers(bank string, pcrs []uint) error {
 	return nil
 }
 
-// Check holds values, by bank and PCR, against the digest (Part 1, 17.6; Part 2,
-// 10.12.1): banks as they were selected, PCRs ascending. What was not selected is
-// not looked at, and not vouched for: see Quoted. Errors: ErrNoPCRs, ErrValues.
-func (q Quote) Check(values map[string]map[uint][]byte) error {
+// Check holds values against the digest (Part 1, 17.6; Part 2, 10.12.1): banks as
+// they were selected, PCRs ascending. value gives that of a PCR, or nil. What was
+// not selected is not looked at, and not vouched for: see PCRs. Errors: ErrNoPCRs,
+// ErrValues.
+func (q Quote) Check(value func(bank string, pcr uint) []byte) error {
 	h := sha256.New()
 	n := 0
 	for _, s := range q.Selections {
 		for _, p := range s.PCRs {
-			v, ok := values[s.Bank][p]
-			if !ok {
+			v := value(s.Bank, p)
+			if v == nil {
 				return fmt.Errorf("%w: PCR %d of bank %s is not there", ErrValues, p, s.Bank)
 			}
 			h.Write(v)
@@ -283,9 +284,6 @@ func (q Quote) Check(values map[string]map[uint][]byte) error {
 	}
 	return nil
 }
-
-// Over reports whether a PCR was quoted.
-func (q Quote) Over(bank string, pcr uint) bool { return slices.Contains(q.selected(bank), pcr) }
 
 // VerifyCertify checks that ak says of an object with this Name that it is in
 // its TPM (TPM2_Certify: Part 3, 18.2). Errors: ErrFormat, ErrSignature, ErrName.

@@ -49,10 +49,10 @@ func TestVerify(t *testing.T) {
 	if err := q.Covers("sha256", []uint{0, 7, 15}); err != nil {
 		t.Error(err)
 	}
-	if !q.Over("sha1", 23) || q.Over("sha1", 0) {
-		t.Error("which PCRs were quoted")
+	if got := q.PCRs("sha1"); !slices.Equal(got, []uint{10, 23}) || q.PCRs("sha512") != nil {
+		t.Errorf("PCRs %v were quoted", got)
 	}
-	if err := q.Check(tpm.PCRs); err != nil {
+	if err := q.Check(tpm.PCR); err != nil {
 		t.Error(err)
 	}
 	if err := q.Covers("sha256", []uint{0, 2}); !errors.Is(err, quote.ErrPCRs) {
@@ -65,11 +65,11 @@ func TestVerify(t *testing.T) {
 		t.Errorf("no PCRs asked for: %v", err)
 	}
 	tpm.Extend("sha1", 23, make([]byte, 20))
-	if err := q.Check(tpm.PCRs); !errors.Is(err, quote.ErrValues) {
+	if err := q.Check(tpm.PCR); !errors.Is(err, quote.ErrValues) {
 		t.Errorf("another value: %v", err)
 	}
 	delete(tpm.PCRs["sha1"], 23)
-	if err := q.Check(tpm.PCRs); !errors.Is(err, quote.ErrValues) {
+	if err := q.Check(tpm.PCR); !errors.Is(err, quote.ErrValues) {
 		t.Errorf("a value that is not there: %v", err)
 	}
 }
@@ -86,7 +86,7 @@ func TestOverNothing(t *testing.T) {
 		if err := q.Covers("sha256", []uint{0}); !errors.Is(err, quote.ErrNoPCRs) {
 			t.Errorf("%s: %v", name, err)
 		}
-		if err := q.Check(tpm.PCRs); !errors.Is(err, quote.ErrNoPCRs) {
+		if err := q.Check(tpm.PCR); !errors.Is(err, quote.ErrNoPCRs) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -314,7 +314,7 @@ func FuzzUntrustedParse(f *testing.F) {
 			t.Errorf("%+v is not %+v", q, a)
 		}
 		q.Covers("sha256", []uint{0})
-		if err := q.Check(tpm.PCRs); err == nil && len(q.Selections) == 0 {
+		if err := q.Check(tpm.PCR); err == nil && len(q.Selections) == 0 {
 			t.Error("no PCRs have a right digest")
 		}
 	})

@@ -112,6 +112,9 @@ func TestGrammar(t *testing.T) {
 }
 
 func goKind(t reflect.Type) string {
+	if t == reflect.TypeFor[Values]() {
+		return "map"
+	}
 	switch t.Kind() {
 	case reflect.Pointer:
 		return goKind(t.Elem())
@@ -123,8 +126,6 @@ func goKind(t reflect.Type) string {
 		return "uint"
 	case reflect.Int64:
 		return "int"
-	case reflect.Map:
-		return "map"
 	case reflect.Array:
 		return "bytes"
 	case reflect.Slice:

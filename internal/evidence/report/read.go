@@ -191,35 +191,28 @@ func (q *Quote) read(r *reader) {
 	})
 }
 
-func (r *reader) banks() []Bank {
+func (r *reader) banks() Banks {
 	return list(r, uint64(len(sizes)), func(b *Bank) {
 		r.fields(2, func(key uint64) {
 			switch key {
 			case 1:
 				b.Algorithm = r.text()
 			case 2:
-				b.Values = r.values()
+				r.values(&b.Values)
 			}
 		})
 	})
 }
 
-func (r *reader) values() Values {
-	n := r.head(mapOf)
-	if n > numPCRs {
-		r.fail("%d PCR values", n)
-		return nil
-	}
-	m := make(Values, n)
-	for ; n > 0 && r.err == nil; n-- {
+func (r *reader) values(v *Values) {
+	for n := r.head(mapOf); n > 0 && r.err == nil; n-- {
 		pcr := r.uint()
-		if _, twice := m[uint(pcr)]; twice || pcr >= numPCRs {
+		if pcr >= numPCRs || v[pcr] != nil {
 			r.fail("a PCR %d is there twice, or is none", pcr)
-			return nil
+			return
 		}
-		m[uint(pcr)] = r.bytes()
+		v[pcr] = r.bytes()
 	}
-	return m
 }
 
 func (r *reader) logs() []Log {

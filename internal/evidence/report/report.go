@@ -15,6 +15,8 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"iter"
+	"maps"
 	"slices"
 	"strings"
 
@@ -52,7 +54,7 @@ type Evidence struct {
 	Nonce   []byte `cbor:"2,keyasint"` // the Verifier's
 	Report  []byte `cbor:"3,keyasint"` // a Report, in the encoding that was hashed
 	Quote   Quote  `cbor:"4,keyasint"` // by the AK that the report names
-	PCRs    []Bank `cbor:"5,keyasint"` // the values that were quoted
+	PCRs    Banks  `cbor:"5,keyasint"` // the values that were quoted
 	Logs    []Log  `cbor:"6,keyasint"` // of the host
 }
 
@@ -68,8 +70,52 @@ type Bank struct {
 	Values    Values `cbor:"2,keyasint"`
 }
 
-// Values are those of PCRs, by index.
-type Values map[uint][]byte
+// Banks are PCRs of several banks, each of which is there once.
+type Banks []Bank
+
+// Values gives those of a bank; nil where it is not there.
+func (all Banks) Values(bank string) *Values {
+	for i := range all {
+		if all[i].Algorithm == bank {
+			return &all[i].Values
+		}
+	}
+	return nil
+}
+
+// Value gives a PCR's; nil where there is none.
+func (all Banks) Value(bank string, pcr uint) []byte {
+	if v := all.Values(bank); v != nil && pcr < numPCRs {
+		return v[pcr]
+	}
+	return nil
+}
+
+// Values are those of PCRs, by index; nil where there is none. They are encoded
+// as a map.
+type Values [numPCRs][]byte
+
+// ValuesOf gives those of PCRs 0 to 23.
+func ValuesOf(m map[uint][]byte) (v Values) {
+	for i := range v {
+		v[i] = m[uint(i)]
+	}
+	return v
+}
+
+// MarshalCBOR gives a map of those that there are.
+func (v Values) MarshalCBOR() ([]byte, error) { return encMode.Marshal(maps.Collect(v.All())) }
+
+// All are those that there are, ascending.
+func (v *Values) All() iter.Seq2[uint, []byte] {
+	return func(yield func(uint, []byte) bool) {
+		for i, b := range v {
+			if b != nil && !yield(uint(i), b) {
+				return
+			}
+		}
+	}
+}
 
 // The kinds of Log.
 const (
@@ -141,7 +187,7 @@ type VM struct {
 type Reading struct {
 	Reader string `cbor:"1,keyasint"` // how: swtpm-memory, vtpm-command
 	Time   int64  `cbor:"2,keyasint"` // microseconds since 1970
-	Banks  []Bank `cbor:"3,keyasint"`
+	Banks  Banks  `cbor:"3,keyasint"`
 }
 
 // VTPMQuote is a quote by the AK that the vTPM got at its manufacture. Its
@@ -276,17 +322,19 @@ func (q *Quote) check() error {
 // sizes are those of the banks' digests.
 var sizes = map[string]int{"sha1": 20, "sha256": 32, "sha384": 48, "sha512": 64}
 
-func checkBanks(banks []Bank) error {
-	seen := map[string]bool{}
-	for _, b := range banks {
+func checkBanks(banks Banks) error {
+	for i := range banks {
+		b := &banks[i]
 		size, ok := sizes[b.Algorithm]
-		if !ok || seen[b.Algorithm] {
+		for j := range banks[:i] {
+			ok = ok && banks[j].Algorithm != b.Algorithm
+		}
+		if !ok {
 			return fmt.Errorf("PCR bank %.20q", b.Algorithm)
 		}
-		seen[b.Algorithm] = true
-		for i, v := range b.Values {
-			if i >= numPCRs || len(v) != size {
-				return fmt.Errorf("PCR %d of bank %s with %d bytes", i, b.Algorithm, len(v))
+		for n, v := range b.Values {
+			if v != nil && len(v) != size {
+				return fmt.Errorf("PCR %d of bank %s with %d bytes", n, b.Algorithm, len(v))
 			}
 		}
 	}

@@ -3,7 +3,6 @@ package inject
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 
 	"github.com/google/go-tpm/tpm2"
@@ -51,9 +50,9 @@ func banks(tpm transport.TPM) ([]report.Bank, error) {
 		if names[b.Hash] == "" || !slices.ContainsFunc(b.PCRSelect, func(b byte) bool { return b != 0 }) {
 			continue
 		}
-		bank := report.Bank{Algorithm: names[b.Hash], Values: map[uint][]byte{}}
+		bank := report.Bank{Algorithm: names[b.Hash]}
 		for i := range b.PCRSelect {
-			if err := readEight(tpm, b, i, bank.Values); err != nil {
+			if err := readEight(tpm, b, i, &bank.Values); err != nil {
 				return nil, err
 			}
 		}
@@ -62,7 +61,7 @@ func banks(tpm transport.TPM) ([]report.Bank, error) {
 	return all, nil
 }
 
-func readEight(tpm transport.TPM, b tpm2.TPMSPCRSelection, i int, values map[uint][]byte) error {
+func readEight(tpm transport.TPM, b tpm2.TPMSPCRSelection, i int, values *report.Values) error {
 	sel := make([]byte, len(b.PCRSelect))
 	if sel[i] = b.PCRSelect[i]; sel[i] == 0 {
 		return nil
@@ -76,10 +75,11 @@ func readEight(tpm transport.TPM, b tpm2.TPMSPCRSelection, i int, values map[uin
 		if sel[i]>>bit&1 == 0 {
 			continue
 		}
-		if n >= len(r.PCRValues.Digests) {
-			return fmt.Errorf("TPM2_PCR_Read gave %d PCRs of bank %s", n, names[b.Hash])
+		pcr := 8*i + bit
+		if n >= len(r.PCRValues.Digests) || pcr >= len(values) {
+			return fmt.Errorf("TPM2_PCR_Read gave %d PCRs of bank %s from PCR %d on", n, names[b.Hash], 8*i)
 		}
-		values[uint(8*i+bit)] = r.PCRValues.Digests[n].Buffer
+		values[pcr] = r.PCRValues.Digests[n].Buffer
 		n++
 	}
 	return nil
@@ -101,7 +101,7 @@ func quoted(all []report.Bank) (tpm2.TPMLPCRSelection, error) {
 			s.Hash = h
 		}
 	}
-	for i := range maps.Keys(b.Values) {
+	for i := range b.Values.All() {
 		s.PCRSelect[i/8] |= 1 << (i % 8)
 	}
 	return tpm2.TPMLPCRSelection{PCRSelections: []tpm2.TPMSPCRSelection{s}}, nil

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -534,9 +535,28 @@ func TestAsk(t *testing.T) {
 	}
 }
 
+// said is a TPM that gives answers that were written before.
+type said [][]byte
+
+func (s *said) Send([]byte) ([]byte, error) {
+	body := (*s)[0]
+	*s = (*s)[1:]
+	return append(binary.BigEndian.AppendUint32([]byte{0x80, 0x01}, uint32(10+len(body))), append(make([]byte, 4), body...)...), nil
+}
+
+// A vTPM that says that it has a PCR 24 is not taken at its word.
+func TestPCR24(t *testing.T) {
+	selection := []byte{0, 0, 0, 1, 0, 0x0b, 4, 0, 0, 0, 1} // of SHA-256: PCR 24
+	capability := append([]byte{0, 0, 0, 0, 5}, selection...)
+	read := append(append(make([]byte, 4), selection...), append([]byte{0, 0, 0, 1, 0, 32}, make([]byte, 32)...)...)
+	if all, err := banks(&said{capability, read}); err == nil {
+		t.Errorf("%v", all)
+	}
+}
+
 func FuzzParseAnswer(f *testing.F) {
 	f.Add([]byte(`{"Error":"text","Code":"busy"}`))
-	f.Add([]byte(`{"Quote":{"Attest":"AAAA","Signature":"AAAA"},"Reading":{"Reader":"vtpm-command","Time":1,"Banks":[{"Algorithm":"sha1","Values":{"0":"AAAA"}}]},"Held":5}`))
+	f.Add([]byte(`{"Quote":{"Attest":"AAAA","Signature":"AAAA"},"Reading":{"Reader":"vtpm-command","Time":1,"Banks":[{"Algorithm":"sha1","Values":["AAAA"]}]},"Held":5}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if a, err := parseAnswer(b); (a == nil) == (err == nil) {
 			t.Fatal(a, err)

@@ -168,11 +168,11 @@ func (l *Layout) Read(parts [][]byte) ([]report.Bank, error) {
 			continue
 		}
 		h := known[s.Hash]
-		values := map[uint][]byte{}
+		var values report.Values
 		for pcr := range uint64(PCRs) {
 			if s.Select>>pcr&1 != 0 {
 				at := l.Banks[i].First - l.first() + pcr*l.Stride
-				values[uint(pcr)] = bytes.Clone(pcrs[at : at+h.size])
+				values[pcr] = bytes.Clone(pcrs[at : at+h.size])
 			}
 		}
 		banks = append(banks, report.Bank{Algorithm: h.name, Values: values})

@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 )
 
 // Bounds of a log.
@@ -167,8 +168,11 @@ func (l *Log) check(line []byte) (e Entry, err error) {
 	if len(line) > MaxLine || bytes.IndexByte(line, '\n') >= 0 {
 		return e, errors.New("it is too long, or no line")
 	}
-	if err := json.Unmarshal(line, &e); err != nil {
-		return e, err
+	e, ok := plain(line)
+	if !ok {
+		if err := json.Unmarshal(line, &e); err != nil {
+			return e, err
+		}
 	}
 	if (e.Event == EventBoot) != (l.Entries == 0) {
 		return e, fmt.Errorf("an entry %.40q is out of place", e.Event)
@@ -234,11 +238,12 @@ func (l *Log) checkStart(s *Start) error {
 
 // ParseDigest reads a SHA-256 digest in lower-case hexadecimal.
 func ParseDigest(s string) (d [sha256.Size]byte, err error) {
-	b, err := hex.DecodeString(s)
-	if err != nil || len(b) != sha256.Size || hex.EncodeToString(b) != s {
-		return d, fmt.Errorf("%.80q is no SHA-256 digest", s)
+	if len(s) == hex.EncodedLen(len(d)) && strings.ToLower(s) == s {
+		if _, err = hex.Decode(d[:], []byte(s)); err == nil {
+			return d, nil
+		}
 	}
-	return [sha256.Size]byte(b), nil
+	return [sha256.Size]byte{}, fmt.Errorf("%.80q is no SHA-256 digest", s)
 }
 
 // Split cuts a log file into its lines. A last line without a newline was cut
