@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"virt-trust/internal/evidence/quote"
 	"virt-trust/internal/evidence/report"
@@ -41,6 +42,10 @@ type round struct {
 	vmLearned   []fleet.Value
 	once        map[[4]string]bool // what is in these two
 	vms         []VM
+	shared      struct { // launchers of the VM before
+		numbers []int
+		files   []Launcher
+	}
 }
 
 // Appraise holds the Evidence of a round against what is known. The Checkpoint
@@ -311,6 +316,9 @@ func settle(reasons []Reason) []Reason {
 }
 
 func storable(s string) string {
+	if utf8.ValidString(s) && strings.IndexByte(s, 0) < 0 {
+		return s
+	}
 	return strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "\uFFFD")
 }
 

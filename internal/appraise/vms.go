@@ -120,18 +120,27 @@ func (r *round) vmStart(v *report.VM, start vmStart, started bool, say sayer) {
 	}
 }
 
+// launchers are the files that a VM was started with. VMs mostly have the same, and
+// then share them.
 func (r *round) launchers(s vmStart) []Launcher {
+	if r.shared.files != nil && slices.Equal(r.shared.numbers, s.Launchers) {
+		return r.shared.files
+	}
 	all := make([]Launcher, 0, len(s.Launchers))
 	for _, n := range s.Launchers {
 		if n >= 1 && n <= len(r.next.Launch.Files) {
-			f := r.next.Launch.Files[n-1]
+			f := &r.next.Launch.Files[n-1]
 			all = append(all, Launcher{Role: storable(f.Role), Path: storable(f.Path), SHA256: f.SHA256, By: storable(f.By)})
 		}
 	}
-	return all
+	r.shared.numbers, r.shared.files = s.Launchers, slices.Clip(all)
+	return r.shared.files
 }
 
 func (r *round) vmLaunchers(s vmStart) (all []Reason) {
+	if len(r.unknown) == 0 {
+		return nil
+	}
 	for _, n := range s.Launchers {
 		if r.unknown[n] {
 			i := n - 1

@@ -1,0 +1,121 @@
+package appraise
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"virt-trust/internal/evidence/quote"
+)
+
+// corpus is what `lab corpus` writes: evidence of a real host, whose VMs have real
+// vTPMs, with the TPM's own quotes.
+type corpus struct {
+	tb   testing.TB
+	dir  string
+	node Node
+}
+
+func openCorpus(tb testing.TB, dir string) *corpus {
+	c := &corpus{tb: tb, dir: dir, node: Node{ID: nodeID}}
+	o, err := quote.ParsePublic(c.file("ak"))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if c.node.AK, err = o.AK(); err != nil {
+		tb.Fatal(err)
+	}
+	c.node.AKName = o.Name
+	return c
+}
+
+func (c *corpus) file(name string) []byte {
+	c.tb.Helper()
+	b, err := os.ReadFile(filepath.Join(c.dir, name))
+	if err != nil {
+		c.tb.Fatal(err)
+	}
+	return b
+}
+
+// input is round "000" or so, of which the evidence may be incremental.
+func (c *corpus) input(round, kind string, before *Checkpoint, now time.Time) Input {
+	policy := DefaultPolicy()
+	policy.Starting = 0 // its VMs were started a moment before
+	return Input{Node: c.node, Nonce: c.file(round + ".nonce"), Evidence: c.file(round + kind), Previous: before, Policy: policy, Now: now}
+}
+
+// learned gives the Reference Values of the corpus, and what the Verifier knows of
+// the host after its first round.
+func (c *corpus) learned(now time.Time) ([]*Values, *Checkpoint) {
+	c.tb.Helper()
+	in := c.input("000", ".cbor", nil, now)
+	in.Learn = true
+	result, next, values := Round(in)
+	if result.Host.Tier != Affirming || len(result.VMs) == 0 {
+		c.tb.Fatalf("%v %v", result.Host.Tier, codesOf(result.Host))
+	}
+	return []*Values{NewValues(values)}, next
+}
+
+// made is when testdata/corpus was.
+var made = time.Date(2026, 11, 26, 4, 37, 0, 0, time.UTC)
+
+// What a host with version 0.3.0 sent is right for every later version.
+func TestCorpus(t *testing.T) {
+	c := openCorpus(t, "testdata/corpus")
+	values, before := c.learned(made)
+	in := c.input("001", ".incremental.cbor", before, made.Add(time.Second))
+	in.Values = values
+	r, _ := Appraise(in)
+	if r.Host.Tier != Affirming || len(r.VMs) != 5 {
+		t.Errorf("%v %v, %d VMs", r.Host.Tier, codesOf(r.Host), len(r.VMs))
+	}
+	for _, v := range r.VMs {
+		if v.Tier != Affirming {
+			t.Errorf("%s: %s %+v", v.UUID, v.Tier, v.Reasons)
+		}
+	}
+	in.Nonce = c.file("000.nonce")
+	if r, _ := Appraise(in); r.Host.Tier != Contraindicated {
+		t.Errorf("with another nonce: %v", r.Host.Tier)
+	}
+}
+
+// BenchmarkCorpus is BenchmarkAppraise over $VIRT_TRUST_CORPUS, a folder that `lab
+// corpus` wrote.
+func BenchmarkCorpus(b *testing.B) {
+	dir := os.Getenv("VIRT_TRUST_CORPUS")
+	if dir == "" {
+		dir = "testdata/corpus"
+	}
+	c := openCorpus(b, dir)
+	now := made
+	if st, err := os.Stat(filepath.Join(dir, "000.nonce")); err == nil && dir != "testdata/corpus" {
+		now = st.ModTime() // close enough to when it was quoted
+	}
+	values, before := c.learned(now)
+	for _, kind := range []string{".cbor", ".incremental.cbor"} {
+		var all []Input
+		for _, path := range glob(b, filepath.Join(dir, "[0-9][0-9][0-9]"+kind)) {
+			in := c.input(filepath.Base(path)[:3], kind, before, now.Add(time.Second))
+			if kind == ".cbor" {
+				in.Previous = nil
+			}
+			in.Values = values
+			all = append(all, in)
+		}
+		b.Run(kind[1:], func(b *testing.B) { ratio(b, all) })
+	}
+}
+
+func glob(tb testing.TB, pattern string) []string {
+	all, err := filepath.Glob(pattern)
+	if err = errors.Join(err, map[bool]error{true: fs.ErrNotExist}[len(all) == 0]); err != nil {
+		tb.Fatalf("%s: %v", pattern, err)
+	}
+	return all
+}
