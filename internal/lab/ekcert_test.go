@@ -98,7 +98,7 @@ func TestEKCertificate(t *testing.T) {
 
 	t.Run("virt-trustd is started anew while a vTPM is made", func(t *testing.T) {
 		h := h.In(t)
-		h.SlowTPM(300 * time.Millisecond) // so that swtpm_setup waits for its certificates
+		h.SlowTPM(150 * time.Millisecond) // so that swtpm_setup waits for its certificates
 		defer h.SlowTPM(0)
 		for how, args := range map[string]string{"restarted": "restart", "killed": "kill -s KILL"} {
 			g := h.NewVM(VM{Name: how, TPM: true, Disk: "qcow2"})
