@@ -420,7 +420,7 @@ func TestRestartWhileAVMRuns(t *testing.T) {
 	h.write(uuidA, key)
 	h.g.Close()
 	h.boot()
-	h.later(2 * time.Minute) // a VM that was started a moment ago may be starting
+	h.later(12 * time.Minute) // a VM that was started a moment ago may be starting
 	if err := h.g.resume(background); err != nil {
 		t.Fatal(err)
 	}
@@ -910,7 +910,7 @@ func TestSweep(t *testing.T) {
 	if r := h.g.peek().Get(uuidA); !r.Open {
 		t.Fatal("a start under way was closed")
 	}
-	h.later(2 * time.Minute)
+	h.later(12 * time.Minute)
 	h.g.sweep(background)
 	if r := h.g.peek().Get(uuidA); r.Open || len(h.g.sessions) != 0 {
 		t.Error("it is still open")
@@ -940,7 +940,7 @@ func TestSweep(t *testing.T) {
 	end()
 	h.reboot()
 	testkit.Must[*liststore.Store](t)(h.g.List(background))
-	h.later(2 * time.Minute)
+	h.later(12 * time.Minute)
 	h.g.sweep(background)
 	if r := h.g.peek().Get(uuidA); r.Open {
 		t.Error("it is still open")

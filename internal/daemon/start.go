@@ -927,7 +927,9 @@ func (g *Guard) resumeOne(ctx context.Context, store *liststore.Store, uuid stri
 // has it load its state, which is after `start` has come and the grant has gone: a
 // lock that nobody has tells nothing until then.
 func (g *Guard) justOpened(r *list.Record) bool {
-	const launch = 30 * time.Second // from `start` to swtpm's lock
+	// From `start` to swtpm's lock: QEMU may have a terabyte to fill before it. A start
+	// that came to nothing stays open for as long, which costs nothing.
+	const launch = 10 * time.Minute
 	return r.BootID == g.bootID && g.now().Before(time.Unix(r.Changed, 0).Add(g.grantLifetime()+launch))
 }
 
