@@ -4,7 +4,9 @@ package testkit
 import (
 	"os"
 	"os/exec"
+	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // Missing ends a test that lacks something: on a laptop it is skipped, in CI,
@@ -65,3 +67,13 @@ func Folder(t testing.TB) string {
 	}
 	return dir
 }
+
+// Clock is the machine's, and ahead of it by what a test has let pass. It is for
+// many goroutines.
+type Clock struct{ ahead atomic.Int64 }
+
+// Now is the time.
+func (c *Clock) Now() time.Time { return time.Now().Add(time.Duration(c.ahead.Load())) }
+
+// Pass lets time pass; a negative one sets the clock back.
+func (c *Clock) Pass(d time.Duration) { c.ahead.Add(int64(d)) }

@@ -628,7 +628,7 @@ func TestResults(t *testing.T) {
 		t.Errorf("%s", k.body)
 	}
 	// The same request, a little later than the result holds.
-	h.clock.pass(2 * time.Minute)
+	h.clock.Pass(2 * time.Minute)
 	c := h.want(200, "", "reader-token", "GET", path, nil, "If-None-Match", b.header.Get("ETag"))
 	if string(c.body) != "k2.none." {
 		t.Errorf("an expired result: %s", c.body)
@@ -654,7 +654,7 @@ func TestResults(t *testing.T) {
 	}
 	// What the first one said last holds no more: the VM was started elsewhere when
 	// its host had died.
-	h.clock.pass(2 * time.Minute)
+	h.clock.Pass(2 * time.Minute)
 	h.round(h.appraised(other, appraise.Affirming, appraise.Affirming), "")
 	if c := h.want(200, "", "reader-token", "GET", "/v1/vms/"+vmID+"/result", nil); string(c.body) != "k2.affirming."+vmID {
 		t.Errorf("on the host that is left: %s", c.body)
@@ -712,7 +712,7 @@ func TestRates(t *testing.T) {
 	h.want(429, TooMany, "guess", "GET", "/v1/me", nil)
 	h.want(429, TooMany, "", "GET", "/healthz", nil)
 	h.want(200, "", "operator-token", "GET", "/v1/me", nil) // whoever says who he is is not taken for the one who guesses
-	h.clock.pass(time.Minute)
+	h.clock.Pass(time.Minute)
 	h.want(200, "", "reader-token", "GET", "/v1/me", nil)
 	h.want(200, "", "", "GET", "/healthz", nil)
 }

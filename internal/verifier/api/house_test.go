@@ -22,6 +22,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"virt-trust/internal/appraise"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/login"
 	"virt-trust/internal/verifier/operate"
@@ -42,25 +43,8 @@ type house struct {
 	router routers.Router
 	ear    *fakeEAR
 	log    *bytes.Buffer
-	clock  *clock
+	clock  *testkit.Clock
 	node   func(*http.Request) (fleet.Node, bool, error)
-}
-
-type clock struct {
-	mu    sync.Mutex
-	ahead time.Duration
-}
-
-func (c *clock) now() time.Time {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return time.Now().Add(c.ahead)
-}
-
-func (c *clock) pass(d time.Duration) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.ahead += d
 }
 
 // fakeEAR stands for package ear: what it signs is told apart by what went in.
@@ -106,14 +90,14 @@ func newHouse(t *testing.T, change ...func(*Config)) *house {
 
 func newHouseOn(t *testing.T, dsn string, change ...func(*Config)) *house {
 	t.Helper()
-	h := &house{t: t, ear: &fakeEAR{key: "k1"}, log: &bytes.Buffer{}, clock: &clock{}}
+	h := &house{t: t, ear: &fakeEAR{key: "k1"}, log: &bytes.Buffer{}, clock: &testkit.Clock{}}
 	var err error
-	h.db, err = store.Open(t.Context(), dsn, store.Options{Now: h.clock.now})
+	h.db, err = store.Open(t.Context(), dsn, store.Options{Now: h.clock.Now})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { h.db.Close() })
-	l := &login.Login{Sessions: h.db, SessionTime: time.Hour, Source: Source, Now: h.clock.now}
+	l := &login.Login{Sessions: h.db, SessionTime: time.Hour, Source: Source, Now: h.clock.Now}
 	for token, a := range people {
 		l.Tokens = append(l.Tokens, login.Token{Actor: a, SHA256: sha256.Sum256([]byte(token))})
 	}
@@ -121,7 +105,7 @@ func newHouseOn(t *testing.T, dsn string, change ...func(*Config)) *house {
 	logger.Out = &locked{w: h.log}
 	log := logrus.NewEntry(logger)
 	guard := webhook.Guard{}
-	sender := &webhook.Sender{Queue: h.db, Client: guard.Client(), Now: h.clock.now, Log: log}
+	sender := &webhook.Sender{Queue: h.db, Client: guard.Client(), Now: h.clock.Now, Log: log}
 	cfg := Config{
 		Store: h.db, Results: func() Results { return h.ear }, Actor: l.Actor,
 		Node: func(r *http.Request) (fleet.Node, bool, error) {
@@ -134,9 +118,9 @@ func newHouseOn(t *testing.T, dsn string, change ...func(*Config)) *house {
 			w.Header().Set("Content-Type", "text/plain")
 			io.WriteString(w, "metrics")
 		}),
-		Version: "test", Requests: 100_000, Others: 100_000, Now: h.clock.now, Log: log,
+		Version: "test", Requests: 100_000, Others: 100_000, Now: h.clock.Now, Log: log,
 		Operate: &operate.Service{
-			Store: h.db, Guard: guard, Deliver: sender.Deliver, Now: h.clock.now,
+			Store: h.db, Guard: guard, Deliver: sender.Deliver, Now: h.clock.Now,
 			Unset: []byte(unsetPolicy),
 		},
 	}
@@ -314,14 +298,14 @@ func (h *house) enrol(id, name string, state fleet.NodeState) {
 	d := sha256.Sum256([]byte(id))
 	n := fleet.Node{
 		ID: id, Name: name, State: state, EKDigest: fmt.Sprintf("%x", d), AKName: d[:], AK: []byte("ak " + id), BindName: d[:], Bind: []byte("bind"), Certifier: []byte("certifier"),
-		EKTrust: "", Enrolled: h.clock.now(),
+		EKTrust: "", Enrolled: h.clock.Now(),
 	}
 	h.do(func(tx *store.Tx) error { return tx.PutNode(context.Background(), n) })
 }
 
 // appraised is a result of the node with one VM.
 func (h *house) appraised(node string, host, vm appraise.Tier, reasons ...appraise.Reason) *appraise.Result {
-	now := h.clock.now()
+	now := h.clock.Now()
 	r := &appraise.Result{
 		Node: node, Received: now, Expires: now.Add(time.Minute), BootID: "boot", Kernel: "6.1",
 		Host: appraise.Appraisal{Tier: host, Reasons: reasons},
@@ -337,7 +321,7 @@ func (h *house) appraised(node string, host, vm appraise.Tier, reasons ...apprai
 func (h *house) round(r *appraise.Result, evidence string) int64 {
 	h.t.Helper()
 	nonce := []byte(fmt.Sprintf("nonce-%d-of-32-bytes-and-no-more--", time.Now().UnixNano()))[:32]
-	if _, err := h.db.IssueNonce(context.Background(), r.Node, nonce, h.clock.now().Add(time.Minute)); err != nil {
+	if _, err := h.db.IssueNonce(context.Background(), r.Node, nonce, h.clock.Now().Add(time.Minute)); err != nil {
 		h.t.Fatal(err)
 	}
 	id, err := h.db.CompleteRound(context.Background(), store.Completion{Node: r.Node, Nonce: nonce, Result: r, Evidence: []byte(evidence)})

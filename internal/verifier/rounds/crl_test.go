@@ -23,7 +23,7 @@ func (m *member) given() (node, certifier *x509.Certificate) {
 	m.b.t.Helper()
 	n := testkit.Must[fleet.Node](m.b.t)(m.b.store.Node(m.b.t.Context(), m.id))
 	id := ca.Identity{Node: n.ID, Name: n.Name, EK: make([]byte, 32), AK: n.AKName, Bind: n.BindName}
-	node = testkit.Must[*x509.Certificate](m.b.t)(m.b.ca.Node(id, spkiOf(m.b.t), m.b.clock.now()))
+	node = testkit.Must[*x509.Certificate](m.b.t)(m.b.ca.Node(id, spkiOf(m.b.t), m.b.clock.Now()))
 	given := []store.Certificate{{Serial: ca.Serial(node), Node: n.ID, Expires: node.NotAfter}}
 	certifier, fresh, err := m.b.h.certifier(m.b.t.Context(), n, id)
 	if err != nil {
@@ -92,7 +92,7 @@ func TestCRL(t *testing.T) {
 	if len(first.RevokedCertificateEntries) != 0 || r.Header.Get("Content-Type") != "application/pkix-crl" || !strings.Contains(r.Header.Get("Cache-Control"), "max-age") {
 		t.Errorf("%+v %v", first, r.Header)
 	}
-	if left := first.NextUpdate.Sub(b.clock.now()); left < 12*time.Hour || left > ca.CRLLifetime {
+	if left := first.NextUpdate.Sub(b.clock.Now()); left < 12*time.Hour || left > ca.CRLLifetime {
 		t.Errorf("good for %s", left)
 	}
 	for _, c := range []*x509.Certificate{node, certifier} {
@@ -104,7 +104,7 @@ func TestCRL(t *testing.T) {
 		t.Error("a new list for nothing")
 	}
 	a.change(func(n *fleet.Node) { n.State = fleet.Revoked })
-	b.clock.jump(crlLook)
+	b.clock.Pass(crlLook)
 	second, _ := b.crl()
 	if len(second.RevokedCertificateEntries) != 3 || second.Number.Cmp(first.Number) <= 0 {
 		t.Errorf("%d in list %d after %d", len(second.RevokedCertificateEntries), second.Number, first.Number)
@@ -122,7 +122,7 @@ func TestCRL(t *testing.T) {
 	if l, _ := b.replica().crl(); l.Number.Cmp(second.Number) != 0 {
 		t.Errorf("another replica: list %d, not %d", l.Number, second.Number)
 	}
-	b.clock.jump(crlAge)
+	b.clock.Pass(crlAge)
 	if l, _ := b.crl(); l.Number.Cmp(second.Number) <= 0 {
 		t.Errorf("after %s: list %d", crlAge, l.Number)
 	}

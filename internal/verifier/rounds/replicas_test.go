@@ -62,7 +62,7 @@ func TestReplicas(t *testing.T) {
 		t.Errorf("%+v", o)
 	}
 	b.do(func(ctx context.Context, tx *store.Tx) error {
-		_, err := tx.AddHook(ctx, fleet.Hook{URL: "https://hook.example", Secret: make([]byte, 32), Created: b.clock.now()})
+		_, err := tx.AddHook(ctx, fleet.Hook{URL: "https://hook.example", Secret: make([]byte, 32), Created: b.clock.Now()})
 		return err
 	})
 	if o := m.round(forge.Options{}); o.Tier != appraise.Warning {
@@ -80,7 +80,7 @@ func TestCheckpointLost(t *testing.T) {
 	m.round(forge.Options{})
 	for name, checkpoint := range map[string][]byte{"gone": nil, "damaged": []byte("damaged")} {
 		r := m.next()
-		now := b.clock.now()
+		now := b.clock.Now()
 		b.do(func(ctx context.Context, tx *store.Tx) error {
 			_, err := tx.CompleteRound(ctx, store.Completion{Node: m.id, Nonce: r.Nonce, Checkpoint: checkpoint, Result: &appraise.Result{Node: m.id, Received: now, Expires: now.Add(time.Minute)}})
 			return err
@@ -125,14 +125,14 @@ func TestNotLearned(t *testing.T) {
 func TestOlderStore(t *testing.T) {
 	b := newBench(t, nil)
 	m := b.join("host-a", b.newHost("one"))
-	m.certified(b.clock.now()) // the newest: all is well
+	m.certified(b.clock.Now()) // the newest: all is well
 	if o := m.round(forge.Options{}); o.Tier != appraise.Affirming {
 		t.Fatalf("%+v", o)
 	}
-	m.certified(b.clock.now().Add(-time.Hour))
+	m.certified(b.clock.Now().Add(-time.Hour))
 	m.host.Start(m.host.AddVM("two"), bootLog(t, "sd"), m.host.VMs[0].Used...)
 	m.host.Tick(5 * time.Minute)
-	b.clock.jump(5 * time.Minute)
+	b.clock.Pass(5 * time.Minute)
 	for range 2 {
 		m.round(forge.Options{})
 		if v := m.vm("two"); v.Tier != appraise.None || !hasCode(v.Reasons, appraise.CodeVMNoValues) {

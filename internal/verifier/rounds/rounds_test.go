@@ -29,7 +29,7 @@ import (
 func TestRounds(t *testing.T) {
 	b := newBench(t, nil)
 	b.do(func(ctx context.Context, tx *store.Tx) error {
-		_, err := tx.AddHook(ctx, fleet.Hook{URL: "https://hook.example", Secret: make([]byte, 32), Created: b.clock.now()})
+		_, err := tx.AddHook(ctx, fleet.Hook{URL: "https://hook.example", Secret: make([]byte, 32), Created: b.clock.Now()})
 		return err
 	})
 	m := b.join("host-a", b.newHost("one", "two"))
@@ -108,12 +108,12 @@ func TestEvidenceAttacks(t *testing.T) {
 	// Delayed: the nonce has had its time.
 	r = a.next()
 	late := a.evidence(r, forge.Options{})
-	b.clock.jump(10 * time.Minute)
+	b.clock.Pass(10 * time.Minute)
 	b.want("delayed", a.send(late), http.StatusConflict, ca.NonceBad)
 	if got := a.result(); got.Host.Tier != appraise.None {
 		t.Errorf("a result outlives its time: %+v", got)
 	}
-	b.clock.jump(-10 * time.Minute)
+	b.clock.Pass(-10 * time.Minute)
 
 	// Two at once: no more than one of them is a round.
 	r = a.next()
@@ -340,7 +340,7 @@ func TestVMRunsTwice(t *testing.T) {
 	// And now it really does.
 	one.Start(one.VMs[0], bootLog(t, "sd"), one.VMs[0].Used...)
 	one.Tick(5 * time.Minute)
-	b.clock.jump(5 * time.Minute)
+	b.clock.Pass(5 * time.Minute)
 	for range 3 {
 		a.round(forge.Options{})
 		c.round(forge.Options{})
@@ -387,7 +387,7 @@ func TestVMElsewhere(t *testing.T) {
 	n := two.Launchers([3]string{"emulator", "/usr/bin/qemu-system-x86_64", "qemu"})
 	two.Start(squat, bootLog(t, "sd"), n...)
 	two.Tick(5 * time.Minute)
-	b.clock.jump(5 * time.Minute)
+	b.clock.Pass(5 * time.Minute)
 	for range 3 {
 		c.round(forge.Options{})
 		a.round(forge.Options{})
@@ -412,7 +412,7 @@ func TestVMElsewhere(t *testing.T) {
 	two.VMs = append(two.VMs, squat)
 	two.Start(squat, bootLog(t, "sd"), n...)
 	two.Tick(5 * time.Minute)
-	b.clock.jump(5 * time.Minute)
+	b.clock.Pass(5 * time.Minute)
 	c.round(forge.Options{})
 	if v := c.vm("mine"); v.Tier != appraise.Warning || !hasCode(v.Reasons, CodeMoved) {
 		t.Errorf("%+v", v.Appraisal)
@@ -523,7 +523,7 @@ func TestOneAddress(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.do(func(ctx context.Context, tx *store.Tx) error {
-		return tx.AddToken(ctx, fleet.JoinToken{Digest: digest, Expires: b.clock.now().Add(time.Hour)})
+		return tx.AddToken(ctx, fleet.JoinToken{Digest: digest, Expires: b.clock.Now().Add(time.Hour)})
 	})
 	bytes, _, err := ca.ParseToken(secret)
 	if err != nil {

@@ -43,24 +43,6 @@ func bootLog(t testing.TB, name string) []byte {
 	return testkit.Must[[]byte](t)(os.ReadFile("../../evidence/eventlog/testdata/" + name + ".bin"))
 }
 
-// clock is the Verifier's, which jumps where a test says so.
-type clock struct {
-	mu   sync.Mutex
-	skew time.Duration
-}
-
-func (c *clock) now() time.Time {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return time.Now().Add(c.skew)
-}
-
-func (c *clock) jump(d time.Duration) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.skew += d
-}
-
 // bench is a Verifier: real store, real TLS, one CA.
 type bench struct {
 	t       testing.TB
@@ -70,7 +52,7 @@ type bench struct {
 	h       *Handler
 	server  *http.Server
 	address string
-	clock   clock
+	clock   testkit.Clock
 	policy  *appraise.Policy
 	options func(*Options)
 	open    int // challenges that one may have open; 0: 1000
@@ -88,14 +70,14 @@ func newBench(t testing.TB, options func(*Options)) *bench {
 
 func (b *bench) start() {
 	b.t.Helper()
-	b.store = testkit.Must[*store.Store](b.t)(store.Open(context.Background(), b.dsn, store.Options{Now: b.clock.now, Challenge: store.ChallengeLimits{PerSource: cmp.Or(b.open, 1000), Total: 10_000}}))
+	b.store = testkit.Must[*store.Store](b.t)(store.Open(context.Background(), b.dsn, store.Options{Now: b.clock.Now, Challenge: store.ChallengeLimits{PerSource: cmp.Or(b.open, 1000), Total: 10_000}}))
 	l := logrus.New()
 	l.Out = io.Discard
 	if testing.Verbose() {
 		l.Out = os.Stderr
 	}
 	o := Options{
-		Store: b.store, CA: b.ca, Manufacturers: testkit.Must[*ca.Manufacturers](b.t)(ca.NewManufacturers(nil)), Log: logrus.NewEntry(l), Now: b.clock.now, Anonymous: 100_000,
+		Store: b.store, CA: b.ca, Manufacturers: testkit.Must[*ca.Manufacturers](b.t)(ca.NewManufacturers(nil)), Log: logrus.NewEntry(l), Now: b.clock.Now, Anonymous: 100_000,
 		Policy: func(context.Context) (Policy, error) { return Policy{Appraisal: b.policy, Learn: true}, nil },
 	}
 	if b.options != nil {
@@ -161,7 +143,7 @@ func (b *bench) join(name string, host *forge.Host) *member {
 	ek := sha256.Sum256([]byte("EK of host " + name))
 	n := fleet.Node{
 		ID: id, Name: name, State: fleet.Active, EKDigest: hex.EncodeToString(ek[:]), EKTrust: "manufacturer",
-		AK: host.TPM.AK(), AKName: host.TPM.AKName(), BindName: host.TPM.AKName(), Bind: firstBind()[:64], Certifier: certifierArea(b.t), Enrolled: b.clock.now(), Learns: true,
+		AK: host.TPM.AK(), AKName: host.TPM.AKName(), BindName: host.TPM.AKName(), Bind: firstBind()[:64], Certifier: certifierArea(b.t), Enrolled: b.clock.Now(), Learns: true,
 	}
 	b.do(func(ctx context.Context, tx *store.Tx) error { return tx.PutNode(ctx, n) })
 	key := testkit.Must[*ecdsa.PrivateKey](b.t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
@@ -174,14 +156,14 @@ func (b *bench) join(name string, host *forge.Host) *member {
 
 // newHost is a host with VMs of these names that run.
 func (b *bench) newHost(vms ...string) *forge.Host {
-	h := forge.NewHost("sha256", bootLog(b.t, "uki"), b.clock.now().Add(-10*time.Minute))
+	h := forge.NewHost("sha256", bootLog(b.t, "uki"), b.clock.Now().Add(-10*time.Minute))
 	h.MeasureMany(20)
 	n := h.Launchers([3]string{"emulator", "/usr/bin/qemu-system-x86_64", "qemu"}, [3]string{"swtpm", "/usr/bin/swtpm", "swtpm"})
 	for _, name := range vms {
 		h.Start(h.AddVM(name), bootLog(b.t, "sd"), n...)
 	}
 	h.Tick(5 * time.Minute)
-	h.Now = b.clock.now()
+	h.Now = b.clock.Now()
 	return h
 }
 
@@ -226,7 +208,7 @@ func (m *member) next() *nodeapi.Round {
 
 func (m *member) evidence(r *nodeapi.Round, o forge.Options) []byte {
 	o.HaveBoot, o.Have = r.HaveBoot, r.Have
-	m.host.Now = m.b.clock.now()
+	m.host.Now = m.b.clock.Now()
 	m.host.TPM.Clock += 1000
 	return m.host.Evidence(r.Nonce, o)
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"virt-trust/internal/appraise"
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/fleet"
 	"virt-trust/internal/verifier/store"
 	"virt-trust/internal/verifier/store/storetest"
@@ -198,28 +199,15 @@ func (r *receiver) answers(f func(http.ResponseWriter, *http.Request)) {
 
 // desk is a store with a clock, and senders over it.
 type desk struct {
-	t     *testing.T
-	db    *store.Store
-	mu    sync.Mutex
-	ahead time.Duration
-}
-
-func (d *desk) now() time.Time {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return time.Now().Add(d.ahead)
-}
-
-func (d *desk) pass(by time.Duration) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.ahead += by
+	t  *testing.T
+	db *store.Store
+	testkit.Clock
 }
 
 func newDesk(t *testing.T) *desk {
 	d := &desk{t: t}
 	var err error
-	if d.db, err = store.Open(t.Context(), storetest.SQLite(t), store.Options{Now: d.now}); err != nil {
+	if d.db, err = store.Open(t.Context(), storetest.SQLite(t), store.Options{Now: d.Now}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { d.db.Close() })
@@ -229,7 +217,7 @@ func newDesk(t *testing.T) *desk {
 func (d *desk) hook(url string, secret []byte, events ...string) (id int64) {
 	d.t.Helper()
 	err := d.db.Do(context.Background(), func(tx *store.Tx) (err error) {
-		id, err = tx.AddHook(context.Background(), fleet.Hook{URL: url, Secret: secret, Events: events, Created: d.now()})
+		id, err = tx.AddHook(context.Background(), fleet.Hook{URL: url, Secret: secret, Events: events, Created: d.Now()})
 		return err
 	})
 	if err != nil {
@@ -241,7 +229,7 @@ func (d *desk) hook(url string, secret []byte, events ...string) (id int64) {
 func (d *desk) queue(event string, data any) {
 	d.t.Helper()
 	if err := d.db.Do(context.Background(), func(tx *store.Tx) error {
-		return Queue(context.Background(), tx, Event{event, d.now(), data})
+		return Queue(context.Background(), tx, Event{event, d.Now(), data})
 	}); err != nil {
 		d.t.Fatal(err)
 	}
@@ -251,7 +239,7 @@ func (d *desk) sender() *Sender {
 	log := logrus.New()
 	log.Out = io.Discard
 	g := Guard{AllowHTTP: true, Allow: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}}
-	return &Sender{Queue: d.db, Client: g.Client(), Now: d.now, Log: logrus.NewEntry(log)}
+	return &Sender{Queue: d.db, Client: g.Client(), Now: d.Now, Log: logrus.NewEntry(log)}
 }
 
 func (d *desk) waiting() (waiting, dead int) {
@@ -291,13 +279,13 @@ func TestDelivery(t *testing.T) {
 	release := make(chan struct{})
 	r.answers(func(http.ResponseWriter, *http.Request) { <-release })
 	s.Client.Timeout = 200 * time.Millisecond
-	d.pass(2 * time.Hour)
+	d.Pass(2 * time.Hour)
 	if n, err := s.once(t.Context()); n != 1 || err != nil {
 		t.Fatal(n, err)
 	}
 	close(release)
 	r.answers(nil)
-	d.pass(4 * time.Hour)
+	d.Pass(4 * time.Hour)
 	if n, err := s.once(t.Context()); n != 1 || err != nil {
 		t.Fatal(n, err)
 	}
@@ -331,7 +319,7 @@ func TestGivenUp(t *testing.T) {
 			t.Fatal(err)
 		}
 		attempts += n
-		d.pass(12 * time.Hour)
+		d.Pass(12 * time.Hour)
 	}
 	if waiting, dead := d.waiting(); attempts != store.MaxAttempts || waiting != 0 || dead != 1 {
 		t.Errorf("%d attempts; %d wait, %d were given up", attempts, waiting, dead)
