@@ -4,7 +4,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -171,30 +170,5 @@ func TestEKCertificate(t *testing.T) {
 		}
 		unseals(t, g)
 		g.Destroy()
-	})
-
-	t.Run("first starts", func(t *testing.T) {
-		h := h.In(t)
-		const runs = 9
-		took := map[bool][]time.Duration{}
-		for i := range 2 * (runs + 1) { // the first pair warms up
-			ours := i%2 == 0
-			attestation(h, fmt.Sprintf("ek_certificates = %t", ours))
-			g := h.NewVM(VM{Name: fmt.Sprint("first", i), TPM: true, Disk: "qcow2"})
-			begin := time.Now()
-			if r := g.TryStart(); r.Code != 0 {
-				t.Fatal(r.Stderr)
-			}
-			if i > 1 {
-				took[ours] = append(took[ours], time.Since(begin))
-			}
-			g.Destroy()
-		}
-		// What else the machine does adds to each, and takes from none.
-		ours, theirs := slices.Min(took[true]), slices.Min(took[false])
-		t.Logf("figures: first virsh start of a VM, best of %d: %s with the certifier, %s with swtpm_localca", runs, ours.Round(time.Millisecond), theirs.Round(time.Millisecond))
-		if ours > theirs*11/10 {
-			t.Errorf("a first start takes %s, and %s with swtpm_localca", ours, theirs)
-		}
 	})
 }

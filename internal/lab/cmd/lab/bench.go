@@ -57,10 +57,42 @@ func bench(s *session, args []string) {
 	starts("VM with a vTPM", guarded)
 	starts("VM without a vTPM", vm("none", false))
 
+	firstStarts(s, hosts)
 	slowTPM(s, hosts, guarded)
 	hookTime(b)
 	stepTimes(b)
 	memory(s, b, *vms)
+}
+
+// firstStarts measures starts that make the vTPM, with its certificates by
+// swtpm_localca and by the host's TPM.
+func firstStarts(s *session, hosts [2]*lab.Host) {
+	const runs = 9
+	configure := func(ours bool) {
+		hosts[1].Shell(fmt.Sprintf(`sed -i '/^\[attestation\]/,$d' /etc/virt-trust/virt-trustd.toml; printf '[attestation]\nek_certificates = %t\n' >>/etc/virt-trust/virt-trustd.toml; systemctl restart virt-trustd`, ours))
+	}
+	kinds := []string{"plain", "guarded, swtpm_localca", "guarded, the host's TPM"}
+	took := make([][]time.Duration, len(kinds))
+	for i := range runs {
+		for k := range kinds {
+			h := hosts[min(k, 1)]
+			if k > 0 {
+				configure(k == 2)
+			}
+			g := h.NewVM(lab.VM{Name: fmt.Sprintf("first-%d-%d", i, k), TPM: true, Disk: "qcow2"})
+			r := h.Run("virsh", "start", "--paused", g.Name)
+			if r.Code != 0 {
+				s.Fatalf("virsh start %s: %s", g.Name, r.Stderr)
+			}
+			took[k] = append(took[k], r.Took)
+			h.Must("virsh", "destroy", g.Name)
+		}
+	}
+	fmt.Printf("\nmedian of %d first starts:", runs)
+	for k, name := range kinds {
+		fmt.Printf(" %s %.0f ms,", name, ms(median(took[k])))
+	}
+	fmt.Printf(" ratios %.2f and %.2f\n", median(took[1]).Seconds()/median(took[0]).Seconds(), median(took[2]).Seconds()/median(took[0]).Seconds())
 }
 
 // alternate starts and destroys one VM on the one and one on the other host,
