@@ -158,6 +158,10 @@ func (p places) take(ctx context.Context, patience time.Duration) error {
 	defer t.Stop()
 	select {
 	case p <- struct{}{}:
+		if err := ctx.Err(); err != nil { // both came at once
+			p.give()
+			return err
+		}
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
