@@ -258,7 +258,7 @@ func TestPCRsMigrate(t *testing.T) {
 	g := a.NewVM(VM{Name: "mover", TPM: true, Disk: "qcow2", Shared: true})
 	g.Start()
 	from := samePCRs(t, g, "sha256")
-	underLoad(t, g, from, 8, 400, "-pause", "10ms")
+	underLoad(t, g, from, 24, 400, "-pause", "5ms")
 	before := words(readOne(t, g))
 	if r := g.Migrate(b); r.Code != 0 {
 		t.Fatalf("migrate: %s", r.Stderr)
@@ -267,7 +267,7 @@ func TestPCRsMigrate(t *testing.T) {
 	if after := words(readOne(t, there)); after != before {
 		t.Errorf("before %s\nafter %s", before, after)
 	}
-	underLoad(t, there, samePCRs(t, there, "sha256"), 8, 400, "-pause", "10ms")
+	underLoad(t, there, samePCRs(t, there, "sha256"), 24, 400, "-pause", "5ms")
 }
 
 // unitOf puts virt-trustd's unit, and nothing else of the package, onto a host.
