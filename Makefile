@@ -156,7 +156,7 @@ bench: deb
 
 bench-verifier: build
 	internal/lab/install-packages.sh
-	$(GO) test -count=1 -run '^$$' -bench 'Appraise' ./internal/appraise
+	$(GO) test -count=1 -run '^$$' -bench 'Appraise|Corpus' ./internal/appraise
 	$(GO) test -count=1 -run '^$$' -bench 'Round' ./internal/verifier/store
 	$(GO) test -count=1 -timeout 60m -run '^$$' -bench 'Fleet' ./internal/verifier/page
 	$(GO) build -o bin/fleet ./internal/lab/cmd/fleet
