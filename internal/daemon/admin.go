@@ -70,12 +70,12 @@ func (g *Guard) off(ctx context.Context, d libvirt.Domain, f *domain.Facts) erro
 	return g.rest(ctx, store, r, d.ManagedSave)
 }
 
-// starting reports whether a launch grant of the VM is open.
+// starting reports whether a launch grant of the VM is open; of any VM, for "".
 func (g *Guard) starting(uuid string) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for _, gr := range g.grants {
-		if gr.uuid == uuid && g.now().Before(gr.expires) {
+		if (uuid == "" || gr.uuid == uuid) && g.now().Before(gr.expires) {
 			return true
 		}
 	}

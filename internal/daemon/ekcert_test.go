@@ -70,11 +70,7 @@ func openFactory(t testing.TB, change ...func(*config.Config)) *factory {
 	for _, c := range change {
 		c(&o.g.cfg)
 	}
-	dir, err := os.MkdirTemp("", "ek") // where another user gets
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := testkit.Folder(t)
 	o.g.launch.ek = &ek.Reader{Dir: dir, UID: os.Getuid(), GID: os.Getgid()}
 	o.g.launch.measurer, o.g.launch.packages = &measure.Measurer{}, pkgdb.DB{Dpkg: filepath.Join(o.root, "dpkg")}
 	os.Symlink(filepath.Join(o.programs, "wrapper"), filepath.Join(o.programs, "bin", "swtpm_setup"))

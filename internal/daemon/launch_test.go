@@ -410,11 +410,7 @@ func TestLauncherManifest(t *testing.T) {
 // TestEK notes the endorsement key once, in record and log.
 func TestEK(t *testing.T) {
 	c := newChain(t)
-	dir, err := os.MkdirTemp("", "ek") // where another user gets
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := testkit.Folder(t)
 	c.g.launch.ek = &ek.Reader{Dir: dir, UID: os.Getuid(), GID: os.Getgid()}
 	c.starts()
 	d := c.g.peek().Get(uuidA).EKDigest

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -266,16 +267,7 @@ func (g *Guard) sweep(ctx context.Context) {
 		return
 	}
 	g.mu.Lock()
-	var stale []string
-	for id, s := range g.sessions {
-		waiting := false
-		for _, gr := range g.grants {
-			waiting = waiting || (gr.uuid == id && g.now().Before(gr.expires))
-		}
-		if !waiting {
-			stale = append(stale, s.uuid)
-		}
-	}
+	sessions := slices.Collect(maps.Keys(g.sessions))
 	unwatched := []*list.Record{}
 	for _, r := range store.All() {
 		if r.Open && g.sessions[r.UUID] == nil {
@@ -288,9 +280,12 @@ func (g *Guard) sweep(ctx context.Context) {
 			g.log.WithField(journal.VM, r.UUID).WithError(err).Warn("taking up a running VM")
 		}
 	}
-	for _, id := range stale {
+	for _, id := range sessions {
 		func() {
 			defer g.lock(id)()
+			if g.starting(id) {
+				return
+			}
 			r := store.Get(id)
 			if r == nil || !r.Open {
 				g.endSession(id)

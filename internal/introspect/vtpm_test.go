@@ -21,15 +21,7 @@ import (
 // config is that of a Memory with a folder of its own.
 func config(t testing.TB) Config {
 	t.Helper()
-	c := Config{Swtpm: testkit.Need(t, "swtpm"), UID: os.Getuid(), GID: os.Getgid()}
-	var err error
-	if c.Dir, err = os.MkdirTemp("", "introspect"); err != nil { // whose name another user can pass
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(c.Dir) })
-	if err := os.Chmod(c.Dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	c := Config{Swtpm: testkit.Need(t, "swtpm"), Dir: testkit.Folder(t), UID: os.Getuid(), GID: os.Getgid()}
 	if u, err := user.Lookup("tss"); err == nil && os.Geteuid() == 0 {
 		c.UID, _ = strconv.Atoi(u.Uid)
 		c.GID, _ = strconv.Atoi(u.Gid)

@@ -53,8 +53,8 @@ func Must[T any](t testing.TB) func(T, error) T {
 	}
 }
 
-// Folder is a temporary folder that every user may enter, with a name short enough
-// for a socket's path.
+// Folder is a temporary folder that every user may enter, with a name that is short
+// enough for a socket's path and has nothing in it that an option could not take.
 func Folder(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "vt-")

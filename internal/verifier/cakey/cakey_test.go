@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"virt-trust/internal/testkit"
 	"virt-trust/internal/verifier/ca"
 )
 
@@ -103,11 +104,7 @@ func TestFile(t *testing.T) {
 
 // A signer that is away, or speaks nonsense, is an error, and never a certificate.
 func TestSignerThatIsNone(t *testing.T) {
-	dir, err := os.MkdirTemp("", "vtk")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
+	dir := testkit.Folder(t)
 	cert := filepath.Join(dir, "ca.pem")
 	if err := Init(cert, filepath.Join(dir, "key.pem"), "test", time.Now()); err != nil {
 		t.Fatal(err)

@@ -60,8 +60,7 @@ func options(t *testing.T, device string, words io.Writer) Options {
 func serve(t *testing.T, o Options) string {
 	t.Helper()
 	s := testkit.Must[*Server](t)(Open(o))
-	dir := testkit.Must[string](t)(os.MkdirTemp("", "vts"))
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := testkit.Folder(t)
 	sock := filepath.Join(dir, "signer")
 	l := testkit.Must[net.Listener](t)(net.Listen("unix", sock))
 	ctx, cancel := context.WithCancel(context.Background())
@@ -169,9 +168,7 @@ func TestSignerPeers(t *testing.T) {
 	o := options(t, "", &words)
 	o.UID = 1
 	s := newServer(cert, k, o)
-	dir := testkit.Must[string](t)(os.MkdirTemp("", "vts"))
-	defer os.RemoveAll(dir)
-	os.Chmod(dir, 0o755)
+	dir := testkit.Folder(t)
 	sock := filepath.Join(dir, "s")
 	l := testkit.Must[net.Listener](t)(net.Listen("unix", sock))
 	os.Chmod(sock, 0o777)

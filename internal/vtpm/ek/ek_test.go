@@ -35,15 +35,7 @@ func (r Reader) Digest(ctx context.Context, name string, state, stateKey []byte)
 
 func reader(t testing.TB) Reader {
 	t.Helper()
-	r := Reader{Swtpm: testkit.Need(t, "swtpm"), UID: os.Getuid(), GID: os.Getgid()}
-	var err error
-	if r.Dir, err = os.MkdirTemp("", "ek"); err != nil { // whose name another user can pass
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(r.Dir) })
-	if err := os.Chmod(r.Dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	r := Reader{Swtpm: testkit.Need(t, "swtpm"), Dir: testkit.Folder(t), UID: os.Getuid(), GID: os.Getgid()}
 	if u, err := user.Lookup("tss"); err == nil && os.Geteuid() == 0 {
 		r.UID, _ = strconv.Atoi(u.Uid)
 		r.GID, _ = strconv.Atoi(u.Gid)

@@ -22,7 +22,7 @@ import (
 
 func TestRemove(t *testing.T) {
 	testkit.Need(t, "qemu-img", "qemu-io")
-	path := image{}.make(t, tempDir(t))
+	path := image{}.make(t, testkit.Folder(t))
 	yes := func([]byte) bool { return true }
 	if err := RemoveLabel(path, yes); !errors.Is(err, ErrNoLabel) {
 		t.Errorf("no label: %v", err)
@@ -70,7 +70,7 @@ func TestHasRoom(t *testing.T) {
 
 func TestFileKeepsOwnerAndMode(t *testing.T) {
 	testkit.Need(t, "qemu-img", "qemu-io")
-	dir := tempDir(t)
+	dir := testkit.Folder(t)
 	path := image{}.make(t, dir)
 	if err := os.Chmod(path, 0o640); err != nil {
 		t.Fatal(err)
@@ -180,7 +180,7 @@ func holding(t *testing.T, args ...string) (stop func()) {
 
 func TestInUse(t *testing.T) {
 	testkit.Need(t, "qemu-img", "qemu-io", "qemu-nbd")
-	dir := tempDir(t)
+	dir := testkit.Folder(t)
 	path := image{}.make(t, dir)
 	over := filepath.Join(dir, "over.qcow2")
 	run(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", path, "-F", "qcow2", over)
@@ -238,7 +238,7 @@ func TestInUse(t *testing.T) {
 // While a label is written no QEMU may open the image.
 func TestLockKeepsOthersOut(t *testing.T) {
 	testkit.Need(t, "qemu-img", "qemu-io")
-	path := image{}.make(t, tempDir(t))
+	path := image{}.make(t, testkit.Folder(t))
 	f, err := open(path, os.O_RDWR)
 	if err != nil {
 		t.Fatal(err)
@@ -272,7 +272,7 @@ func TestLockKeepsOthersOut(t *testing.T) {
 // holds the image too, and would hold the locks.
 func TestLockEndsAtOnce(t *testing.T) {
 	testkit.Need(t, "qemu-img", "qemu-io")
-	path := image{}.make(t, tempDir(t))
+	path := image{}.make(t, testkit.Folder(t))
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	for range 2 {
@@ -297,7 +297,7 @@ func TestQEMURuns(t *testing.T) {
 		t.Run(compat, func(t *testing.T) {
 			t.Parallel()
 			i := image{create: []string{"-o", "compat=" + compat}}
-			path := i.make(t, tempDir(t))
+			path := i.make(t, testkit.Folder(t))
 			one := payload(t, 1)
 			if err := WriteLabel(path, one); err != nil {
 				t.Fatal(err)
@@ -352,7 +352,7 @@ func TestPowerCuts(t *testing.T) {
 	} {
 		t.Run(i.name, func(t *testing.T) {
 			t.Parallel()
-			dir := tempDir(t)
+			dir := testkit.Folder(t)
 			path := i.make(t, dir)
 			original := filepath.Join(dir, "original")
 			copyFile(t, path, original)
@@ -416,7 +416,7 @@ func withoutSize(info string) string {
 
 func TestBlockDevice(t *testing.T) {
 	testkit.Need(t, "qemu-img", "qemu-io", "losetup")
-	dir := tempDir(t)
+	dir := testkit.Folder(t)
 	path := image{}.make(t, dir)
 	out, err := command(t, "losetup", "--find", "--show", path).Output()
 	if err != nil {

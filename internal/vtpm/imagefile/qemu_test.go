@@ -210,7 +210,7 @@ func TestMatrix(t *testing.T) {
 		}
 		t.Run(i.name, func(t *testing.T) {
 			t.Parallel()
-			dir := tempDir(t)
+			dir := testkit.Folder(t)
 			path := i.make(t, dir)
 			original := filepath.Join(dir, "original")
 			copyFile(t, path, original)
@@ -371,18 +371,6 @@ func header(t *testing.T, path string) *qcow2.Header {
 		t.Fatal(err)
 	}
 	return h
-}
-
-// tempDir is a folder without a comma in its name, which qemu-img's options
-// could not take.
-func tempDir(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "imagefile")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
 }
 
 func copyFile(t *testing.T, from, to string) {
