@@ -283,9 +283,6 @@ func (g *Guard) sweep(ctx context.Context) {
 	for _, id := range sessions {
 		func() {
 			defer g.lock(id)()
-			if g.starting(id) {
-				return
-			}
 			r := store.Get(id)
 			if r == nil || !r.Open {
 				g.endSession(id)

@@ -923,9 +923,10 @@ func (g *Guard) resumeOne(ctx context.Context, store *liststore.Store, uuid stri
 	return nil
 }
 
-// justOpened reports whether a VM may be starting. swtpm takes the lock when QEMU
-// has it load its state, which is after `start` has come and the grant has gone: a
-// lock that nobody has tells nothing until then.
+// justOpened reports whether a VM may be starting: for as long as its grant is good,
+// and longer. swtpm takes the lock when QEMU has it load its state, which is after
+// `start` has come and the grant has gone: a lock that nobody has tells nothing until
+// then.
 func (g *Guard) justOpened(r *list.Record) bool {
 	// From `start` to swtpm's lock: QEMU may have a terabyte to fill before it. A start
 	// that came to nothing stays open for as long, which costs nothing.
