@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"virt-trust/internal/platform/poll"
+
 	"github.com/godbus/dbus/v5"
 	"golang.org/x/sys/unix"
 )
@@ -52,8 +54,7 @@ func identify(ctx context.Context, conn *dbus.Conn, sender string) (*caller, err
 		return nil, err
 	}
 	if pidfd >= 0 {
-		p := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
-		if n, err := unix.Poll(p, 0); err != nil || n != 0 {
+		if n, err := poll.Now(unix.PollFd{Fd: int32(pidfd), Events: unix.POLLIN}); err != nil || n != 0 {
 			return nil, errors.New("the caller has ended")
 		}
 		return c, nil

@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"virt-trust/internal/platform/poll"
+
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 
@@ -84,8 +86,7 @@ func (gr *grant) setupRuns() bool {
 	if gr.setup < 0 {
 		return false
 	}
-	p := []unix.PollFd{{Fd: int32(gr.setup), Events: unix.POLLIN}}
-	n, err := unix.Poll(p, 0)
+	n, err := poll.Now(unix.PollFd{Fd: int32(gr.setup), Events: unix.POLLIN})
 	return err == nil && n == 0
 }
 

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"time"
 
+	"virt-trust/internal/platform/poll"
+
 	"github.com/google/go-tpm/tpm2"
 	"golang.org/x/sys/unix"
 
@@ -77,8 +79,7 @@ func (c *channel) close() {
 }
 
 func (c *channel) connected() error {
-	p := []unix.PollFd{{Fd: int32(c.far)}, {Fd: int32(c.near)}}
-	if n, err := unix.Poll(p, 0); err != nil || n != 0 {
+	if n, err := poll.Now(unix.PollFd{Fd: int32(c.far)}, unix.PollFd{Fd: int32(c.near)}); err != nil || n != 0 {
 		return fmt.Errorf("%w: the channel is closed (%v)", introspect.ErrGone, err)
 	}
 	return nil
