@@ -87,7 +87,19 @@ func (c *channel) connected() error {
 
 // pair gives the one unix stream socket of a process that is an end of a pair
 // by the right maker: without a name, and its peer without one.
+// A process's descriptors are no snapshot: where none is found, it is looked again.
 func pair(pidfd, pid int, right func(maker int) bool) (fd, maker int, err error) {
+	for range 3 {
+		if fd, maker, err = onePair(pidfd, pid, right); !errors.Is(err, errNone) {
+			break
+		}
+	}
+	return fd, maker, err
+}
+
+var errNone = fmt.Errorf("%w: there is no pair of sockets", ErrChannel)
+
+func onePair(pidfd, pid int, right func(maker int) bool) (fd, maker int, err error) {
 	fd = -1
 	dir := fmt.Sprintf("/proc/%d/fd", pid)
 	entries, err := os.ReadDir(dir)
@@ -120,6 +132,9 @@ func pair(pidfd, pid int, right func(maker int) bool) (fd, maker int, err error)
 			continue
 		}
 		fd, maker = dup, m
+	}
+	if n == 0 {
+		return -1, 0, fmt.Errorf("%w in process %d", errNone, pid)
 	}
 	if n != 1 {
 		if fd >= 0 {
