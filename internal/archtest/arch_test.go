@@ -103,14 +103,14 @@ func TestArrows(t *testing.T) {
 		}
 	}
 	tpm, sql, bus := "github.com/google/go-tpm", "database/sql", "github.com/godbus/dbus/v5"
-	// The structures of a TPM are data; these are ways to one.
-	device, socket := tpm+"/tpm2/transport/linuxtpm", tpm+"/tpm2/transport/linuxudstpm"
+	// The structures of a TPM are data; this is the way to one.
+	link := module + "internal/hosttpm/link"
 	for _, main := range []string{"hooks/qemu", "wrapper", "wrapper/emulator", "helper/virt-trust-ekcert"} {
 		never(main, "net/http", sql, tpm, module+"internal/hosttpm", "github.com/spf13/cobra", module+"internal/daemon", "github.com/digitalocean/go-libvirt")
 	}
-	never("helper/virt-trust", device, socket, module+"internal/hosttpm", module+"internal/daemon", module+"internal/agent", sql)
-	never("helper/virt-trust-agent", device, socket, module+"internal/hosttpm", module+"internal/daemon", sql, "github.com/digitalocean/go-libvirt")
-	never("helper/virt-trust-verifier", device, socket, module+"internal/hosttpm", module+"internal/daemon", bus, "github.com/digitalocean/go-libvirt")
+	never("helper/virt-trust", link, module+"internal/hosttpm", module+"internal/daemon", module+"internal/agent", sql)
+	never("helper/virt-trust-agent", link, module+"internal/hosttpm", module+"internal/daemon", sql, "github.com/digitalocean/go-libvirt")
+	never("helper/virt-trust-verifier", link, module+"internal/hosttpm", module+"internal/daemon", bus, "github.com/digitalocean/go-libvirt")
 	never("helper/virt-trust-verifier/signer", module+"internal/daemon", bus, sql, "net/http")
 	never("helper/virt-trust-inject", module+"internal/daemon", bus, sql, "net/http")
 	// What reads CoRIMs, with its libraries, is the Verifier's alone.
@@ -133,6 +133,9 @@ func TestArrows(t *testing.T) {
 	only("libvirt.org/go/libvirtxml", "internal/domain")
 	only("github.com/digitalocean/go-libvirt", "internal/domain/libvirt")
 	only(module+"internal/hosttpm", "internal/daemon")
+	only(link, "internal/hosttpm", "internal/hosttpm/tpmtest", "internal/verifier/signer")
+	only(tpm+"/tpm2/transport/linuxudstpm")
+	only(tpm+"/tpm2/transport/linuxtpm", "internal/lab/guest")
 	only(module+"internal/daemon", "helper/virt-trustd")
 	only("github.com/spf13/cobra", "internal/admin")
 	only("github.com/BurntSushi/toml", "internal/platform/config")

@@ -26,7 +26,6 @@ import (
 	"github.com/godbus/dbus/v5"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-tpm/tpm2"
-	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 
 	"virt-trust/internal/bus"
 	"virt-trust/internal/domain"
@@ -96,9 +95,7 @@ func entry(path, content string) (line []byte, extend [32]byte) {
 // measures plays the kernel.
 func (s *site) measures(paths ...string) {
 	s.t.Helper()
-	tpm := testkit.Must[interface {
-		Send([]byte) ([]byte, error)
-	}](s.t)(linuxudstpm.Open(s.m.socket()))
+	tpm := s.m.Open()
 	f := testkit.Must[*os.File](s.t)(os.OpenFile(s.ima, os.O_CREATE, 0o600))
 	f.Close()
 	for _, p := range paths {
@@ -721,7 +718,7 @@ func TestEvidenceHoldsNothingUp(t *testing.T) {
 	refuses(t, err, reason.TPMBusy)
 	<-s.s.collecting
 	// A host without keys, or without a TPM, has no evidence.
-	s.m.off()
+	s.m.Stop()
 	if _, err := s.s.evidence(background, make([]byte, 32), bus.Have{}); !errors.Is(err, hosttpm.ErrAbsent) {
 		t.Errorf("without a TPM: %v", err)
 	}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +16,7 @@ import (
 	"time"
 
 	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/hosttpm/tpmtest"
 	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/liststore"
@@ -75,20 +75,7 @@ func TestKilledWhileCounting(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	sock := filepath.Join(root, "tpm", "sock")
-	swtpm := exec.Command(testkit.Need(t, "swtpm"), "socket", "--tpm2", "--tpmstate", "dir="+filepath.Join(root, "tpm"), "--server", "type=unixio,path="+sock, "--flags", "not-need-init,startup-clear")
-	swtpm.SysProcAttr, swtpm.WaitDelay = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, time.Second
-	if err := swtpm.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { swtpm.Process.Kill(); swtpm.Wait() })
-	for range 500 {
-		if c, err := net.Dial("unix", sock); err == nil {
-			c.Close()
-			break
-		}
-		time.Sleep(2 * time.Millisecond)
-	}
+	tpmtest.In(t, filepath.Join(root, "tpm"))
 
 	path := liststore.Path(filepath.Join(root, "state"))
 	var older [][]byte

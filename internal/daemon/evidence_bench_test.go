@@ -120,7 +120,7 @@ func BenchmarkStartBesideEvidence(b *testing.B) {
 	f, _, _ := s.ran(uuidA)
 	s.running(20)
 	s.s.host.Close()
-	slow, err := hosttpm.Open(hosttpm.Config{Device: s.m.socket(), Dir: filepath.Join(s.root, "tpm"), PCRs: s.g.cfg.TPM.PCRs, Bank: "sha256", Timeout: 20 * time.Second, Delay: each})
+	slow, err := hosttpm.Open(hosttpm.Config{Device: s.m.Socket, Dir: filepath.Join(s.root, "tpm"), PCRs: s.g.cfg.TPM.PCRs, Bank: "sha256", Timeout: 20 * time.Second, Delay: each})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -6,64 +6,39 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/godbus/dbus/v5"
 	"github.com/google/go-tpm/tpm2"
-	"github.com/google/go-tpm/tpm2/transport"
-	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 
 	"virt-trust/internal/bus"
 	"virt-trust/internal/bus/components"
 	"virt-trust/internal/evidence/eventlog"
 	"virt-trust/internal/hosttpm"
+	"virt-trust/internal/hosttpm/tpmtest"
 	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/reason"
 )
 
 // machine is a TPM that boots: with an event log that leads to its PCRs.
 type machine struct {
-	t     testing.TB
-	dir   string
-	child *exec.Cmd
+	*tpmtest.TPM
+	t   testing.TB
+	dir string
 }
 
-func (m *machine) socket() string { return filepath.Join(m.dir, "sock") }
-func (m *machine) log() string    { return filepath.Join(m.dir, "log") }
+func (m *machine) log() string { return filepath.Join(m.dir, "log") }
 
-func (m *machine) off() {
-	if m.child != nil {
-		m.child.Process.Kill()
-		m.child.Wait()
-		os.Remove(m.socket())
-	}
-}
-
-// boot starts the TPM and measures all that a log has.
+// boot gives the TPM its power back and measures all that a log has.
 func (m *machine) boot(l *eventlog.Log) {
 	m.t.Helper()
-	m.off()
-	m.child = exec.Command(testkit.Need(m.t, "swtpm"), "socket", "--tpm2", "--tpmstate", "dir="+m.dir, "--server", "type=unixio,path="+m.socket(), "--flags", "not-need-init,startup-clear")
-	m.child.SysProcAttr, m.child.WaitDelay = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, time.Second
-	if err := m.child.Start(); err != nil {
-		m.t.Fatal(err)
-	}
-	for range 500 {
-		if c, err := net.Dial("unix", m.socket()); err == nil {
-			c.Close()
-			break
-		}
-		time.Sleep(2 * time.Millisecond)
-	}
-	tpm := testkit.Must[transport.TPM](m.t)(linuxudstpm.Open(m.socket()))
+	m.Reset()
+	tpm := m.Open()
 	one := testkit.Must[*eventlog.Log](m.t)(l.Bank("sha256"))
 	for _, e := range one.Events {
 		if e.Type == eventlog.NoAction {
@@ -92,8 +67,8 @@ func bootLog(t testing.TB, name string) *eventlog.Log {
 func bootedOffice(t testing.TB, l *eventlog.Log) (*office, *machine) {
 	t.Helper()
 	o := openOffice(t)
-	m := &machine{t: t, dir: testkit.Must[string](t)(os.MkdirTemp("", "machine"))}
-	t.Cleanup(func() { m.off(); os.RemoveAll(m.dir) })
+	dir := testkit.Folder(t)
+	m := &machine{TPM: tpmtest.In(t, dir), t: t, dir: dir}
 	m.boot(l)
 	o.s.g.cfg.TPM.EventLog, o.s.g.cfg.TPM.PCRs = m.log(), []uint{0, 4, 7, 9, 11, 12, 14}
 	o.s.history.path, o.s.logs.dir = filepath.Join(o.root, "history"), filepath.Join(o.root, "logs")
@@ -111,7 +86,7 @@ func bootedOffice(t testing.TB, l *eventlog.Log) (*office, *machine) {
 func (o *office) starts(m *machine) {
 	m.t.Helper()
 	o.s.host.Close()
-	o.s.host = testkit.Must[*hosttpm.Host](m.t)(hosttpm.Open(hosttpm.Config{Device: m.socket(), Dir: filepath.Join(o.root, "tpm"), PCRs: o.s.g.cfg.TPM.PCRs, Bank: "sha256", Timeout: 20 * time.Second}))
+	o.s.host = testkit.Must[*hosttpm.Host](m.t)(hosttpm.Open(hosttpm.Config{Device: m.Socket, Dir: filepath.Join(o.root, "tpm"), PCRs: o.s.g.cfg.TPM.PCRs, Bank: "sha256", Timeout: 20 * time.Second}))
 	m.t.Cleanup(func() { o.s.host.Close() })
 	o.s.settleHost(background)
 }

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/crypto/cryptobyte"
 	"golang.org/x/crypto/cryptobyte/asn1"
 
+	"virt-trust/internal/hosttpm/link"
 	"virt-trust/internal/hosttpm/policy"
 	"virt-trust/internal/platform/secret"
 )
@@ -24,6 +25,7 @@ const (
 	nonceSize    = 16
 	maxPause     = 250 * time.Millisecond // between tries of a command that the TPM put off
 	maxLeftovers = 64
+	maxAbandoned = 4
 )
 
 // client is the TPM as its goroutine sees it: at most one connection, and what
@@ -31,7 +33,7 @@ const (
 type client struct {
 	host *Host
 	ctx  context.Context // of the operation under way
-	link *link           // nil: not connected
+	link *link.Link      // nil: not connected
 
 	encrypted tpm2.Session // salted, encrypts responses; lives as long as link
 	failed    tpm2.TPMCC   // the command that the TPM refused last
@@ -53,12 +55,12 @@ func (c *client) connect() error {
 	if n := c.abandoned.Load(); n >= maxAbandoned {
 		return fmt.Errorf("%w: it has not answered %d commands", ErrBusy, n)
 	}
-	l, err := dial(c.ctx, c.host.cfg.Device)
+	l, err := link.Dial(c.ctx, c.host.cfg.Device)
 	if err != nil {
 		return err
 	}
 	c.link = l
-	if l.managed {
+	if l.Managed {
 		return nil
 	}
 	// A raw TPM keeps what a client left behind, and has room for three objects.
@@ -83,7 +85,7 @@ func (c *client) connect() error {
 // drop gives the connection up with all that hangs on it.
 func (c *client) drop() {
 	if c.link != nil {
-		c.link.conn.Close()
+		c.link.Close()
 	}
 	c.link, c.encrypted = nil, nil
 }
@@ -106,9 +108,9 @@ func (c *client) hangUp() {
 // TPM put off is sent again until the operation's time is up.
 func (c *client) Send(command []byte) ([]byte, error) {
 	if c.link == nil {
-		return nil, fmt.Errorf("%w: it is closed", errLink)
+		return nil, fmt.Errorf("%w: it is closed", link.ErrBroken)
 	}
-	if len(command) < headerSize {
+	if len(command) < link.HeaderSize {
 		return nil, fmt.Errorf("command of %d bytes", len(command))
 	}
 	cc := tpm2.TPMCC(binary.BigEndian.Uint32(command[6:]))
@@ -119,7 +121,7 @@ func (c *client) Send(command []byte) ([]byte, error) {
 			return nil, err
 		}
 		c.forgetResponse()
-		r, err := c.link.exchange(c.ctx, command, &c.abandoned)
+		r, err := c.link.Exchange(c.ctx, command, &c.abandoned)
 		if err != nil {
 			c.drop()
 			return nil, err
@@ -514,7 +516,7 @@ var errRestored = errors.New("the storage root key was put back")
 // An SRK that was evicted but still comes out of the TPM's seed is put back.
 func (c *client) diagnose(err error) error {
 	k := c.host.keys.Load()
-	for _, known := range []error{ErrPolicy, ErrBusy, ErrAbsent, ErrCiphertext, ErrCredential, errLink} {
+	for _, known := range []error{ErrPolicy, ErrBusy, ErrAbsent, ErrCiphertext, ErrCredential, link.ErrBroken} {
 		if k == nil || errors.Is(err, known) {
 			return nil
 		}

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"virt-trust/internal/hosttpm/link"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -55,7 +57,7 @@ func TestDevice(t *testing.T) {
 	go io.Copy(master, tpm)
 	go func() {
 		for {
-			b := make([]byte, maxResponse)
+			b := make([]byte, link.MaxResponse)
 			n, err := master.Read(b)
 			if err != nil {
 				return

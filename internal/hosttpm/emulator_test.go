@@ -11,6 +11,7 @@ import (
 	"sync"
 	"testing"
 
+	"virt-trust/internal/hosttpm/link"
 	"virt-trust/internal/hosttpm/tpmtest"
 	"virt-trust/internal/testkit"
 
@@ -152,17 +153,12 @@ func (p *proxy) set(f func(*proxied) error) {
 
 func (p *proxy) serve(client net.Conn, sock string) {
 	defer client.Close()
-	tpm, err := dialSocket(context.Background(), sock)
+	tpm, err := link.Dial(context.Background(), sock)
 	if err != nil {
 		return
 	}
 	defer tpm.Close()
-	ask := func(b []byte) ([]byte, error) {
-		if _, err := tpm.Write(b); err != nil {
-			return nil, err
-		}
-		return readMessage(tpm)
-	}
+	ask := tpm.Send
 	for {
 		b, err := readMessage(client)
 		if err != nil {
@@ -185,12 +181,12 @@ func (p *proxy) serve(client net.Conn, sock string) {
 }
 
 func readMessage(c net.Conn) ([]byte, error) {
-	b := make([]byte, headerSize)
+	b := make([]byte, link.HeaderSize)
 	if _, err := io.ReadFull(c, b); err != nil {
 		return nil, err
 	}
-	b = append(b, make([]byte, binary.BigEndian.Uint32(b[2:])-headerSize)...)
-	_, err := io.ReadFull(c, b[headerSize:])
+	b = append(b, make([]byte, binary.BigEndian.Uint32(b[2:])-link.HeaderSize)...)
+	_, err := io.ReadFull(c, b[link.HeaderSize:])
 	return b, err
 }
 

@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	"github.com/google/go-tpm/tpm2"
+
+	"virt-trust/internal/hosttpm/link"
 )
 
 // What can be wrong with the TPM. Every error of this package is one of these
@@ -13,10 +15,10 @@ import (
 var (
 	ErrPolicy         = errors.New("the host is not in an approved state")
 	ErrCleared        = errors.New("the TPM no longer holds what this host's keys were made under")
-	ErrBusy           = errors.New("the TPM did not get to this in time")
+	ErrBusy           = link.ErrBusy
 	ErrLockedOut      = errors.New("the TPM refuses authorisations for some time")
-	ErrAbsent         = errors.New("there is no TPM")
-	ErrFailed         = errors.New("the TPM cannot be used")
+	ErrAbsent         = link.ErrAbsent
+	ErrFailed         = link.ErrFailed
 	ErrNotProvisioned = errors.New("this host has no keys yet")
 	ErrCiphertext     = errors.New("not wrapped to this host's bind key")
 )
@@ -39,10 +41,6 @@ func (e *PolicyError) Error() string {
 
 // Is makes errors.Is(err, ErrPolicy) true.
 func (e *PolicyError) Is(target error) bool { return target == ErrPolicy }
-
-// errLink marks that the connection broke: nothing is known about the command
-// under way.
-var errLink = errors.New("connection to the TPM broke")
 
 // policyStep marks an error of a command that builds the policy, to tell it
 // from one of the command that uses it.

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 
+	"virt-trust/internal/hosttpm/link"
 	"virt-trust/internal/launcher/launchlog"
 	"virt-trust/internal/testkit"
 )
@@ -90,7 +91,7 @@ func TestExtendPCROnce(t *testing.T) {
 						_, _ = tpm2.PCRExtend{PCRHandle: tpm2.AuthHandle{Handle: 14, Auth: tpm2.PasswordAuth(nil)},
 							Digests: tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: make([]byte, 32)}}}}.Execute(c)
 					}
-					return struct{}{}, errLink
+					return struct{}{}, link.ErrBroken
 				}
 				return struct{}{}, err
 			})

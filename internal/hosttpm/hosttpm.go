@@ -34,6 +34,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"virt-trust/internal/hosttpm/link"
 	"virt-trust/internal/platform/secret"
 )
 
@@ -245,7 +246,7 @@ func attempt[T any](c *client, op func(*client) (T, error)) (v T, err error) {
 		switch {
 		case c.ctx.Err() != nil:
 			return none, fmt.Errorf("%w: %w", ErrBusy, c.ctx.Err())
-		case !fresh && (errors.Is(err, errLink) || lostState(err)):
+		case !fresh && (errors.Is(err, link.ErrBroken) || lostState(err)):
 			fresh = true
 			continue
 		}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 
+	"virt-trust/internal/hosttpm/link"
 	"virt-trust/internal/hosttpm/policy"
 	"virt-trust/internal/platform/secret"
 )
@@ -195,8 +196,8 @@ func (c *client) satisfyWaiver(k *keySet, w *policy.Waiver) tpm2.PolicyCallback 
 // policyResetCount is TPM2_PolicyCounterTimer (Part 3, 23.10) over resetCount,
 // which go-tpm lacks.
 func (c *client) policyResetCount(session tpm2.TPMISHPolicy, b policy.Bound) error {
-	cmd := binary.BigEndian.AppendUint16(nil, tagPlain)
-	cmd = binary.BigEndian.AppendUint32(cmd, headerSize+4+2+4+2+2)
+	cmd := binary.BigEndian.AppendUint16(nil, link.TagPlain)
+	cmd = binary.BigEndian.AppendUint32(cmd, link.HeaderSize+4+2+4+2+2)
 	cmd = binary.BigEndian.AppendUint32(cmd, uint32(tpm2.TPMCCPolicyCounterTimer))
 	cmd = binary.BigEndian.AppendUint32(cmd, uint32(session.HandleValue()))
 	cmd = binary.BigEndian.AppendUint16(cmd, 4)

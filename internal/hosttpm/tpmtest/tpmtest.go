@@ -2,6 +2,7 @@
 package tpmtest
 
 import (
+	"context"
 	"net"
 	"os"
 	"os/exec"
@@ -12,8 +13,8 @@ import (
 	"time"
 
 	"github.com/google/go-tpm/tpm2/transport"
-	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 
+	"virt-trust/internal/hosttpm/link"
 	"virt-trust/internal/testkit"
 )
 
@@ -88,9 +89,23 @@ func (e *TPM) Reset() {
 // Open is a user of the TPM, which opens a connection for each command.
 func (e *TPM) Open() transport.TPM {
 	e.t.Helper()
-	tpm, err := linuxudstpm.Open(e.Socket)
-	if err != nil {
+	if _, err := os.Stat(e.Socket); err != nil {
 		e.t.Fatal(err)
 	}
-	return tpm
+	return user(e.Socket)
+}
+
+// user is the socket of a TPM that others use too.
+type user string
+
+// Send implements transport.TPM.
+func (u user) Send(command []byte) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	l, err := link.Dial(ctx, string(u))
+	if err != nil {
+		return nil, err
+	}
+	defer l.Close()
+	return l.Send(command)
 }

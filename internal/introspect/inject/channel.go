@@ -87,14 +87,20 @@ func (c *channel) connected() error {
 
 // pair gives the one unix stream socket of a process that is an end of a pair
 // by the right maker: without a name, and its peer without one.
-// A process's descriptors are no snapshot: where none is found, it is looked again.
+// Where there is none, the process may be about to end: its descriptors go before
+// it is seen to have ended.
 func pair(pidfd, pid int, right func(maker int) bool) (fd, maker int, err error) {
-	for range 3 {
+	for deadline := time.Now().Add(endLimit); ; sleep(pause) {
 		if fd, maker, err = onePair(pidfd, pid, right); !errors.Is(err, errNone) {
-			break
+			return fd, maker, err
+		}
+		if n, err := poll.Now(unix.PollFd{Fd: int32(pidfd), Events: unix.POLLIN}); err != nil || n != 0 {
+			return -1, 0, fmt.Errorf("%w: process %d (%v)", introspect.ErrGone, pid, err)
+		}
+		if time.Now().After(deadline) {
+			return fd, maker, err
 		}
 	}
-	return fd, maker, err
 }
 
 var errNone = fmt.Errorf("%w: there is no pair of sockets", ErrChannel)

@@ -56,6 +56,7 @@ const (
 	backLimit   = 100 * time.Millisecond // of it, in which nothing is begun but to put back what is the guest's
 	answerLimit = 10 * time.Second       // for one command, QEMU running again: an answer that is left behind would be its
 	slowLimit   = time.Second            // for a thread that was not let go to stop after all
+	endLimit    = 100 * time.Millisecond // for a process whose descriptors are closed to have ended
 	roundLimit  = 3 * time.Second        // for a moment without a command of the guest
 	pause       = 400 * time.Microsecond // between two looks
 )

@@ -154,8 +154,9 @@ func playQEMU(ctrl string) error {
 	if err := ok(conn); err != nil {
 		return err
 	}
-	data := os.NewFile(uintptr(fds[0]), "tpm")
-	tpm := transport.FromReadWriter(data)
+	// Not the file itself: go-tpm would poll it, and take a signal, as Go's runtime
+	// sends them, for its end.
+	tpm := transport.FromReadWriter(struct{ io.ReadWriter }{os.NewFile(uintptr(fds[0]), "tpm")})
 	if _, err := (tpm2.Startup{StartupType: tpm2.TPMSUClear}).Execute(tpm); err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package signer
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/sha256"
@@ -11,18 +12,16 @@ import (
 	"io/fs"
 	"math/big"
 	"os"
-	"path/filepath"
-	"strings"
 	"sync"
+	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
-	"github.com/google/go-tpm/tpm2/transport/linuxtpm"
-	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 	"golang.org/x/crypto/cryptobyte"
 	"golang.org/x/crypto/cryptobyte/asn1"
 
 	"virt-trust/internal/evidence/quote"
+	"virt-trust/internal/hosttpm/link"
 	"virt-trust/internal/hosttpm/tss2"
 )
 
@@ -182,19 +181,16 @@ func withParent(device string, f func(transport.TPM, tpm2.AuthHandle) error) (er
 	return f(tpm, tpm2.AuthHandle{Handle: p.ObjectHandle, Name: p.Name, Auth: tpm2.PasswordAuth(nil)})
 }
 
+const patience = time.Minute // with others who use the TPM
+
 // open opens a device node, or swtpm's data socket.
-func open(device string) (transport.TPMCloser, error) {
-	fi, err := os.Stat(device)
-	if err != nil {
-		return nil, err
-	}
-	if fi.Mode()&fs.ModeSocket != 0 {
-		return linuxudstpm.Open(device)
-	}
-	if !strings.HasPrefix(filepath.Base(device), "tpmrm") {
+func open(device string) (*link.Link, error) {
+	if fi, err := os.Stat(device); err == nil && fi.Mode()&fs.ModeSocket == 0 && !link.Managed(device) {
 		return nil, fmt.Errorf("%s is not the resource manager's device, /dev/tpmrm0: others use the TPM too", device)
 	}
-	return linuxtpm.Open(device)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	return link.Dial(ctx, device)
 }
 
 func flush(tpm transport.TPM, h tpm2.TPMHandle) {

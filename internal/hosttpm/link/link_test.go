@@ -1,0 +1,112 @@
+package link
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virt-trust/internal/testkit"
+)
+
+// door is a socket as swtpm has it, whose queue takes few.
+func door(t *testing.T) (path string, listener int) {
+	t.Helper()
+	path = filepath.Join(testkit.Folder(t), "sock")
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err == nil {
+		err = errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: path}), unix.Listen(fd, 1))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	return path, fd
+}
+
+// A TPM that has too many at its door is waited for, and not for ever.
+func TestQueue(t *testing.T) {
+	path, listener := door(t)
+	for {
+		c, err := net.Dial("unix", path)
+		if errors.Is(err, unix.EAGAIN) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
+	defer cancel()
+	if _, err := Dial(ctx, path); !errors.Is(err, ErrBusy) {
+		t.Errorf("a full queue: %v", err)
+	}
+	go func() {
+		time.Sleep(20 * time.Millisecond)
+		if fd, _, err := unix.Accept(listener); err == nil {
+			unix.Close(fd)
+		}
+	}()
+	l, err := Dial(t.Context(), path)
+	if err != nil {
+		t.Fatalf("a queue with a place: %v", err)
+	}
+	l.Close()
+}
+
+func TestAbsent(t *testing.T) {
+	path := filepath.Join(testkit.Folder(t), "sock")
+	if _, err := Dial(t.Context(), path); !errors.Is(err, ErrAbsent) {
+		t.Errorf("no file: %v", err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	l.Close()
+	if _, err := Dial(t.Context(), path); !errors.Is(err, ErrAbsent) {
+		t.Errorf("nobody at the socket: %v", err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// What is no response breaks the connection.
+func TestResponses(t *testing.T) {
+	good := []byte{0x80, 0x01, 0, 0, 0, 10, 0, 0, 1, 1}
+	for _, c := range []struct {
+		name     string
+		response []byte
+		ok       bool
+	}{
+		{"whole", good, true},
+		{"of another tag", append([]byte{0x81, 0x01}, good[2:]...), false},
+		{"shorter than its header", []byte{0x80, 0x01, 0, 0, 0, 9, 0, 0, 1, 1}, false},
+		{"longer than any", []byte{0x80, 0x01, 0, 1, 0, 0, 0, 0, 1, 1}, false},
+		{"with more behind it", append(good[:10:10], 0), false},
+		{"cut off in its header", good[:9], false},
+		{"cut off", []byte{0x80, 0x01, 0, 0, 0, 12, 0, 0, 1, 1, 5}, false},
+		{"none", nil, false},
+	} {
+		ours, theirs := net.Pipe()
+		go func() {
+			_, _ = io.ReadFull(theirs, make([]byte, HeaderSize))
+			_, _ = theirs.Write(c.response)
+			theirs.Close()
+		}()
+		r, err := (&Link{conn: ours}).Send(good)
+		if c.ok && (err != nil || string(r) != string(c.response)) || !c.ok && !errors.Is(err, ErrBroken) {
+			t.Errorf("%s: %x, %v", c.name, r, err)
+		}
+		ours.Close()
+	}
+}
