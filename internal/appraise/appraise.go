@@ -189,7 +189,7 @@ func (r *round) begin() {
 	}
 	n.BootID, n.Received = r.report.BootID, r.in.Now.Unix()
 	n.Clock, n.Resets, n.Restarts = r.quote.Clock.Milliseconds, r.quote.Clock.Resets, r.quote.Clock.Restarts
-	n.PCRs = packPCRs(r.policy.Bank, &r.live, everyPCR)
+	n.PCRs = packPCRs(r.policy.Bank, &r.live, everyPCR, n.PCRs)
 	r.values = r.in.view(append([]string{"", r.in.Node.ID}, r.in.Node.Groups...)...)
 	n.Values, n.Policy = r.values.revision(), r.policy.revision
 	own := r.in.view(r.in.Node.ID)

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"maps"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -89,7 +90,7 @@ func TestDigest(t *testing.T) {
 
 func TestPCRs(t *testing.T) {
 	values := report.Values{0: make([]byte, 32), 7: append(make([]byte, 31), 0xab), 23: make([]byte, 32)}
-	p := PCRs{packed: packPCRs("sha256", &values, everyPCR)}
+	p := PCRs{packed: packPCRs("sha256", &values, everyPCR, pcrs{})}
 	zeros := strings.Repeat("00", 32)
 	want := map[string]string{"sha256:0": zeros, "sha256:7": zeros[:62] + "ab", "sha256:23": zeros}
 	if got := p.Texts(); !maps.Equal(got, want) || p.IsZero() {
@@ -112,7 +113,24 @@ func TestPCRs(t *testing.T) {
 			t.Errorf("%+v", spoilt)
 		}
 	}
-	if q := packPCRs("sha256", &values, 1<<7); q.Which != 1<<7 || !isHex(want["sha256:7"], q.at(7)) || isHex(want["sha256:0"], q.at(7)) || isHex("", q.at(7)) {
+	if q := packPCRs("sha256", &values, 1<<7, pcrs{}); q.Which != 1<<7 || !isHex(want["sha256:7"], q.at(7)) || isHex(want["sha256:0"], q.at(7)) || isHex("", q.at(7)) {
 		t.Errorf("%+v", q)
+	}
+	// Those from before serve where they are the same.
+	if q := packPCRs("sha256", &values, everyPCR, p.packed); !q.same(&p.packed) || &q.Values[0] != &p.packed.Values[0] {
+		t.Errorf("the same again: %+v", q)
+	}
+	changed := values
+	changed[7] = make([]byte, 32)
+	fewer := values
+	fewer[7] = nil
+	for name, before := range map[string]pcrs{
+		"a value": packPCRs("sha256", &changed, everyPCR, pcrs{}), "one less": packPCRs("sha256", &fewer, everyPCR, pcrs{}), "others": packPCRs("sha256", &values, 1<<7, pcrs{}),
+		"a bank": {"sha384", p.packed.Which, p.packed.Values}, "more bytes": {"sha256", p.packed.Which, append(slices.Clone(p.packed.Values), 0)},
+		"fewer bytes": {"sha256", p.packed.Which, p.packed.Values[:95]}, "a PCR that there is not": {"sha256", p.packed.Which | 1<<24, p.packed.Values}, "none": {},
+	} {
+		if q := packPCRs("sha256", &values, everyPCR, before); !q.same(&p.packed) {
+			t.Errorf("%s: %+v", name, q)
+		}
 	}
 }

@@ -35,7 +35,7 @@ func (r *round) firmwareLive() pcrs {
 			some |= 1 << p
 		}
 	}
-	return packPCRs(r.policy.Bank, &r.live, some)
+	return packPCRs(r.policy.Bank, &r.live, some, r.next.Events.Values)
 }
 
 // eventLog replays the event log of firmware and boot loader, and holds its

@@ -22,6 +22,10 @@ func (r *round) launchLog() {
 		r.hostf(CodeLaunchPCR, Contraindicated, "the host measures launchers to PCR %d, and has to do so to PCR %d", p, pcr)
 	}
 	want := r.live[pcr]
+	if st.Boot != nil && st.Values[r.policy.Bank] == nil {
+		*st = launchState{} // the policy has another bank now
+	}
+	before := *st
 	l, ok := r.log(report.LaunchLog, st.Size)
 	switch {
 	case !ok:
@@ -38,7 +42,6 @@ func (r *round) launchLog() {
 		}
 		return
 	}
-	before := *st
 	if l.From == 0 {
 		*st = launchState{}
 	}
@@ -55,14 +58,15 @@ func (r *round) replayLaunch(st *launchState, l *report.Log, want []byte, before
 	if len(l.Data) == 0 && st.Boot != nil && bytes.Equal(st.Values[r.policy.Bank], want) {
 		return true // nothing is new
 	}
-	log := &launchlog.Log{}
+	bank := r.policy.Bank
+	log := &launchlog.Log{Bank: bank}
 	if st.Boot != nil {
-		log = launchlog.Resume(launchlog.Log{Boot: *st.Boot, Entries: st.Entries, Files: slices.Clip(st.Files), Values: st.Values})
+		log = launchlog.Resume(launchlog.Log{Bank: bank, Boot: *st.Boot, Entries: st.Entries, Files: slices.Clip(st.Files), Values: map[string][]byte{bank: st.Values[bank]}})
 	}
 	// Before its first line a log says nothing: then the PCR holds zeros, or the
 	// line is not in it yet.
 	reached := func() bool {
-		return log.Entries == 0 && zeros(want) || log.Entries > 0 && bytes.Equal(log.Values[r.policy.Bank], want)
+		return log.Entries == 0 && zeros(want) || log.Entries > 0 && bytes.Equal(log.Values[bank], want)
 	}
 	lines, _ := launchlog.Split(l.Data)
 	size, starts := st.Size, maps.Clone(st.Starts)
@@ -81,7 +85,7 @@ func (r *round) replayLaunch(st *launchState, l *report.Log, want []byte, before
 			return false
 		}
 		size += uint64(len(line)) + 1
-		known = known || size == before.Size && launchlog.Equal(log.Values, before.Values)
+		known = known || size == before.Size && bytes.Equal(log.Values[bank], before.Values[bank])
 		if s := log.Last; log.Starts > starting {
 			if !isUUID(s.VM) {
 				r.hostf(CodeLaunchFormat, None, "a start of %.60q, which is no VM's UUID", s.VM)
@@ -96,7 +100,7 @@ func (r *round) replayLaunch(st *launchState, l *report.Log, want []byte, before
 		} else {
 			n := r.policy.LaunchPCR
 			r.host = append(r.host, Reason{
-				Code: CodeLaunchReplay, Tier: Contraindicated, Log: report.LaunchLog, PCR: &n, Digest: hex.EncodeToString(want), Expected: hex.EncodeToString(log.Values[r.policy.Bank]),
+				Code: CodeLaunchReplay, Tier: Contraindicated, Log: report.LaunchLog, PCR: &n, Digest: hex.EncodeToString(want), Expected: hex.EncodeToString(log.Values[bank]),
 				What: fmt.Sprintf("the launch log does not lead to PCR %d: entries were dropped, reordered or changed, or something else was measured there", n),
 			})
 			return false
@@ -196,7 +200,8 @@ func (r *round) launcherKnown(f *launchlog.File) bool {
 		return false
 	}
 	id, size := identify("sha256")
-	key := append(append([]byte{id}, d[:]...), f.Path...)
+	var room [256]byte // for nearly all: there is one for each file in each round
+	key := append(append(append(room[:0], id), d[:]...), f.Path...)
 	if r.values.file(ofLauncher, key, 1+size) {
 		return true
 	}

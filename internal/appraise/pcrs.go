@@ -52,8 +52,12 @@ type pcrs struct {
 }
 
 // packPCRs gives those of some PCRs that have a value. The values are of the
-// bank's size: package report sees to it.
-func packPCRs(bank string, values *report.Values, some uint32) pcrs {
+// bank's size: package report sees to it. They are before's where nothing has
+// changed, as mostly from one round to the next.
+func packPCRs(bank string, values *report.Values, some uint32, before pcrs) pcrs {
+	if before.Which != 0 && before.are(bank, values, some) {
+		return before
+	}
 	n := pcrs{Bank: bank, Values: make([]byte, 0, numPCRs*sizeOf(bank))}
 	for p, v := range values {
 		if v != nil && some&(1<<p) != 0 {
@@ -61,6 +65,19 @@ func packPCRs(bank string, values *report.Values, some uint32) pcrs {
 		}
 	}
 	return n
+}
+
+// are reports whether packPCRs would give these.
+func (n *pcrs) are(bank string, values *report.Values, some uint32) bool {
+	rest := n.Values
+	for p, v := range values {
+		if there := v != nil && some&(1<<p) != 0; there != (n.Which&(1<<p) != 0) || there && !bytes.HasPrefix(rest, v) {
+			return false
+		} else if there {
+			rest = rest[len(v):]
+		}
+	}
+	return n.Bank == bank && len(rest) == 0 && n.Which>>numPCRs == 0
 }
 
 // sizeOf is the size of a bank's digests; 0 of one that there is not.

@@ -170,7 +170,7 @@ func (r *round) vmPCRs(v *report.VM, vm *VM, st *vmState, before vmState, start 
 		say(CodeVMPCRsMissing, None, "its PCRs were read %s before the report", age.Round(time.Second))
 		return
 	}
-	st.PCRs = packPCRs(bank, live, everyPCR)
+	st.PCRs = packPCRs(bank, live, everyPCR, before.PCRs)
 	vm.PCRs = PCRs{packed: st.PCRs}
 	r.vmQuote(v, say)
 	starting := start.Time != 0 && r.report.Time/1e6-start.Time < int64(time.Duration(r.policy.Starting).Seconds()) && r.report.Time/1e6 >= start.Time

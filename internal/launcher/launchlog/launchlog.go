@@ -118,6 +118,10 @@ var ErrFormat = errors.New("not a launch log")
 
 // Log is a log replayed as far as its lines were added. The zero Log is empty.
 type Log struct {
+	// Bank is the one bank that is replayed, "" for all that the log has: to be set
+	// before the first line.
+	Bank string
+
 	Boot    Boot
 	Entries int
 	Files   []File
@@ -128,7 +132,7 @@ type Log struct {
 	// the last of them; by bank.
 	Values, Previous map[string][]byte
 
-	known map[fileKey]int
+	known map[fileKey]int // of Files, once somebody asks
 }
 
 type fileKey struct {
@@ -138,7 +142,17 @@ type fileKey struct {
 
 // Number gives the number of a file that is in the log, or 0.
 func (l *Log) Number(path string, digest [sha256.Size]byte) int {
+	if l.known == nil {
+		l.known = map[fileKey]int{}
+		l.know(l.Files)
+	}
 	return l.known[fileKey{path, hex.EncodeToString(digest[:])}]
+}
+
+func (l *Log) know(files []File) {
+	for i := range files {
+		l.known[fileKey{files[i].Path, files[i].SHA256}] = files[i].N
+	}
 }
 
 // Add replays one more line, which nobody has vouched for yet. An error leaves
@@ -149,11 +163,11 @@ func (l *Log) Add(line []byte) error {
 		return fmt.Errorf("%w: line %d: %w", ErrFormat, l.Entries+1, err)
 	}
 	if e.Boot != nil {
-		l.Boot, l.Values, l.known = *e.Boot, e.Boot.values(), map[fileKey]int{}
+		l.Boot, l.Values = *e.Boot, e.Boot.values(l.Bank)
 	}
-	for _, f := range e.Files {
-		l.Files = append(l.Files, f)
-		l.known[fileKey{f.Path, f.SHA256}] = f.N
+	l.Files = append(l.Files, e.Files...)
+	if l.known != nil {
+		l.know(e.Files)
 	}
 	if e.Start != nil {
 		l.Last = e.Start
@@ -213,15 +227,24 @@ func (b *Boot) check() error {
 	return nil
 }
 
-func (b *Boot) values() map[string][]byte {
+// values are those before the log, of one bank or, with "", of all.
+func (b *Boot) values(only string) map[string][]byte {
 	m := map[string][]byte{}
 	for bank, v := range b.Before {
-		m[bank], _ = hex.DecodeString(v)
+		if only == "" || bank == only {
+			m[bank], _ = hex.DecodeString(v)
+		}
 	}
 	return m
 }
 
 func (l *Log) checkStart(s *Start) error {
+	if last := l.Last; last != nil && slices.Equal(s.Launchers, last.Launchers) { // as most have
+		if s.LaunchersSHA256 != last.LaunchersSHA256 {
+			return errSet
+		}
+		return nil
+	}
 	var digests [][sha256.Size]byte
 	for i, n := range s.Launchers {
 		if n < 1 || n > len(l.Files) || i > 0 && n <= s.Launchers[i-1] {
@@ -231,20 +254,42 @@ func (l *Log) checkStart(s *Start) error {
 		digests = append(digests, d)
 	}
 	if set := Set(digests); s.LaunchersSHA256 != hex.EncodeToString(set[:]) {
-		return errors.New("the digest of the launchers is not theirs")
+		return errSet
 	}
 	return nil
 }
 
+var errSet = errors.New("the digest of the launchers is not theirs")
+
 // ParseDigest reads a SHA-256 digest in lower-case hexadecimal.
 func ParseDigest(s string) (d [sha256.Size]byte, err error) {
-	if len(s) == hex.EncodedLen(len(d)) && strings.ToLower(s) == s {
-		if _, err = hex.Decode(d[:], []byte(s)); err == nil {
-			return d, nil
+	bad := byte(0)
+	if len(s) != hex.EncodedLen(len(d)) {
+		bad = noDigit
+	}
+	for i := 0; i < len(d) && bad < noDigit; i++ {
+		high, low := digits[s[2*i]], digits[s[2*i+1]]
+		d[i], bad = high<<4|low, high|low
+	}
+	if bad >= noDigit {
+		return [sha256.Size]byte{}, fmt.Errorf("%.80q is no SHA-256 digest", s)
+	}
+	return d, nil
+}
+
+// digits are the values of hexadecimal digits, in lower case.
+var digits = func() (d [256]byte) {
+	for i := range d {
+		if n := strings.IndexByte("0123456789abcdef", byte(i)); n >= 0 {
+			d[i] = byte(n)
+		} else {
+			d[i] = noDigit
 		}
 	}
-	return [sha256.Size]byte{}, fmt.Errorf("%.80q is no SHA-256 digest", s)
-}
+	return d
+}()
+
+const noDigit = 16
 
 // Split cuts a log file into its lines. A last line without a newline was cut
 // off by a crash, before the PCR was extended by it: it is given apart.

@@ -30,7 +30,7 @@ func sample(t testing.TB) []byte {
 	for _, e := range []Entry{
 		{Event: EventBoot, Time: 1, Boot: &Boot{ID: "b", ResetCount: 7, PCR: 15, Before: Hex(zeros())}},
 		{Event: EventFiles, Time: 2, Files: []File{{N: 1, Role: "emulator", Path: "/usr/bin/qemu", SHA256: hexOf("qemu"), By: "package"}, {N: 2, Role: "swtpm", Path: "/usr/bin/swtpm", SHA256: hexOf("swtpm"), IMA: true}}},
-		{Event: EventStart, Time: 3, Start: &Start{VM: "4d7e4855-358c-441c-ae14-1f6d9f242818", Generation: 4, LabelGeneration: 5, EK: hexOf("ek"), Launchers: []int{1, 2}, LaunchersSHA256: hex.EncodeToString(set[:])}},
+		{Event: EventStart, Time: 3, Start: &Start{VM: "4d7e4855-358c-441c-ae14-1f6d9f242818", Generation: 4, LabelGeneration: 1795740664230927870, EK: hexOf("ek"), Launchers: []int{1, 2}, LaunchersSHA256: hex.EncodeToString(set[:])}},
 	} {
 		line, err := Encode(e)
 		if err != nil {
@@ -194,7 +194,7 @@ func TestPlain(t *testing.T) {
 		"", "{", "{}", "}", boot[:len(boot)-1], boot + "}", strings.Replace(boot, `:7,`, `:4294967296,`, 1), strings.Replace(boot, `"}}`, `",}}`, 1), files[:len(files)-1], start[:len(start)-1], files + " ", start + "}",
 		strings.Replace(files, "/usr/bin/qemu", `/usr/bin/\u0071emu`, 1), strings.Replace(files, "/usr/bin/qemu", "/usr/bin/q\u00e9mu", 1), strings.Replace(files, `"n":1`, `"n":-1`, 1),
 		strings.Replace(files, `"n":1`, `"n":01`, 1), strings.Replace(files, `"n":1`, `"n":1.0`, 1), strings.Replace(files, `},{`, `}{`, 1), strings.Replace(files, `},{`, `},,{`, 1),
-		strings.Replace(start, `"time":3`, `"time":1000000000000000000`, 1), strings.Replace(start, `[1,2]`, `null`, 1), strings.Replace(start, `[1,2]`, `[1,2,]`, 1), strings.Replace(start, `[1,2]`, `[,1,2]`, 1),
+		strings.Replace(start, `"time":3`, `"time":9223372036854775808`, 1), strings.Replace(start, `"time":3`, `"time":10000000000000000000`, 1), strings.Replace(start, `[1,2]`, `null`, 1), strings.Replace(start, `[1,2]`, `[1,2,]`, 1), strings.Replace(start, `[1,2]`, `[,1,2]`, 1),
 	} {
 		if e, ok := plain([]byte(line)); ok || e.Boot != nil || e.Files != nil || e.Start != nil {
 			t.Errorf("%s is read as %+v", line, e)

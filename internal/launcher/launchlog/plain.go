@@ -1,12 +1,15 @@
 package launchlog
 
-import "math"
+import (
+	"math"
+	"strings"
+)
 
 // plain reads a line as Encode writes it when nothing in its texts is escaped:
 // nearly all lines, in a tenth of the time. Of any other line ok is false, and it
 // is for encoding/json.
 func plain(line []byte) (e Entry, ok bool) {
-	s := scanner{b: line}
+	s := scanner{b: string(line)} // once: the texts are parts of it
 	switch {
 	case s.skip(`{"event":"boot","time":`):
 		e = Entry{Event: EventBoot, Time: int64(s.number()), Boot: s.boot()}
@@ -25,43 +28,43 @@ func plain(line []byte) (e Entry, ok bool) {
 
 // scanner takes what it expects off the front of what is left.
 type scanner struct {
-	b      []byte
+	b      string
 	failed bool
 }
 
 func (s *scanner) skip(what string) bool {
-	if len(s.b) < len(what) || string(s.b[:len(what)]) != what {
-		return false
-	}
-	s.b = s.b[len(what):]
-	return true
+	rest, ok := strings.CutPrefix(s.b, what)
+	s.b = rest
+	return ok
 }
 
 func (s *scanner) must(what string) { s.failed = !s.skip(what) || s.failed }
 
 // text is what is left of a string, with the quotation mark at its end.
 func (s *scanner) text() string {
-	for i, c := range s.b {
-		if c == '"' {
-			t := string(s.b[:i])
+	for i := range len(s.b) {
+		switch c := s.b[i]; {
+		case c == '"':
+			t := s.b[:i]
 			s.b = s.b[i+1:]
 			return t
-		}
-		if c < ' ' || c > '~' || c == '\\' {
-			break
+		case c < ' ' || c > '~' || c == '\\':
+			s.failed = true
+			return ""
 		}
 	}
 	s.failed = true
 	return ""
 }
 
-// number has at most 18 digits, so that any integer takes it.
+// number is of as many digits as a signed integer of 64 bits always takes, but for the
+// largest: more than a time in nanoseconds has.
 func (s *scanner) number() (n uint64) {
 	i := 0
-	for ; i < len(s.b) && i < 18 && s.b[i] >= '0' && s.b[i] <= '9'; i++ {
+	for ; i < len(s.b) && i < 19 && s.b[i] >= '0' && s.b[i] <= '9'; i++ {
 		n = 10*n + uint64(s.b[i]-'0')
 	}
-	s.failed = s.failed || i == 0 || i > 1 && s.b[0] == '0'
+	s.failed = s.failed || i == 0 || i > 1 && s.b[0] == '0' || n > math.MaxInt64
 	s.b = s.b[i:]
 	return n
 }
@@ -94,7 +97,7 @@ func (s *scanner) boot() *Boot {
 }
 
 func (s *scanner) start() *Start {
-	v := &Start{Launchers: []int{}}
+	v := &Start{}
 	s.must(`,"start":{"vm":"`)
 	v.VM = s.text()
 	s.must(`,"generation":`)
@@ -106,6 +109,7 @@ func (s *scanner) start() *Start {
 		v.EK = s.text()
 	}
 	s.must(`,"launchers":[`)
+	v.Launchers = make([]int, 0, 1+strings.Count(s.b, ","))
 	for !s.failed && !s.skip("]") {
 		if len(v.Launchers) > 0 {
 			s.must(",")
@@ -119,8 +123,8 @@ func (s *scanner) start() *Start {
 }
 
 func (s *scanner) files() []File {
-	all := []File{}
 	s.must(`,"files":[`)
+	all := make([]File, 0, strings.Count(s.b, `{"n":`))
 	for !s.failed && !s.skip("]") {
 		if len(all) > 0 {
 			s.must(",")

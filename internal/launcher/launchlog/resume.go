@@ -6,10 +6,6 @@ import "maps"
 // were kept: more lines can be added to it. Of the starts it need not know more
 // than their number.
 func Resume(l Log) *Log {
-	l.Values, l.Previous = maps.Clone(l.Values), nil
-	l.known = map[fileKey]int{}
-	for _, f := range l.Files {
-		l.known[fileKey{f.Path, f.SHA256}] = f.N
-	}
+	l.Values, l.Previous, l.known = maps.Clone(l.Values), nil, nil
 	return &l
 }
