@@ -184,7 +184,7 @@ func (r *round) begin() {
 	n := r.prev.clone()
 	r.next = n
 	r.sameBoot = r.prev != nil && r.prev.BootID == r.report.BootID && r.prev.Resets == r.quote.Clock.Resets
-	if !r.sameBoot {
+	if !r.sameBoot || n.PCRs.Bank != r.policy.Bank { // logs are replayed in one bank
 		n.Events, n.IMA, n.Launch = eventState{}, imaState{}, launchState{}
 	}
 	n.BootID, n.Received = r.report.BootID, r.in.Now.Unix()

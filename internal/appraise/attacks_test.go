@@ -617,6 +617,25 @@ func TestPolicyChanged(t *testing.T) {
 	b.want(Warning, CodeIMAUnknown)
 }
 
+// With a policy of another bank the logs are asked for again, and nothing is said
+// against the host.
+func TestBankChanged(t *testing.T) {
+	b := newBench(t)
+	b.round(forge.Options{})
+	b.want(Affirming)
+	other := make([]byte, 48) // as if that bank had been the policy's
+	b.state.PCRs = pcrs{Bank: "sha384", Which: 1, Values: other}
+	b.state.Events.Bank, b.state.Events.Values = "sha384", b.state.PCRs
+	b.state.IMA.At.Bank, b.state.IMA.At.Value = "sha384", other
+	b.state.Launch.Values = map[string][]byte{"sha384": other}
+	b.host.Tick(time.Minute)
+	b.round(forge.Options{})
+	b.want(None, CodeLogIncomplete)
+	b.host.Tick(time.Minute)
+	b.round(forge.Options{})
+	b.want(Affirming)
+}
+
 func TestRequireIMA(t *testing.T) {
 	h := forge.NewHost("sha256", bootLog(t, "sd"), epoch)
 	h.TPM.PCRs["sha256"][10], h.IMA = make([]byte, 32), nil

@@ -22,9 +22,6 @@ func (r *round) launchLog() {
 		r.hostf(CodeLaunchPCR, Contraindicated, "the host measures launchers to PCR %d, and has to do so to PCR %d", p, pcr)
 	}
 	want := r.live[pcr]
-	if st.Boot != nil && st.Values[r.policy.Bank] == nil {
-		*st = launchState{} // the policy has another bank now
-	}
 	before := *st
 	l, ok := r.log(report.LaunchLog, st.Size)
 	switch {

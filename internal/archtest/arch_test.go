@@ -134,7 +134,7 @@ func TestArrows(t *testing.T) {
 	only("github.com/digitalocean/go-libvirt", "internal/domain/libvirt")
 	only(module+"internal/hosttpm", "internal/daemon")
 	only(link, "internal/hosttpm", "internal/hosttpm/tpmtest", "internal/verifier/signer")
-	only(tpm+"/tpm2/transport/linuxudstpm")
+	only(tpm + "/tpm2/transport/linuxudstpm")
 	only(tpm+"/tpm2/transport/linuxtpm", "internal/lab/guest")
 	only(module+"internal/daemon", "helper/virt-trustd")
 	only("github.com/spf13/cobra", "internal/admin")
