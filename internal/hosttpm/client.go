@@ -23,7 +23,6 @@ import (
 
 const (
 	nonceSize    = 16
-	maxPause     = 250 * time.Millisecond // between tries of a command that the TPM put off
 	maxLeftovers = 64
 	maxAbandoned = 4
 )
@@ -116,7 +115,7 @@ func (c *client) Send(command []byte) ([]byte, error) {
 	cc := tpm2.TPMCC(binary.BigEndian.Uint32(command[6:]))
 	began := time.Now()
 	defer func() { c.host.timings.add(cc, time.Since(began)) }()
-	for pause := time.Millisecond; ; pause = min(2*pause, maxPause) {
+	for pause := time.Millisecond; ; pause = min(2*pause, link.MaxPause) {
 		if err := wait(c.ctx, c.host.cfg.Delay); err != nil {
 			return nil, err
 		}
@@ -131,19 +130,13 @@ func (c *client) Send(command []byte) ([]byte, error) {
 		if rc != tpm2.TPMRCSuccess {
 			c.failed = cc
 		}
-		if !putOff(rc) {
+		if !link.PutOff(r) {
 			return r, nil
 		}
 		if err := wait(c.ctx, pause); err != nil {
 			return nil, fmt.Errorf("%w (last response: %w)", err, rc)
 		}
 	}
-}
-
-// putOff tells a command that the TPM did not begin, or will finish when it is
-// sent again unchanged (Part 1, 39.4): no nonce has moved on.
-func putOff(rc tpm2.TPMRC) bool {
-	return rc == tpm2.TPMRCRetry || rc == tpm2.TPMRCYielded || rc == tpm2.TPMRCCanceled || rc == tpm2.TPMRCTesting || rc == tpm2.TPMRCNVRate
 }
 
 func isPCRChanged(err error) bool { return isRC(err, tpm2.TPMRCPCRChanged) }

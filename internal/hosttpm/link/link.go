@@ -18,6 +18,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/google/go-tpm/tpm2"
 	"golang.org/x/sys/unix"
 
 	"virt-trust/internal/platform/secret"
@@ -123,7 +124,7 @@ func (l *Link) Exchange(ctx context.Context, command []byte, abandoned *atomic.I
 	}
 	answers := make(chan answer, 1)
 	go func() {
-		r, err := l.Send(command)
+		r, err := l.roundTrip(command)
 		answers <- answer{r, err}
 	}()
 	select {
@@ -140,11 +141,40 @@ func (l *Link) Exchange(ctx context.Context, command []byte, abandoned *atomic.I
 	return nil, fmt.Errorf("%w: %w", ErrBusy, ctx.Err())
 }
 
-// Send is Exchange for as long as it takes. It makes a Link a transport.TPM of
-// go-tpm, whose own ways to a TPM do not bear a signal, as Go's runtime sends
-// them, nor a socket with a queue. After an error, ErrBroken, the link is
-// unusable.
+// Send is Exchange for as long as it takes, and repeats for a while what the TPM
+// puts off. It makes a Link a transport.TPM of go-tpm, whose own ways to a TPM do
+// not bear a signal, as Go's runtime sends them, nor a socket with a queue. After
+// an error, ErrBroken, the link is unusable.
 func (l *Link) Send(command []byte) ([]byte, error) {
+	for end, pause := time.Now().Add(putOffLimit), time.Millisecond; ; pause = min(2*pause, MaxPause) {
+		r, err := l.roundTrip(command)
+		if err != nil || !PutOff(r) || time.Now().After(end) {
+			return r, err
+		}
+		time.Sleep(pause)
+	}
+}
+
+const (
+	MaxPause    = 250 * time.Millisecond // between tries of a command that the TPM put off
+	putOffLimit = 10 * time.Second
+)
+
+// PutOff tells the response to a command that the TPM did not begin, or will finish
+// when it is sent again unchanged (Part 1, 39.4), as at the first use of an
+// algorithm: no nonce has moved on.
+func PutOff(response []byte) bool {
+	if len(response) < HeaderSize {
+		return false
+	}
+	switch tpm2.TPMRC(binary.BigEndian.Uint32(response[6:])) {
+	case tpm2.TPMRCRetry, tpm2.TPMRCYielded, tpm2.TPMRCCanceled, tpm2.TPMRCTesting, tpm2.TPMRCNVRate:
+		return true
+	}
+	return false
+}
+
+func (l *Link) roundTrip(command []byte) ([]byte, error) {
 	if _, err := l.conn.Write(command); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrBroken, err)
 	}

@@ -1,7 +1,9 @@
 package link
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"io"
 	"net"
@@ -10,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-tpm/tpm2"
 	"golang.org/x/sys/unix"
 
 	"virt-trust/internal/testkit"
@@ -77,6 +80,30 @@ func TestAbsent(t *testing.T) {
 	}
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// What the TPM puts off is sent again, the same.
+func TestPutOff(t *testing.T) {
+	ours, theirs := net.Pipe()
+	defer ours.Close()
+	command := []byte{0x80, 0x01, 0, 0, 0, 10, 0, 0, 1, 0x7b}
+	go func() {
+		defer theirs.Close()
+		got := make([]byte, len(command))
+		for _, rc := range []tpm2.TPMRC{tpm2.TPMRCRetry, tpm2.TPMRCYielded, tpm2.TPMRCCanceled, tpm2.TPMRCTesting, tpm2.TPMRCNVRate, tpm2.TPMRCFailure} {
+			if _, err := io.ReadFull(theirs, got); err != nil || !bytes.Equal(got, command) {
+				return
+			}
+			_, _ = theirs.Write(binary.BigEndian.AppendUint32([]byte{0x80, 0x01, 0, 0, 0, 10}, uint32(rc)))
+		}
+	}()
+	r, err := (&Link{conn: ours}).Send(command)
+	if err != nil || tpm2.TPMRC(binary.BigEndian.Uint32(r[6:])) != tpm2.TPMRCFailure {
+		t.Errorf("%x, %v", r, err)
+	}
+	if PutOff(r) || PutOff(nil) {
+		t.Error("a failure is no delay")
 	}
 }
 
