@@ -22,7 +22,6 @@ func (r *round) launchLog() {
 		r.hostf(CodeLaunchPCR, Contraindicated, "the host measures launchers to PCR %d, and has to do so to PCR %d", p, pcr)
 	}
 	want := r.live[pcr]
-	before := *st
 	l, ok := r.log(report.LaunchLog, st.Size)
 	switch {
 	case !ok:
@@ -39,6 +38,7 @@ func (r *round) launchLog() {
 		}
 		return
 	}
+	before := *st
 	if l.From == 0 {
 		*st = launchState{}
 	}

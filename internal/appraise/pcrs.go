@@ -2,6 +2,7 @@ package appraise
 
 import (
 	"bytes"
+	"crypto/sha512"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -55,29 +56,17 @@ type pcrs struct {
 // bank's size: package report sees to it. They are before's where nothing has
 // changed, as mostly from one round to the next.
 func packPCRs(bank string, values *report.Values, some uint32, before pcrs) pcrs {
-	if before.Which != 0 && before.are(bank, values, some) {
-		return before
-	}
-	n := pcrs{Bank: bank, Values: make([]byte, 0, numPCRs*sizeOf(bank))}
+	var room [numPCRs * sha512.Size]byte
+	n := pcrs{Bank: bank, Values: room[:0]}
 	for p, v := range values {
 		if v != nil && some&(1<<p) != 0 {
 			n.Which, n.Values = n.Which|1<<p, append(n.Values, v...)
 		}
 	}
-	return n
-}
-
-// are reports whether packPCRs would give these.
-func (n *pcrs) are(bank string, values *report.Values, some uint32) bool {
-	rest := n.Values
-	for p, v := range values {
-		if there := v != nil && some&(1<<p) != 0; there != (n.Which&(1<<p) != 0) || there && !bytes.HasPrefix(rest, v) {
-			return false
-		} else if there {
-			rest = rest[len(v):]
-		}
+	if n.same(&before) {
+		return before
 	}
-	return n.Bank == bank && len(rest) == 0 && n.Which>>numPCRs == 0
+	return pcrs{Bank: bank, Which: n.Which, Values: bytes.Clone(n.Values)}
 }
 
 // sizeOf is the size of a bank's digests; 0 of one that there is not.

@@ -103,14 +103,12 @@ func TestArrows(t *testing.T) {
 		}
 	}
 	tpm, sql, bus := "github.com/google/go-tpm", "database/sql", "github.com/godbus/dbus/v5"
-	// The structures of a TPM are data; this is the way to one.
-	link := module + "internal/hosttpm/link"
 	for _, main := range []string{"hooks/qemu", "wrapper", "wrapper/emulator", "helper/virt-trust-ekcert"} {
 		never(main, "net/http", sql, tpm, module+"internal/hosttpm", "github.com/spf13/cobra", module+"internal/daemon", "github.com/digitalocean/go-libvirt")
 	}
-	never("helper/virt-trust", link, module+"internal/hosttpm", module+"internal/daemon", module+"internal/agent", sql)
-	never("helper/virt-trust-agent", link, module+"internal/hosttpm", module+"internal/daemon", sql, "github.com/digitalocean/go-libvirt")
-	never("helper/virt-trust-verifier", link, module+"internal/hosttpm", module+"internal/daemon", bus, "github.com/digitalocean/go-libvirt")
+	never("helper/virt-trust", module+"internal/hosttpm", module+"internal/daemon", module+"internal/agent", sql)
+	never("helper/virt-trust-agent", module+"internal/hosttpm", module+"internal/daemon", sql, "github.com/digitalocean/go-libvirt")
+	never("helper/virt-trust-verifier", module+"internal/hosttpm", module+"internal/daemon", bus, "github.com/digitalocean/go-libvirt")
 	never("helper/virt-trust-verifier/signer", module+"internal/daemon", bus, sql, "net/http")
 	never("helper/virt-trust-inject", module+"internal/daemon", bus, sql, "net/http")
 	// What reads CoRIMs, with its libraries, is the Verifier's alone.
@@ -133,7 +131,8 @@ func TestArrows(t *testing.T) {
 	only("libvirt.org/go/libvirtxml", "internal/domain")
 	only("github.com/digitalocean/go-libvirt", "internal/domain/libvirt")
 	only(module+"internal/hosttpm", "internal/daemon")
-	only(link, "internal/hosttpm", "internal/hosttpm/tpmtest", "internal/verifier/signer")
+	// The structures of a TPM are data; this is the way to one.
+	only(module+"internal/hosttpm/link", "internal/hosttpm", "internal/hosttpm/tpmtest", "internal/verifier/signer")
 	only(tpm + "/tpm2/transport/linuxudstpm")
 	only(tpm+"/tpm2/transport/linuxtpm", "internal/lab/guest")
 	only(module+"internal/daemon", "helper/virt-trustd")

@@ -115,8 +115,8 @@ func (c *client) Send(command []byte) ([]byte, error) {
 	cc := tpm2.TPMCC(binary.BigEndian.Uint32(command[6:]))
 	began := time.Now()
 	defer func() { c.host.timings.add(cc, time.Since(began)) }()
-	for pause := time.Millisecond; ; pause = min(2*pause, link.MaxPause) {
-		if err := wait(c.ctx, c.host.cfg.Delay); err != nil {
+	return link.Repeat(c.ctx, func() ([]byte, error) {
+		if err := link.Wait(c.ctx, c.host.cfg.Delay); err != nil {
 			return nil, err
 		}
 		c.forgetResponse()
@@ -126,35 +126,14 @@ func (c *client) Send(command []byte) ([]byte, error) {
 			return nil, err
 		}
 		c.response = r
-		rc := tpm2.TPMRC(binary.BigEndian.Uint32(r[6:]))
-		if rc != tpm2.TPMRCSuccess {
+		if tpm2.TPMRC(binary.BigEndian.Uint32(r[6:])) != tpm2.TPMRCSuccess {
 			c.failed = cc
 		}
-		if !link.PutOff(r) {
-			return r, nil
-		}
-		if err := wait(c.ctx, pause); err != nil {
-			return nil, fmt.Errorf("%w (last response: %w)", err, rc)
-		}
-	}
+		return r, nil
+	})
 }
 
 func isPCRChanged(err error) bool { return isRC(err, tpm2.TPMRCPCRChanged) }
-
-func wait(ctx context.Context, d time.Duration) error {
-	if d > 0 {
-		t := time.NewTimer(d)
-		defer t.Stop()
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-		}
-	}
-	if ctx.Err() != nil {
-		return fmt.Errorf("%w: %w", ErrBusy, ctx.Err())
-	}
-	return nil
-}
 
 func (c *client) forgetResponse() {
 	secret.Wipe(c.response)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"virt-trust/internal/hosttpm/link"
@@ -158,7 +159,7 @@ func (p *proxy) serve(client net.Conn, sock string) {
 		return
 	}
 	defer tpm.Close()
-	ask := tpm.Send
+	ask := func(b []byte) ([]byte, error) { return tpm.Exchange(context.Background(), b, new(atomic.Int32)) } // also what is put off
 	for {
 		b, err := readMessage(client)
 		if err != nil {

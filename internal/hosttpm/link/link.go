@@ -88,10 +88,8 @@ func dialSocket(ctx context.Context, path string) (net.Conn, error) {
 		case err == nil:
 			return c, nil
 		case errors.Is(err, syscall.EAGAIN):
-			select {
-			case <-time.After(2 * time.Millisecond):
-			case <-ctx.Done():
-				return nil, fmt.Errorf("%w: %w", ErrBusy, ctx.Err())
+			if err := Wait(ctx, 2*time.Millisecond); err != nil {
+				return nil, err
 			}
 		case errors.As(err, &timeout) && timeout.Timeout():
 			return nil, fmt.Errorf("%w: %w", ErrBusy, err)
@@ -144,34 +142,57 @@ func (l *Link) Exchange(ctx context.Context, command []byte, abandoned *atomic.I
 // Send is Exchange for as long as it takes, and repeats for a while what the TPM
 // puts off. It makes a Link a transport.TPM of go-tpm, whose own ways to a TPM do
 // not bear a signal, as Go's runtime sends them, nor a socket with a queue. After
-// an error, ErrBroken, the link is unusable.
+// ErrBroken the link is unusable; ErrBusy is of a command that was put off too long.
 func (l *Link) Send(command []byte) ([]byte, error) {
-	for end, pause := time.Now().Add(putOffLimit), time.Millisecond; ; pause = min(2*pause, MaxPause) {
-		r, err := l.roundTrip(command)
-		if err != nil || !PutOff(r) || time.Now().After(end) {
-			return r, err
-		}
-		time.Sleep(pause)
-	}
+	ctx, cancel := context.WithTimeout(context.Background(), putOffLimit)
+	defer cancel()
+	return Repeat(ctx, func() ([]byte, error) { return l.roundTrip(command) })
 }
 
 const (
-	MaxPause    = 250 * time.Millisecond // between tries of a command that the TPM put off
+	maxPause    = 250 * time.Millisecond // between tries of a command that the TPM put off
 	putOffLimit = 10 * time.Second
 )
 
-// PutOff tells the response to a command that the TPM did not begin, or will finish
-// when it is sent again unchanged (Part 1, 39.4), as at the first use of an
-// algorithm: no nonce has moved on.
-func PutOff(response []byte) bool {
-	if len(response) < HeaderSize {
-		return false
+// Repeat has a command sent, by try, until the TPM does not put it off: ErrBusy
+// where it still does when ctx is done.
+func Repeat(ctx context.Context, try func() (response []byte, err error)) ([]byte, error) {
+	for pause := time.Millisecond; ; pause = min(2*pause, maxPause) {
+		r, err := try()
+		if err != nil {
+			return nil, err
+		}
+		rc := tpm2.TPMRC(binary.BigEndian.Uint32(r[6:]))
+		if !putOff(rc) {
+			return r, nil
+		}
+		if err := Wait(ctx, pause); err != nil {
+			return nil, fmt.Errorf("%w (last response: %w)", err, rc)
+		}
 	}
-	switch tpm2.TPMRC(binary.BigEndian.Uint32(response[6:])) {
-	case tpm2.TPMRCRetry, tpm2.TPMRCYielded, tpm2.TPMRCCanceled, tpm2.TPMRCTesting, tpm2.TPMRCNVRate:
-		return true
+}
+
+// putOff tells a command that the TPM did not begin, or will finish when it is
+// sent again unchanged (Part 1, 39.4), as at the first use of an algorithm: no
+// nonce has moved on.
+func putOff(rc tpm2.TPMRC) bool {
+	return rc == tpm2.TPMRCRetry || rc == tpm2.TPMRCYielded || rc == tpm2.TPMRCCanceled || rc == tpm2.TPMRCTesting || rc == tpm2.TPMRCNVRate
+}
+
+// Wait waits for d, and gives ErrBusy when ctx is done by then.
+func Wait(ctx context.Context, d time.Duration) error {
+	if d > 0 {
+		t := time.NewTimer(d)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+		}
 	}
-	return false
+	if ctx.Err() != nil {
+		return fmt.Errorf("%w: %w", ErrBusy, ctx.Err())
+	}
+	return nil
 }
 
 func (l *Link) roundTrip(command []byte) ([]byte, error) {

@@ -94,8 +94,10 @@ func pair(pidfd, pid int, right func(maker int) bool) (fd, maker int, err error)
 		if fd, maker, err = onePair(pidfd, pid, right); !errors.Is(err, errNone) {
 			return fd, maker, err
 		}
-		if n, err := poll.Now(unix.PollFd{Fd: int32(pidfd), Events: unix.POLLIN}); err != nil || n != 0 {
-			return -1, 0, fmt.Errorf("%w: process %d (%v)", introspect.ErrGone, pid, err)
+		if n, err := poll.Now(unix.PollFd{Fd: int32(pidfd), Events: unix.POLLIN}); err != nil {
+			return -1, 0, err
+		} else if n != 0 {
+			return -1, 0, fmt.Errorf("%w: process %d", introspect.ErrGone, pid)
 		}
 		if time.Now().After(deadline) {
 			return fd, maker, err

@@ -263,33 +263,15 @@ var errSet = errors.New("the digest of the launchers is not theirs")
 
 // ParseDigest reads a SHA-256 digest in lower-case hexadecimal.
 func ParseDigest(s string) (d [sha256.Size]byte, err error) {
-	bad := byte(0)
-	if len(s) != hex.EncodedLen(len(d)) {
-		bad = noDigit
-	}
-	for i := 0; i < len(d) && bad < noDigit; i++ {
-		high, low := digits[s[2*i]], digits[s[2*i+1]]
-		d[i], bad = high<<4|low, high|low
-	}
-	if bad >= noDigit {
-		return [sha256.Size]byte{}, fmt.Errorf("%.80q is no SHA-256 digest", s)
-	}
-	return d, nil
-}
-
-// digits are the values of hexadecimal digits, in lower case.
-var digits = func() (d [256]byte) {
-	for i := range d {
-		if n := strings.IndexByte("0123456789abcdef", byte(i)); n >= 0 {
-			d[i] = byte(n)
-		} else {
-			d[i] = noDigit
+	if len(s) == hex.EncodedLen(len(d)) && strings.ToLower(s) == s {
+		var digits [2 * sha256.Size]byte // on the stack: there are many
+		copy(digits[:], s)
+		if _, err = hex.Decode(d[:], digits[:]); err == nil {
+			return d, nil
 		}
 	}
-	return d
-}()
-
-const noDigit = 16
+	return [sha256.Size]byte{}, fmt.Errorf("%.80q is no SHA-256 digest", s)
+}
 
 // Split cuts a log file into its lines. A last line without a newline was cut
 // off by a crash, before the PCR was extended by it: it is given apart.

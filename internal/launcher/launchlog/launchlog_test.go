@@ -84,6 +84,33 @@ func TestReplay(t *testing.T) {
 	}
 }
 
+// A log of which one bank is wanted has that one alone, and it is the same.
+func TestOneBank(t *testing.T) {
+	file := sample(t)
+	whole, err := Parse(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &Log{Bank: "sha1"}
+	lines, _ := Split(file)
+	for i, line := range lines {
+		if err := l.Add(line); err != nil {
+			t.Fatal(err)
+		}
+		// Also to one who asks while the log grows.
+		if n := l.Number("/usr/bin/swtpm", sha256.Sum256([]byte("swtpm"))); (n == 2) != (i > 0) {
+			t.Errorf("after line %d swtpm is number %d", i+1, n)
+		}
+	}
+	if want := map[string][]byte{"sha1": whole.Values["sha1"]}; !Equal(l.Values, want) {
+		t.Errorf("%x, want %x", l.Values, want)
+	}
+	again := append(append(file, lines[2]...), '\n') // another start with the same launchers
+	if l, err := Parse(again); err != nil || l.Starts != 2 {
+		t.Errorf("%+v, %v", l, err)
+	}
+}
+
 // TestAltered takes a log's meaning or its bytes apart: what is not refused as
 // no log must give another PCR.
 func TestAltered(t *testing.T) {
@@ -101,13 +128,14 @@ func TestAltered(t *testing.T) {
 	}
 	lines, _ := Split(file)
 	for name, b := range map[string][]byte{
-		"two boots":    append(bytes.Clone(file), append(bytes.Clone(lines[0]), '\n')...),
-		"no boot":      append(bytes.Clone(lines[1]), '\n'),
-		"files twice":  append(bytes.Clone(file), append(bytes.Clone(lines[1]), '\n')...),
-		"unknown file": append(append(bytes.Clone(lines[0]), '\n'), append(bytes.Clone(lines[2]), '\n')...),
-		"another set":  bytes.Replace(file, []byte(`"launchers":[1,2]`), []byte(`"launchers":[2]`), 1),
-		"other event":  bytes.Replace(file, []byte(EventStart), []byte("vm-stop"), 1),
-		"no JSON":      []byte("x\n"),
+		"two boots":                            append(bytes.Clone(file), append(bytes.Clone(lines[0]), '\n')...),
+		"no boot":                              append(bytes.Clone(lines[1]), '\n'),
+		"files twice":                          append(bytes.Clone(file), append(bytes.Clone(lines[1]), '\n')...),
+		"unknown file":                         append(append(bytes.Clone(lines[0]), '\n'), append(bytes.Clone(lines[2]), '\n')...),
+		"another set":                          bytes.Replace(file, []byte(`"launchers":[1,2]`), []byte(`"launchers":[2]`), 1),
+		"another set than before, of the same": append(append(bytes.Clone(file), bytes.Replace(lines[2], []byte(`"launchers_sha256":"4`), []byte(`"launchers_sha256":"5`), 1)...), '\n'),
+		"other event":                          bytes.Replace(file, []byte(EventStart), []byte("vm-stop"), 1),
+		"no JSON":                              []byte("x\n"),
 	} {
 		if _, err := Parse(b); !errors.Is(err, ErrFormat) {
 			t.Errorf("%s: %v", name, err)

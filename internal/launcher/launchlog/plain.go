@@ -97,7 +97,7 @@ func (s *scanner) boot() *Boot {
 }
 
 func (s *scanner) start() *Start {
-	v := &Start{}
+	v := &Start{Launchers: []int{}}
 	s.must(`,"start":{"vm":"`)
 	v.VM = s.text()
 	s.must(`,"generation":`)
@@ -109,7 +109,6 @@ func (s *scanner) start() *Start {
 		v.EK = s.text()
 	}
 	s.must(`,"launchers":[`)
-	v.Launchers = make([]int, 0, 1+strings.Count(s.b, ","))
 	for !s.failed && !s.skip("]") {
 		if len(v.Launchers) > 0 {
 			s.must(",")
@@ -124,7 +123,8 @@ func (s *scanner) start() *Start {
 
 func (s *scanner) files() []File {
 	s.must(`,"files":[`)
-	all := make([]File, 0, strings.Count(s.b, `{"n":`))
+	const usual = 128 // bytes of a file, more or less
+	all := make([]File, 0, len(s.b)/usual)
 	for !s.failed && !s.skip("]") {
 		if len(all) > 0 {
 			s.must(",")
