@@ -110,6 +110,9 @@ func powerButton(say func(string, ...any)) {
 	}
 }
 
+// work is what goes on between the commands load and rest.
+var work worker
+
 // obey does one command and gives the answer.
 func obey(verb, arg string) string {
 	switch verb {
@@ -152,12 +155,13 @@ func obey(verb, arg string) string {
 				err = extend(tpm, pcr)
 			}
 			text = "extended " + arg
-		case "extends":
+		case "load":
+			work.load()
+			text = "loaded"
+		case "rest":
 			var n int
-			if n, err = strconv.Atoi(arg); err == nil {
-				err = extends(tpm, n)
-			}
-			text = "extends " + arg
+			n, err = work.rest()
+			text = fmt.Sprintf("rested %d", n)
 		case "pcrs":
 			text, err = pcrs(tpm)
 			text = "pcrs " + text

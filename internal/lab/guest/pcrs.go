@@ -6,29 +6,57 @@ import (
 	"crypto/sha512"
 	"fmt"
 	"strings"
+	"sync"
+	"sync/atomic"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 )
 
-// extends extends PCR 16, in all banks, by the digests of "extend 0" to
-// "extend n-1".
-func extends(tpm transport.TPM, n int) error {
-	for i := range n {
-		text := fmt.Appendf(nil, "extend %d", i)
-		d1, d256, d384, d512 := sha1.Sum(text), sha256.Sum256(text), sha512.Sum384(text), sha512.Sum512(text)
-		_, err := tpm2.PCRExtend{
-			PCRHandle: tpm2.AuthHandle{Handle: 16, Auth: tpm2.PasswordAuth(nil)},
-			Digests: tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{
-				{HashAlg: tpm2.TPMAlgSHA1, Digest: d1[:]}, {HashAlg: tpm2.TPMAlgSHA256, Digest: d256[:]},
-				{HashAlg: tpm2.TPMAlgSHA384, Digest: d384[:]}, {HashAlg: tpm2.TPMAlgSHA512, Digest: d512[:]},
-			}},
-		}.Execute(tpm)
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+// worker extends PCR 16 for as long as it is let, so that whoever reads PCRs
+// meanwhile never does so at rest, however fast he is.
+type worker struct {
+	stop atomic.Bool
+	done sync.WaitGroup
+	n    int // how often it extended, of use when done
+	err  error
+}
+
+// load begins.
+func (w *worker) load() {
+	w.stop.Store(false)
+	w.n, w.err = 0, nil
+	w.done.Go(func() {
+		w.err = withTPM(func(tpm transport.TPM) error {
+			for !w.stop.Load() {
+				if err := extendAll(tpm, fmt.Appendf(nil, "extend %d", w.n)); err != nil {
+					return err
+				}
+				w.n++
+			}
+			return nil
+		})
+	})
+}
+
+// rest ends, and tells how often it extended; asked again, it tells so again.
+func (w *worker) rest() (int, error) {
+	w.stop.Store(true)
+	w.done.Wait()
+	return w.n, w.err
+}
+
+// extendAll extends PCR 16, in all banks, by the digests of a text.
+func extendAll(tpm transport.TPM, text []byte) error {
+	d1, d256, d384, d512 := sha1.Sum(text), sha256.Sum256(text), sha512.Sum384(text), sha512.Sum512(text)
+	_, err := tpm2.PCRExtend{
+		PCRHandle: tpm2.AuthHandle{Handle: 16, Auth: tpm2.PasswordAuth(nil)},
+		Digests: tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{
+			{HashAlg: tpm2.TPMAlgSHA1, Digest: d1[:]}, {HashAlg: tpm2.TPMAlgSHA256, Digest: d256[:]},
+			{HashAlg: tpm2.TPMAlgSHA384, Digest: d384[:]}, {HashAlg: tpm2.TPMAlgSHA512, Digest: d512[:]},
+		}},
+	}.Execute(tpm)
+	return err
 }
 
 // pcrs gives the SHA-256 digest of all PCRs as the guest's own vTPM has them, in
