@@ -114,6 +114,9 @@ func callBus(address, method string, args []string) {
 		d := sha256.Sum256(b)
 		options["uuid"], options["sha256"] = dbus.MakeVariant(args[1]), dbus.MakeVariant(d[:])
 	}
+	if method == "RedeemGrant" && args[0] == "swtpm" {
+		options["socket"] = dbus.MakeVariant(args[1] + ".sock")
+	}
 	c := conn.Object(bus.Name, bus.Path).Call(bus.ManagerInterface+"."+method, 0, append(in, options)...)
 	if c.Err != nil {
 		var e dbus.Error
@@ -362,9 +365,10 @@ func TestCallers(t *testing.T) {
 		t.Fatalf("libvirt's hook: %s", got)
 	}
 	o.mkdir(uuidA)
-	if got := o.as(0, "call", with("wrapper", redeem)...); got != "keys key of 64 <nil> key of 64 <nil>" {
+	if got := o.as(0, "call", with("wrapper", redeem)...); got != "keys-socket key of 64 <nil> key of 64 <nil>" {
 		t.Fatalf("the wrapper: %s", got)
 	}
+	testkit.Must[net.Listener](t)(net.Listen("unix", o.dir(uuidA)+".sock")) // for start
 	if got := o.as(0, "call", with("wrapper", redeem)...); !strings.HasPrefix(got, bus.ErrorRefused+" [key-not-released: ") {
 		t.Errorf("the wrapper again: %s", got)
 	}

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"time"
@@ -34,6 +35,7 @@ type grant struct {
 	had      bool // a vTPM, at prepare: swtpm_setup makes none in its place
 	setup    int  // descriptor of the process that redeemed as swtpm_setup, or -1
 	setupPID int  // its number, while setupRuns
+	socket   *socket
 	certify  bool // a vTPM that is made gets certificates
 	ak       bool // and an AK, which it has not got yet
 	made     manufacture
@@ -95,6 +97,71 @@ func (gr *grant) close() {
 		unix.Close(gr.setup)
 	}
 	gr.setup = -1
+	gr.socket.close()
+	gr.socket = nil
+}
+
+// socket is a control socket whose name the wrapper makes appear before swtpm
+// makes the socket.
+type socket struct {
+	path  string
+	swtpm int // descriptor of its process
+}
+
+// socketLimit is how long a swtpm may take to make its control socket. libvirt
+// gives it one second.
+const socketLimit = 5 * time.Second
+
+// awaitsSocket reports whether Launched will wait for the control socket of the
+// swtpm that has just redeemed a grant.
+func (g *Guard) awaitsSocket(program, statePath, path string, c *caller) bool {
+	if program != swtpmargs.Swtpm || !filepath.IsAbs(path) || len(path) > maxStatePath {
+		return false
+	}
+	if st, err := os.Stat(filepath.Dir(path)); err != nil || !st.IsDir() {
+		return false // what is not seen from here cannot be waited for
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	gr := g.grants[filepath.Clean(statePath)]
+	if gr == nil || !gr.redeemed[program] || gr.socket != nil {
+		return false // or is one that a swtpm_setup runs
+	}
+	process, err := unix.PidfdOpen(c.pid, 0)
+	if err != nil {
+		return false
+	}
+	gr.socket = &socket{path, process}
+	return true
+}
+
+func (s *socket) close() {
+	if s != nil {
+		unix.Close(s.swtpm)
+	}
+}
+
+// await waits until swtpm has made the socket.
+func (s *socket) await() error {
+	if s == nil {
+		return nil
+	}
+	for end := time.Now().Add(socketLimit); ; {
+		ended, err := poll.Now(unix.PollFd{Fd: int32(s.swtpm), Events: unix.POLLIN})
+		// In this order: a swtpm that has made it, and ended, is no more awaited.
+		if st, err := os.Lstat(s.path); err == nil && st.Mode().Type() == os.ModeSocket {
+			return nil
+		}
+		switch {
+		case err != nil:
+			return fmt.Errorf("looking at swtpm: %w", err)
+		case ended > 0:
+			return reason.Refuse(reason.KeyNotReleased, "see its log in /var/log/swtpm/libvirt/qemu", "swtpm ended before it had made its control socket")
+		case time.Now().After(end):
+			return reason.Refuse(reason.KeyNotReleased, "see its log in /var/log/swtpm/libvirt/qemu", "swtpm has not made its control socket for %v", socketLimit)
+		}
+		time.Sleep(200 * time.Microsecond)
+	}
 }
 
 // Redemption is what a wrapper gets: descriptors to close when they are sent,

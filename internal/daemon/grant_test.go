@@ -4,6 +4,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -214,5 +215,90 @@ func TestGrantForPCRBanks(t *testing.T) {
 	_, err = setup()
 	refuses(t, err, reason.KeyNotReleased)
 	h.keys(uuidA)
+	h.stop(f)
+}
+
+// TestControlSocket: where the name of swtpm's control socket is there before
+// the socket, start waits for the socket, so that QEMU does not come too early.
+func TestControlSocket(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	f := h.vm(uuidA, true)
+	path := filepath.Join(h.root, "control.sock")
+	// asks is swtpm's wrapper, up to where it becomes swtpm.
+	asks := func() *exec.Cmd {
+		t.Helper()
+		if err := h.prepare(f); err != nil {
+			t.Fatal(err)
+		}
+		h.mkdir(uuidA)
+		swtpm := exec.Command("sleep", "60")
+		swtpm.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		if err := swtpm.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { swtpm.Process.Kill(); swtpm.Wait() })
+		c := &caller{pid: swtpm.Process.Pid, cgroup: cgroup}
+		if h.g.awaitsSocket("swtpm", h.dir(uuidA), path, c) {
+			t.Error("promised to who has no keys")
+		}
+		h.keys(uuidA)
+		for _, other := range []string{"", "control.sock", filepath.Join(h.root, "nowhere", "control.sock"), "/" + strings.Repeat("x", maxStatePath)} {
+			if h.g.awaitsSocket("swtpm", h.dir(uuidA), other, c) {
+				t.Errorf("%.80q is awaited", other)
+			}
+		}
+		if h.g.awaitsSocket("swtpm_setup", h.dir(uuidA), path, c) || h.g.awaitsSocket("swtpm", h.dir(uuidB), path, c) {
+			t.Error("promised to another")
+		}
+		if !h.g.awaitsSocket("swtpm", h.dir(uuidA), path, c) {
+			t.Error("not promised")
+		}
+		if h.g.awaitsSocket("swtpm", h.dir(uuidA), path, c) {
+			t.Error("promised twice")
+		}
+		if err := os.WriteFile(path, nil, 0o600); err != nil { // the name
+			t.Fatal(err)
+		}
+		return swtpm
+	}
+	makes := func() net.Listener {
+		os.Remove(path)
+		return testkit.Must[net.Listener](t)(net.Listen("unix", path))
+	}
+
+	asks()
+	began := time.Now()
+	made := make(chan net.Listener, 1)
+	time.AfterFunc(300*time.Millisecond, func() { made <- makes() })
+	if err := h.g.Launched(f); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(began); took < 300*time.Millisecond {
+		t.Errorf("it waited for %v", took)
+	}
+	(<-made).Close()
+	h.stop(f)
+
+	swtpm := asks()
+	time.AfterFunc(50*time.Millisecond, func() { swtpm.Process.Kill(); swtpm.Wait() })
+	r := refuses(t, h.g.Launched(f), reason.KeyNotReleased)
+	if !strings.Contains(r.Text(), "swtpm ended") {
+		t.Error(r)
+	}
+	h.stop(f)
+	os.Remove(path)
+
+	asks()
+	began = time.Now()
+	r = refuses(t, h.g.Launched(f), reason.KeyNotReleased)
+	if took := time.Since(began); took < socketLimit || !strings.Contains(r.Text(), "has not made") {
+		t.Error(took, r)
+	}
+	h.stop(f)
+	os.Remove(path)
+
+	// A wrapper of before this, or one that could not make the name.
+	h.start(f)
 	h.stop(f)
 }

@@ -225,6 +225,11 @@ func (s *Service) manager() map[string]any {
 						action += "-certify"
 					}
 				}()
+				defer func() {
+					if socket := option[string](options, "socket"); socket != "" && s.g.awaitsSocket(program, path, socket, c) {
+						action += "-socket"
+					}
+				}()
 				if r.State != nil {
 					action = "keys"
 					keys = []dbus.Variant{dbus.MakeVariant(dbus.UnixFD(r.State.Fd())), dbus.MakeVariant(dbus.UnixFD(r.Transfer.Fd()))}

@@ -628,7 +628,15 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 	gr := g.grants[f.StateDir(g.cfg.Swtpm.StateRoot)]
 	ok := gr != nil && gr.uuid == f.UUID && (gr.pass || gr.redeemed["swtpm"])
 	s := g.sessions[f.UUID]
+	var control *socket
+	if gr != nil && gr.uuid == f.UUID {
+		control, gr.socket = gr.socket, nil
+	}
 	g.mu.Unlock()
+	defer control.close()
+	if err := control.await(); err != nil {
+		return err
+	}
 	if !ok && g.cfg.Mode != "enforce" {
 		if s != nil {
 			s.writes.Store(true)

@@ -53,8 +53,9 @@ type Wrapper struct {
 	CertsTool string // virt-trust-ekcert
 	// Redeem asks virt-trustd for the vTPM's keys: "keys" with two descriptors,
 	// or "pass"; "keys-certify" or "pass-certify" to a swtpm_setup whose vTPM gets
-	// its certificates from virt-trustd.
-	Redeem func(ctx context.Context, program, statePath string) (action string, keys []int, err error)
+	// its certificates from virt-trustd; "keys-socket" or "pass-socket" to a swtpm
+	// for whose control socket virt-trustd will wait.
+	Redeem func(ctx context.Context, call swtpmargs.Call) (action string, keys []int, err error)
 }
 
 // Run becomes the real program, or gives the exit status.
@@ -123,7 +124,7 @@ func (w *Wrapper) redeem(call swtpmargs.Call) ([]string, error) {
 			}
 			answers <- a
 		}()
-		a.action, a.keys, a.err = w.Redeem(ctx, call.Program, call.StatePath)
+		a.action, a.keys, a.err = w.Redeem(ctx, call)
 	}()
 	var a answer
 	select {
@@ -146,6 +147,10 @@ func (w *Wrapper) redeem(call swtpmargs.Call) ([]string, error) {
 			return nil, fmt.Errorf("the configuration of swtpm_setup: %w", err)
 		}
 	}
+	action, awaited := strings.CutSuffix(action, "-socket")
+	if awaited {
+		announce(call.Socket)
+	}
 	switch {
 	case action == "pass" && len(a.keys) == 0:
 		return call.Argv(), nil
@@ -161,6 +166,17 @@ func (w *Wrapper) redeem(call swtpmargs.Call) ([]string, error) {
 		return call.WithKeys(state, transfer), nil
 	}
 	return nil, fmt.Errorf("virt-trustd answered %.32q with %d descriptors, which is not known", a.action, len(a.keys))
+}
+
+// announce makes the name of swtpm's control socket appear before swtpm replaces
+// it by the socket. libvirt looks for it 1, 3, 7 and 15 ms after it has started
+// this program (qemuTPMEmulatorStart), and so would wait up to as long again as
+// swtpm takes to begin; that nobody connects too early is virt-trustd's to see
+// to. Where it cannot be made, libvirt waits as it does without this.
+func announce(socket string) {
+	if f, err := os.OpenFile(socket, os.O_CREATE|os.O_EXCL|os.O_WRONLY|unix.O_NOFOLLOW, 0o600); err == nil {
+		f.Close()
+	}
 }
 
 // withCertsTool has swtpm_setup run our tool for certificates, and otherwise
@@ -240,7 +256,7 @@ func handDown(call swtpmargs.Call, file int) (int, error) {
 }
 
 // Redeem asks virt-trustd on the system bus.
-func Redeem(ctx context.Context, program, statePath string) (string, []int, error) {
+func Redeem(ctx context.Context, call swtpmargs.Call) (string, []int, error) {
 	c, err := bus.DialForDescriptors(ctx)
 	if err != nil {
 		return "", nil, bus.Unreachable(err.Error())
@@ -249,10 +265,12 @@ func Redeem(ctx context.Context, program, statePath string) (string, []int, erro
 	var action string
 	var fds []dbus.Variant
 	options := map[string]any{}
-	if program == swtpmargs.SwtpmSetup {
+	if call.Program == swtpmargs.SwtpmSetup {
 		options["certificates"] = true // this wrapper knows what "certify" means
+	} else if call.Socket != "" {
+		options["socket"] = call.Socket // and what "socket" does
 	}
-	err = c.Call(ctx, "RedeemGrant", []any{program, statePath, options}, &action, &fds)
+	err = c.Call(ctx, "RedeemGrant", []any{call.Program, call.StatePath, options}, &action, &fds)
 	keys := make([]int, len(fds))
 	for i, v := range fds {
 		fd, ok := v.Value().(dbus.UnixFD)

@@ -21,6 +21,7 @@ import (
 	"github.com/godbus/dbus/v5"
 	"golang.org/x/sys/unix"
 
+	"virt-trust/internal/bus"
 	"virt-trust/internal/bus/bustest"
 	"virt-trust/internal/testkit"
 )
@@ -284,6 +285,67 @@ func TestPass(t *testing.T) {
 	argv := []string{filepath.Join(dir, "bin", "swtpm"), "socket", "--tpmstate", "backend-uri=dir://" + stateDir, "--key", "fd=7,mode=aes-256-cbc", "--log", "level=3"}
 	if got := run(t, dir, nil, argv...).fake(t); !slices.Equal(got.Argv, argv) || len(got.FDs) != len(run(t, dir, nil, "swtpm").fake(t).FDs) {
 		t.Errorf("%+v", got)
+	}
+}
+
+// TestSocket: the name of the control socket is there early where virt-trustd
+// says that it waits for the socket, and nowhere else.
+func TestSocket(t *testing.T) {
+	dir := install(t)
+	bustest.Start(t)
+	var answer, asked atomic.Pointer[string]
+	bustest.Serve(t, bustest.Manager{RedeemGrant: func(_ dbus.Sender, _, _ string, options map[string]dbus.Variant) (string, []dbus.Variant, *dbus.Error) {
+		path, _ := options["socket"].Value().(string)
+		asked.Store(&path)
+		action, keys, _ := grant(t)
+		if a := *answer.Load(); a != "refuse" {
+			return action + a, keys, nil
+		}
+		return "", nil, dbus.NewError(bus.ErrorRefused, []any{"key-not-released: no"})
+	}})
+	argv := func(ctrl string) []string {
+		return []string{"swtpm", "socket", "--ctrl", ctrl, "--tpmstate", "dir=" + stateDir, "--tpm2"}
+	}
+	path := filepath.Join(testkit.Folder(t), "1-vm-swtpm.sock")
+	for action, made := range map[string]bool{"-socket": true, "": false, "refuse": false, "-certify": false} {
+		answer.Store(&action)
+		r := run(t, dir, nil, argv("type=unixio,path="+path+",mode=0600")...)
+		if r.status != 42 && (action == "" || action == "-socket") {
+			t.Errorf("%q: %+v", action, r)
+		}
+		if *asked.Load() != path {
+			t.Errorf("%q: asked for %q", action, *asked.Load())
+		}
+		if st, err := os.Lstat(path); (err == nil) != made || made && st.Mode() != 0o600 {
+			t.Errorf("%q: %v, %v", action, st, err)
+		}
+		os.Remove(path)
+	}
+
+	early := "-socket"
+	answer.Store(&early)
+	for _, ctrl := range []string{"type=unixio,clientfd=5,path=" + path, "type=tcp,port=5"} {
+		run(t, dir, nil, argv(ctrl)...).fake(t)
+		if _, err := os.Lstat(path); err == nil || *asked.Load() != "" {
+			t.Errorf("%s: %v, asked for %q", ctrl, err, *asked.Load())
+		}
+	}
+	// What is there stays as it is, and a name that cannot be made stops nobody.
+	if err := os.WriteFile(path, []byte("else's"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	link := path + ".link"
+	if err := os.Symlink(path+".target", link); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{path, link, filepath.Join(path, "x")} {
+		run(t, dir, nil, argv("type=unixio,path="+p)...).fake(t)
+	}
+	if b, err := os.ReadFile(path); string(b) != "else's" || err != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+	if _, err := os.Lstat(path + ".target"); err == nil {
+		t.Error("through a link")
 	}
 }
 

@@ -27,6 +27,7 @@ type Call struct {
 	HasKey    bool   // the caller gave a key of its own
 	TPM2      bool   // the TPM is one of family 2.0
 	Config    string // of swtpm_setup: the configuration file that is named, "" if none is
+	Socket    string // of swtpm: the path at which it makes its control socket, "" if it makes none or not at an absolute path
 
 	argv []string
 	args []arg
@@ -198,6 +199,8 @@ func (c *Call) note(a arg) {
 		c.TPM2 = true
 	case a.name == "config" && c.Program == SwtpmSetup:
 		c.Config = a.value
+	case a.name == "ctrl": // the last counts
+		c.Socket = controlSocket(a.value)
 	case a.name == "tpmstate" && c.Program == Swtpm:
 		// swtpm prefers dir= over backend-uri= (swtpm/common.c, parse_tpmstate_options).
 		if dir, ok := subOption(a.value, "dir"); ok {
@@ -208,6 +211,19 @@ func (c *Call) note(a arg) {
 	case a.name == "tpmstate" || a.name == "tpm-state":
 		c.StatePath = clean(a.value)
 	}
+}
+
+// controlSocket reads the value of --ctrl (swtpm/common.c,
+// parse_ctrlchannel_options): a descriptor would win over the path.
+func controlSocket(options string) string {
+	kind, _ := subOption(options, "type")
+	at, _ := subOption(options, "path")
+	_, fd := subOption(options, "fd")
+	_, client := subOption(options, "clientfd")
+	if kind != "unixio" || fd || client || !path.IsAbs(at) {
+		return ""
+	}
+	return at
 }
 
 // subOption finds name= among swtpm's comma-separated sub-options; the first counts.

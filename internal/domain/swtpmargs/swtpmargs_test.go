@@ -121,6 +121,29 @@ func TestParse(t *testing.T) {
 	}
 }
 
+func TestSocket(t *testing.T) {
+	for line, want := range map[string]string{
+		"swtpm socket --ctrl type=unixio,path=/run/libvirt/qemu/swtpm/1-live-swtpm.sock,mode=0600 --tpmstate dir=/s --tpm2": "/run/libvirt/qemu/swtpm/1-live-swtpm.sock",
+		"swtpm socket --ctrl=path=/c,type=unixio --tpmstate dir=/s":                                                         "/c",
+		"swtpm socket --ctrl type=unixio,path=/a --ctrl type=unixio,path=/b":                                                "/b",
+		"swtpm socket --ctrl type=unixio,path=/a --ctrl type=unixio,fd=7":                                                   "",
+		"swtpm socket --ctrl type=unixio,path=/a,fd=7":                                                                      "",
+		"swtpm socket --ctrl type=unixio,clientfd=5,path=/a":                                                                "",
+		"swtpm socket --ctrl type=unixio,path=a":                                                                            "",
+		"swtpm socket --ctrl type=unixio":                                                                                   "",
+		"swtpm socket --ctrl type=tcp,port=1,path=/a":                                                                       "",
+		"swtpm socket --server type=unixio,path=/a":                                                                         "",
+		"swtpm socket --ctrl":                                                       "",
+		"swtpm socket -- --ctrl type=unixio,path=/a":                                "",
+		"swtpm_setup --tpm-state /s --tpm2 --logfile /l --ctrl type=unixio,path=/a": "",
+	} {
+		program := strings.Fields(line)[0]
+		if got := Parse(program, strings.Fields(line)).Socket; got != want {
+			t.Errorf("%s: %q, not %q", line, got, want)
+		}
+	}
+}
+
 func TestMentions(t *testing.T) {
 	c := Parse(Swtpm, strings.Fields("swtpm socket --server type=tcp,fd=8 --pid fd=010 --ctrl clientfd=5 --tpmstate dir=/v/tpm2/7a"))
 	for fd, want := range map[int]bool{2: true, 5: true, 7: true, 8: true, 10: true, 3: false, 80: false, 1: false} {
