@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"slices"
 	"strconv"
 	"strings"
@@ -58,7 +59,7 @@ func bench(s *session, args []string) {
 	starts("VM without a vTPM", vm("none", false))
 
 	firstStarts(s, hosts)
-	slowTPM(s, hosts, guarded)
+	rest(s, hosts, guarded, *pairs)
 	hookTime(b)
 	stepTimes(b)
 	memory(s, b, *vms)
@@ -191,36 +192,66 @@ func stepTimes(h *lab.Host) {
 	}
 }
 
-// slowTPM measures warm starts with a TPM as slow as discrete ones are. What a
-// start takes beyond plain libvirt's and the TPM's own time is virt-trust's.
-func slowTPM(s *session, hosts [2]*lab.Host, guests [2]*lab.Guest) {
-	const runs = 5
-	for _, by := range []time.Duration{100 * time.Millisecond, 700 * time.Millisecond} {
-		hosts[1].SlowTPM(by)
-		var plain, slow, busy, rest []time.Duration
+// rest measures what a warm start takes beyond plain libvirt's and the TPM's own
+// time, which is virt-trust's, with a TPM that is about as fast as it can be and
+// with ones as slow as discrete ones are.
+func rest(s *session, hosts [2]*lab.Host, guests [2]*lab.Guest, pairs int) {
+	fmt.Printf("\n%-26s %11s %11s   TPM commands in between, and the rest\n", fmt.Sprintf("warm, %d starts or fewer", pairs), "plain", "guarded")
+	for _, c := range []struct {
+		by   time.Duration
+		runs int
+	}{{time.Millisecond, pairs}, {100 * time.Millisecond, min(pairs, 10)}, {700 * time.Millisecond, min(pairs, 5)}} {
+		hosts[1].SlowTPM(c.by)
+		var plain, guarded, busy, without []time.Duration
 		commands := 0
-		for run := -1; run < runs; run++ { // the first warms up
-			p := hosts[0].Run("virsh", "start", "--paused", guests[0].Name)
-			hosts[0].Must("virsh", "destroy", guests[0].Name)
-			time.Sleep(4 * by) // what the last stop had the TPM do is over then
-			from := time.Now()
-			g := hosts[1].Run("virsh", "start", "--paused", guests[1].Name)
-			if p.Code != 0 || g.Code != 0 {
-				s.Fatalf("virsh start: %s%s", p.Stderr, g.Stderr)
+		for run := -1; run < c.runs; run++ { // the first warms up
+			var from time.Time
+			var took [2]time.Duration
+			for _, i := range [][]int{{0, 1}, {1, 0}}[max(run, 0)%2] { // neither is always the one after the other
+				time.Sleep(4 * c.by) // what the last stop had the TPM do is over then
+				if i == 1 {
+					from = time.Now()
+				}
+				r := hosts[i].Run("virsh", "start", "--paused", guests[i].Name)
+				if r.Code != 0 {
+					s.Fatalf("virsh start: %s", r.Stderr)
+				}
+				took[i] = r.Took
+				hosts[i].Must("virsh", "destroy", guests[i].Name)
 			}
-			n, tpm := hosts[1].BusyTPM(from, from.Add(g.Took))
-			hosts[1].Must("virsh", "destroy", guests[1].Name)
+			n, tpm := hosts[1].BusyTPM(from, from.Add(took[1]))
 			if run < 0 {
 				continue
 			}
 			commands += n
-			plain, slow, busy, rest = append(plain, p.Took), append(slow, g.Took), append(busy, tpm), append(rest, g.Took-p.Took-tpm)
+			plain, guarded = append(plain, took[0]), append(guarded, took[1])
+			busy, without = append(busy, tpm), append(without, took[1]-tpm)
 		}
-		fmt.Printf("%-44s %8.1f ms %8.1f ms   %.1f TPM commands, %.1f ms; the rest %.1f ms (at most 15)\n",
-			fmt.Sprintf("VM with a vTPM, TPM commands of %v", by), ms(median(plain)), ms(median(slow)),
-			float64(commands)/runs, ms(median(busy)), ms(median(rest)))
+		low, high := between(plain, without)
+		fmt.Printf("%-26s %8.1f ms %8.1f ms   %.1f commands, %.1f ms; the rest %.1f ms (at most 15; with 95 %% confidence %.0f to %.0f)\n",
+			fmt.Sprintf("TPM commands of %v", c.by), ms(median(plain)), ms(median(guarded)),
+			float64(commands)/float64(c.runs), ms(median(busy)), ms(median(without)-median(plain)), ms(low), ms(high))
 	}
 	hosts[1].SlowTPM(0)
+}
+
+// between gives the interval in which the difference of two medians lies with
+// 95 % confidence, by resampling (bootstrap, percentiles).
+func between(a, b []time.Duration) (low, high time.Duration) {
+	random := rand.New(rand.NewPCG(1, 2))
+	again := func(d []time.Duration) time.Duration {
+		r := make([]time.Duration, len(d))
+		for i := range r {
+			r[i] = d[random.IntN(len(d))]
+		}
+		return median(r)
+	}
+	differences := make([]time.Duration, 2000)
+	for i := range differences {
+		differences[i] = again(b) - again(a)
+	}
+	slices.Sort(differences)
+	return differences[len(differences)*25/1000], differences[len(differences)*975/1000]
 }
 
 // prepareTimes prints the parts of prepare, as the journal has them.
