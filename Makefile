@@ -82,7 +82,8 @@ install-host: build
 		ln -sf ../virt-trust-emulator $(DESTDIR)$(libexecdir)/emulator/$$e; \
 		ln -sf /proc/self/fd/$(EMULATOR_FD) $(DESTDIR)$(libexecdir)/emulator/open/$$e; \
 	done
-	$(INSTALL_PROGRAM) hooks/qemu.d/50-virt-trust $(DESTDIR)$(sysconfdir)/libvirt/hooks/qemu.d/50-virt-trust
+	install -d $(DESTDIR)$(sysconfdir)/libvirt/hooks/qemu.d
+	ln -sf $(libexecdir)/virt-trust-hook $(DESTDIR)$(sysconfdir)/libvirt/hooks/qemu.d/50-virt-trust
 	$(INSTALL) packaging/virt-trustd.toml $(DESTDIR)$(sysconfdir)/virt-trust/virt-trustd.toml
 	$(INSTALL) packaging/apparmor/virt-trust $(DESTDIR)$(sysconfdir)/apparmor.d/virt-trust
 	$(INSTALL) packaging/apparmor/virt-trust-libvirtd $(DESTDIR)$(sysconfdir)/apparmor.d/abstractions/virt-trust-libvirtd

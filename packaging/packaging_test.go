@@ -272,38 +272,124 @@ func TestUnits(t *testing.T) {
 	run(t, analyze, "security", "--offline=true", "--no-pager", "--threshold="+maxExposure, filepath.Join(root, "virt-trustd.service"))
 }
 
-// TestScripts: the shell can read them, and the hook's script lets VMs pass
-// where the package is gone.
+// TestScripts: the shell can read them.
 func TestScripts(t *testing.T) {
 	scripts, err := filepath.Glob("debian/*/p*")
-	if err != nil || len(scripts) < 3 {
+	if err != nil || len(scripts) < 4 {
 		t.Fatal(scripts, err)
 	}
-	for _, script := range append(scripts, "debian/build", "../hooks/qemu.d/50-virt-trust") {
+	for _, script := range append(scripts, "debian/build") {
 		run(t, "/bin/sh", "-n", script)
 		if fi, err := os.Stat(script); err != nil || fi.Mode()&0o111 == 0 {
 			t.Errorf("%s: %v, not executable", script, err)
 		}
 	}
-	hook := strings.ReplaceAll(read(t, "../hooks/qemu.d/50-virt-trust"), "/usr/libexec", "/nonexistent")
-	script := filepath.Join(t.TempDir(), "hook")
-	put(t, script, hook)
-	run(t, "/bin/sh", script, "vm", "prepare", "begin", "-")
+}
 
-	// libvirt runs all that is in the folder. What dpkg puts there beside the hook, for
-	// the time of an upgrade or for good, must not do what it does a second time.
-	here := filepath.Dir(script)
-	put(t, filepath.Join(here, "virt-trust-hook"), "#!/bin/sh\necho \"$@\" >>"+here+"/ran\n")
-	if err := os.Chmod(filepath.Join(here, "virt-trust-hook"), 0o755); err != nil {
-		t.Fatal(err)
+const (
+	hookLink    = "/etc/libvirt/hooks/qemu.d/50-virt-trust"
+	hookProgram = "/usr/libexec/virt-trust/virt-trust-hook"
+)
+
+// TestHookLink: libvirt finds the program by a link, and virt-trustd looks at both.
+func TestHookLink(t *testing.T) {
+	makefile, daemon := read(t, "../Makefile"), read(t, "../helper/virt-trustd/main.go")
+	for _, want := range []string{"libexecdir = $(prefix)/libexec/virt-trust\n", "ln -sf $(libexecdir)/virt-trust-hook $(DESTDIR)$(sysconfdir)/libvirt/hooks/qemu.d/50-virt-trust\n"} {
+		if !strings.Contains(makefile, want) {
+			t.Errorf("the Makefile lacks %q", want)
+		}
 	}
-	hook = strings.ReplaceAll(read(t, "../hooks/qemu.d/50-virt-trust"), "/usr/libexec/virt-trust", here)
-	for _, name := range []string{"50-virt-trust", "50-virt-trust.dpkg-new", "50-virt-trust.dpkg-dist", "50-virt-trust.dpkg-old"} {
-		put(t, filepath.Join(here, name), hook)
-		run(t, "/bin/sh", filepath.Join(here, name), "vm", "start", "begin", "-")
+	for _, want := range []string{`Link: "` + hookLink + `"`, `Hook: "` + hookProgram + `"`} {
+		if !strings.Contains(daemon, want) {
+			t.Errorf("virt-trustd's main.go lacks %q", want)
+		}
 	}
-	if ran := read(t, filepath.Join(here, "ran")); ran != "vm start begin -\n" {
-		t.Errorf("ran: %q", ran)
+}
+
+// TestHookWasConffile: dpkg puts the link where versions before had a script, which
+// was a conffile. What an admin made of that is kept where libvirt does not run it.
+func TestHookWasConffile(t *testing.T) {
+	dpkg, build := tool(t, "dpkg"), tool(t, "dpkg-deb")
+	const script = "#!/bin/sh\n: shipped\n"
+	dir := t.TempDir()
+	pack := func(version string, fill func(root string)) string {
+		root := filepath.Join(dir, version)
+		put(t, root+"/DEBIAN/control", "Package: virt-trust\nVersion: "+version+"\nArchitecture: all\nMaintainer: a <a@b.invalid>\nDescription: test\n")
+		put(t, root+hookProgram, version)
+		if err := os.MkdirAll(root+filepath.Dir(hookLink), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		fill(root)
+		run(t, build, "--root-owner-group", "-Znone", "-b", root, root+".deb")
+		return root + ".deb"
+	}
+	old := pack("1", func(root string) {
+		put(t, root+hookLink, script)
+		put(t, root+"/DEBIAN/conffiles", hookLink+"\n")
+		run(t, "chmod", "755", root+hookLink)
+	})
+	next := func(root string) {
+		if err := os.Symlink(hookProgram, root+hookLink); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "install", "-m", "755", "debian/virt-trust/preinst", root+"/DEBIAN/preinst")
+	}
+	link, later := pack("2", next), pack("3", next)
+
+	for name, c := range map[string]struct {
+		before func(root string, dpkg func(args ...string))
+		kept   string
+	}{
+		"as shipped":            {func(string, func(...string)) {}, ""},
+		"changed":               {func(root string, _ func(...string)) { put(t, root+hookLink, script+": mine\n") }, script + ": mine\n"},
+		"deleted":               {func(root string, _ func(...string)) { run(t, "rm", root+hookLink) }, ""},
+		"the package's remains": {func(_ string, dpkg func(...string)) { dpkg("--remove", "virt-trust") }, ""},
+		"changed, and the package's remains": {func(root string, dpkg func(...string)) {
+			put(t, root+hookLink, ": mine\n")
+			dpkg("--remove", "virt-trust")
+		}, ": mine\n"},
+		"nobody's": {func(root string, dpkg func(...string)) {
+			dpkg("--purge", "virt-trust")
+			put(t, root+hookLink, ": mine\n")
+		}, ": mine\n"},
+	} {
+		root := filepath.Join(dir, name)
+		put(t, root+"/var/lib/dpkg/status", "")
+		for _, d := range []string{"info", "updates", "triggers"} {
+			if err := os.MkdirAll(root+"/var/lib/dpkg/"+d, 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		do := func(args ...string) {
+			run(t, dpkg, append([]string{"--root=" + root, "--log=/dev/null", "--force-not-root", "--force-bad-path", "--force-script-chrootless", "--force-unsafe-io"}, args...)...)
+		}
+		do("-i", old)
+		c.before(root, do)
+		for _, deb := range []string{link, later, later} {
+			do("-i", deb)
+			if to, err := os.Readlink(root + hookLink); err != nil || to != hookProgram {
+				t.Errorf("%s: the link leads to %q, %v", name, to, err)
+			}
+			if out := run(t, dpkg, "--root="+root, "-V", "virt-trust"); out != "" {
+				t.Errorf("%s: dpkg -V: %s", name, out)
+			}
+			left, _ := filepath.Glob(root + hookLink + ".*")
+			if c.kept == "" {
+				if len(left) > 0 {
+					t.Errorf("%s: %q are left", name, left)
+				}
+				continue
+			}
+			if fi, err := os.Stat(root + hookLink + ".dpkg-bak"); err != nil || fi.Mode()&0o111 != 0 || len(left) != 1 {
+				t.Errorf("%s: %q, %v, %v", name, left, fi, err)
+			} else if text := read(t, root+hookLink+".dpkg-bak"); text != c.kept {
+				t.Errorf("%s: %q was kept", name, text)
+			}
+		}
+		do("--remove", "virt-trust")
+		if _, err := os.Lstat(root + hookLink); err == nil {
+			t.Errorf("%s: the link outlives its package", name)
+		}
 	}
 }
 

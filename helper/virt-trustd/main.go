@@ -52,7 +52,7 @@ func run() error {
 		Programs: daemon.Programs{
 			Hook: "/usr/libexec/virt-trust/virt-trust-hook", Wrapper: "/usr/libexec/virt-trust/virt-trust-wrapper",
 			Emulator: "/usr/libexec/virt-trust/virt-trust-emulator", EKCert: "/usr/libexec/virt-trust/virt-trust-ekcert",
-			Script: "/etc/libvirt/hooks/qemu.d/50-virt-trust", Removed: "/run/virt-trust.removed",
+			Link: "/etc/libvirt/hooks/qemu.d/50-virt-trust", Removed: "/run/virt-trust.removed",
 		},
 	})
 }

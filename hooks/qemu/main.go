@@ -1,4 +1,4 @@
-// Command virt-trust-hook is what libvirt's hook script runs.
+// Command virt-trust-hook is libvirt's hook for the events of VMs.
 package main
 
 import (
@@ -11,7 +11,7 @@ import (
 
 func main() {
 	h := hook.Hook{
-		Args: os.Args[1:], Stdin: os.Stdin, Stderr: os.Stderr,
+		Name: os.Args[0], Args: os.Args[1:], Stdin: os.Stdin, Stderr: os.Stderr,
 		Config: config.Path, Path: os.Getenv("PATH"),
 		Log: journal.Quiet("virt-trust-hook"),
 		Ask: hook.Ask, Limit: hook.Limit,

@@ -59,7 +59,7 @@ func (s Status) write(w io.Writer) {
 	case "restart-needed":
 		libvirt += ": systemctl restart libvirtd (running VMs go on)"
 	case "hook-missing":
-		libvirt += ": /etc/libvirt/hooks/qemu.d/50-virt-trust is not there; reinstall virt-trust"
+		libvirt += ": /etc/libvirt/hooks/qemu.d/50-virt-trust does not lead to the hook; reinstall virt-trust"
 	}
 	list := s.ListState
 	if s.listKnown() {

@@ -70,7 +70,7 @@ func openOffice(t testing.TB) *office {
 	t.Cleanup(func() { own.Close() })
 	o.s = newService(own, Options{
 		Config: configIn(o.root), Version: "1", Log: logrus.NewEntry(l),
-		Programs: Programs{Hook: filepath.Join(o.programs, "hook"), Wrapper: filepath.Join(o.programs, "wrapper"), Emulator: filepath.Join(o.programs, "emulator"), EKCert: filepath.Join(o.programs, "ekcert"), Script: filepath.Join(o.root, "script")},
+		Programs: Programs{Hook: filepath.Join(o.programs, "hook"), Wrapper: filepath.Join(o.programs, "wrapper"), Emulator: filepath.Join(o.programs, "emulator"), EKCert: filepath.Join(o.programs, "ekcert"), Link: filepath.Join(o.root, "50-virt-trust")},
 	}, uint32(os.Getuid()), uint32(os.Getuid()), host)
 	o.s.g = o.g
 	o.g.changed = o.s.vmChanged

@@ -80,3 +80,25 @@ func TestRemoved(t *testing.T) {
 		t.Errorf("a VM that was defined anew: %v", err)
 	}
 }
+
+// A link to the hook that leads nowhere counts as none, as it does to libvirt.
+func TestHookMissing(t *testing.T) {
+	dir := t.TempDir()
+	program := filepath.Join(dir, "virt-trust-hook")
+	s := &Service{programs: Programs{Link: filepath.Join(dir, "50-virt-trust")}}
+	check := func(want bool) {
+		t.Helper()
+		if state := s.libvirtState(); (state == "hook-missing") != want {
+			t.Error(state)
+		}
+	}
+	check(true)
+	if err := os.Symlink(program, s.programs.Link); err != nil {
+		t.Fatal(err)
+	}
+	check(true)
+	if err := os.WriteFile(program, nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	check(false)
+}

@@ -617,7 +617,8 @@ func publicPEM(key any) string {
 // libvirtState says whether libvirt uses hook and wrapper: a daemon that was
 // started before the package was installed does not.
 func (s *Service) libvirtState() string {
-	if _, err := os.Stat(s.programs.Script); errors.Is(err, fs.ErrNotExist) {
+	// A link that leads nowhere is none to libvirt, too.
+	if _, err := os.Stat(s.programs.Link); errors.Is(err, fs.ErrNotExist) {
 		return "hook-missing"
 	}
 	for _, f := range []string{"/run/virtqemud.pid", "/run/libvirtd.pid"} {

@@ -37,7 +37,7 @@ type Programs struct {
 	Wrapper  string // /usr/libexec/virt-trust/virt-trust-wrapper
 	Emulator string // /usr/libexec/virt-trust/virt-trust-emulator
 	EKCert   string // /usr/libexec/virt-trust/virt-trust-ekcert
-	Script   string // /etc/libvirt/hooks/qemu.d/50-virt-trust
+	Link     string // /etc/libvirt/hooks/qemu.d/50-virt-trust, by which libvirt finds Hook
 	Removed  string // /run/virt-trust.removed: when the package was removed since boot, if it was
 }
 
@@ -447,7 +447,7 @@ func (s *Service) hook(ctx context.Context, c *caller, op domain.Operation, doc,
 	case domain.OpStart:
 		err = s.g.Launched(f)
 	case domain.OpStarted, domain.OpStopped:
-		// The script does not even ask. The grant ended at `start`; and `release`
+		// The hook does not even ask. The grant ended at `start`; and `release`
 		// comes when not only swtpm is gone, but QEMU's image free as well.
 	case domain.OpRelease:
 		err = s.g.Stopped(ctx, f, managedSaveExists(f.Name))

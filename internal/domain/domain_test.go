@@ -201,11 +201,14 @@ func TestOperations(t *testing.T) {
 		if got, want := op.MayRefuse(), slices.Contains(refuse, op); got != want {
 			t.Errorf("%s: MayRefuse = %t", op, got)
 		}
+		if got, want := op.Ignored(), slices.Contains([]Operation{OpStarted, OpStopped, OpAttach}, op); got != want {
+			t.Errorf("%s: Ignored = %t", op, got)
+		}
 		if got, want := op.Vetoable(), slices.Contains(refuse, op) || op == OpStarted; got != want {
 			t.Errorf("%s: Vetoable = %t", op, got)
 		}
 	}
-	if op := Operation("teleport"); op.Known() || op.Vetoable() || op.MayRefuse() {
+	if op := Operation("teleport"); op.Known() || op.Vetoable() || op.MayRefuse() || op.Ignored() {
 		t.Error("an unknown operation is known")
 	}
 }

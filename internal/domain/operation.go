@@ -31,6 +31,16 @@ func (op Operation) Known() bool {
 	return false
 }
 
+// Ignored reports whether the hook has nothing to do at op: what happens then is
+// known at other operations, and libvirt waits for each.
+func (op Operation) Ignored() bool {
+	switch op {
+	case OpStarted, OpStopped, OpAttach:
+		return true
+	}
+	return false
+}
+
 // Vetoable reports whether a hook that fails keeps libvirt from going on. (At
 // reconnect libvirt would kill the running VM: that is not a veto.)
 func (op Operation) Vetoable() bool { return op.MayRefuse() || op == OpStarted }

@@ -1,6 +1,6 @@
-// Package hook is the body of virt-trust-hook, which libvirt runs, through
-// hooks/qemu.d/50-virt-trust, for every event of every VM and waits for without
-// a limit (https://libvirt.org/hooks.html). What holds here:
+// Package hook is the body of virt-trust-hook, which libvirt runs, by the link
+// /etc/libvirt/hooks/qemu.d/50-virt-trust, for every event of every VM and waits for
+// without a limit (https://libvirt.org/hooks.html). What holds here:
 //
 //   - stdout stays empty: libvirt would take it for a new domain XML;
 //   - stderr stays empty, except for the one line of a refusal, which virsh shows;
@@ -21,7 +21,9 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"runtime/debug"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -36,7 +38,8 @@ import (
 
 // Hook is one run. Every field must be set.
 type Hook struct {
-	Args   []string // without the program's name
+	Name   string   // by which the program was called
+	Args   []string // without that
 	Stdin  io.Reader
 	Stderr io.Writer
 	Config string // path of virt-trustd.toml
@@ -82,6 +85,14 @@ const maxStdin = 16 * domain.MaxXML
 
 // Run does it all and gives the exit status.
 func (h *Hook) Run() int {
+	// dpkg's copies of the link lie beside it during an upgrade, and libvirt runs
+	// whatever is there.
+	if strings.Contains(filepath.Base(h.Name), ".dpkg-") {
+		return 0
+	}
+	if len(h.Args) > 1 && domain.Operation(h.Args[1]).Ignored() {
+		return 0
+	}
 	call, err := domain.ParseHookArgs(h.Args)
 	if err != nil {
 		fmt.Fprintf(h.Stderr, "virt-trust-hook: %s\n", reason.OneLine(err.Error()))

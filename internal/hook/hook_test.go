@@ -34,6 +34,9 @@ const (
 
 var operations = []string{"prepare", "start", "started", "stopped", "release", "restore", "migrate", "reconnect", "attach", "teleport"}
 
+// ignored are those at which the program ends at once.
+func ignored(op string) bool { return op == "started" || op == "stopped" || op == "attach" }
+
 func mayRefuse(op string) bool {
 	return op == "prepare" || op == "start" || op == "restore" || op == "migrate"
 }
@@ -53,7 +56,7 @@ func fixture(op, xml string) (*hook.Hook, *bytes.Buffer) {
 	log := logrus.New()
 	log.Out = io.Discard
 	return &hook.Hook{
-		Args: []string{"vm", op, "begin", "-"}, Stdin: strings.NewReader(xml), Stderr: &stderr,
+		Name: "/etc/libvirt/hooks/qemu.d/50-virt-trust", Args: []string{"vm", op, "begin", "-"}, Stdin: strings.NewReader(xml), Stderr: &stderr,
 		Config: "/nonexistent", Path: "/x:/y", Log: log, Limit: hook.Limit,
 		Ask: func(context.Context, string, []any) error { panic("virt-trustd was asked") },
 	}, &stderr
@@ -123,7 +126,7 @@ func TestAnswers(t *testing.T) {
 			if stderr.String() != want || (status == 1) != (want != "") {
 				t.Errorf("%s, %s: status %d\n got %q\nwant %q", name, op, status, stderr, want)
 			}
-			if asked != (op != "teleport") {
+			if asked != (op != "teleport" && !ignored(op)) {
 				t.Errorf("%s, %s: asked = %t", name, op, asked)
 			}
 		}
@@ -169,6 +172,38 @@ func TestPanic(t *testing.T) {
 			!mayRefuse(op) && (status != 0 || s != "") {
 			t.Errorf("%s: status %d, %q", op, status, s)
 		}
+	}
+}
+
+// never is a stdin that must not be read.
+type never struct{}
+
+func (never) Read([]byte) (int, error) { panic("stdin was read") }
+
+// TestAtOnce: what ends without a look at the VM.
+func TestAtOnce(t *testing.T) {
+	check := func(h *hook.Hook, stderr *bytes.Buffer) {
+		t.Helper()
+		h.Stdin = never{}
+		h.Limit = func(domain.Operation) time.Duration { panic("it went on") }
+		if status := h.Run(); status != 0 || stderr.Len() > 0 {
+			t.Errorf("%s %v: status %d, %q", h.Name, h.Args, status, stderr)
+		}
+	}
+	for _, op := range operations {
+		if ignored(op) {
+			check(fixture(op, ""))
+		}
+		for _, end := range []string{"new", "tmp", "old", "dist", "bak", "remove", "backup"} {
+			h, stderr := fixture(op, "")
+			h.Name += ".dpkg-" + end
+			check(h, stderr)
+		}
+	}
+	h, stderr := fixture("prepare", xml(t, "emulator-2.0"))
+	h.Name = "/root/x.dpkg-new/50-virt-trust" // the folder's name does not count
+	if status := h.Run(); status != 1 || stderr.Len() == 0 {
+		t.Errorf("status %d, %q", status, stderr)
 	}
 }
 
@@ -325,6 +360,12 @@ func TestProgram(t *testing.T) {
 			t.Errorf("no bus, %s: status %d, %q", op, status, stderr)
 		}
 		e := strings.Join(entries(), "\x00")
+		if ignored(op) {
+			if e != "" {
+				t.Errorf("%s: logged %q", op, e)
+			}
+			continue
+		}
 		if strings.Count(e, "MESSAGE=") != 1 {
 			t.Errorf("no bus, %s: logged %q", op, e)
 		}
@@ -356,6 +397,19 @@ func TestProgram(t *testing.T) {
 	}
 	if got, want := <-calls, (call{"prepare", "begin", "", xml(t, "emulator-2.0"), os.Getenv("PATH")}); got != want {
 		t.Errorf("virt-trustd was told %+v", got)
+	}
+	for _, name := range []string{"50-virt-trust", "50-virt-trust.dpkg-new", "50-virt-trust.dpkg-tmp"} {
+		link := filepath.Join(dir, name)
+		if err := os.Symlink(program, link); err != nil {
+			t.Fatal(err)
+		}
+		status, stderr := run(t, link, "prepare", xml(t, "emulator-2.0"))
+		if asked := len(calls) > 0; status != 0 || stderr != "" || asked != (name == "50-virt-trust") {
+			t.Errorf("as %s: status %d, %q, asked = %t", name, status, stderr, asked)
+		}
+		for len(calls) > 0 {
+			<-calls
+		}
 	}
 	entries()
 	answer.Store(bustest.Refused("label-other-vm: the label is web1's; give VM its own image"))

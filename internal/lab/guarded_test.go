@@ -380,6 +380,30 @@ func TestWithout(t *testing.T) {
 	}
 	h.Shell("mv /root/50-virt-trust /etc/libvirt/hooks/qemu.d/; systemctl restart libvirtd")
 	starts(t, g)
+
+	// So it does with a link to a program that is gone, whether or not it has found
+	// the hook before.
+	h.Shell("mv /usr/libexec/virt-trust/virt-trust-hook /root/")
+	for range 2 {
+		if r := none.TryStart(); r.Code != 0 {
+			t.Errorf("a VM without a vTPM does not start without the hook's program: %s", r.Stderr)
+		}
+		h.Run("virsh", "destroy", "none")
+		if r := g.TryStart(); r.Code == 0 {
+			t.Errorf("started without the hook's program")
+			g.Destroy()
+		}
+		if r := h.Run("virt-trust", "status"); !strings.Contains(r.Stdout, "hook-missing") {
+			t.Errorf("status: %s", r.Stdout)
+		}
+		h.Must("systemctl", "restart", "libvirtd")
+	}
+	h.Shell("mv /root/virt-trust-hook /usr/libexec/virt-trust/; systemctl restart libvirtd")
+	starts(t, g)
+	// At some events the hook ends before libvirt has written the XML.
+	if told := h.Shell("journalctl --no-pager -u libvirtd | grep -iE 'broken pipe|EPIPE' || :"); told != "" {
+		t.Errorf("libvirt says: %s", told)
+	}
 }
 
 func TestRefusals(t *testing.T) {
@@ -769,13 +793,14 @@ func TestAdoption(t *testing.T) {
 		}
 		starts(t, guests[0].In(h))
 		h.Must("virt-trust", "release", "--all")
+		h.Shell("touch " + hookLink + ".dpkg-bak") // as of a script that the admin had changed
 		h.Must("dpkg", "--purge", "virt-trust")
 		h.Must("systemctl", "restart", "libvirtd")
 		for _, g := range append(guests, own, saved) {
 			starts(t, g.In(h))
 		}
-		for _, path := range []string{"/var/lib/virt-trust", "/etc/virt-trust", "/run/virt-trust", "/usr/libexec/virt-trust"} {
-			if _, err := os.Stat(h.Path(path)); err == nil {
+		for _, path := range []string{"/var/lib/virt-trust", "/etc/virt-trust", "/run/virt-trust", "/usr/libexec/virt-trust", hookLink, hookLink + ".dpkg-bak"} {
+			if _, err := os.Lstat(h.Path(path)); err == nil {
 				t.Errorf("%s is left after a purge", path)
 			}
 		}

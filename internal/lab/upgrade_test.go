@@ -9,6 +9,16 @@ import (
 	"testing"
 )
 
+const (
+	hookLink = "/etc/libvirt/hooks/qemu.d/50-virt-trust"
+	oldHook  = `#!/bin/sh
+case "$0" in *.dpkg-*) exit 0 ;; esac
+test -x /usr/libexec/virt-trust/virt-trust-hook || exit 0
+exec /usr/libexec/virt-trust/virt-trust-hook "$@"
+`
+	hookCopies = `cd /etc/libvirt/hooks/qemu.d; find . -name '50-virt-trust.*' -printf '%f %m\n' | sort`
+)
+
 // oldDeb is a package of 0.2, which was one: $VIRT_TRUST_OLD_DEB, or one that is
 // made of what there is now, in 0.2's layout.
 func oldDeb(t *testing.T, deb string) string {
@@ -35,6 +45,19 @@ func oldDeb(t *testing.T, deb string) string {
 	text := regexp.MustCompile(`(?m)^Version: .*`).ReplaceAllString(string(control), "Version: 0.2.0")
 	text = regexp.MustCompile(`virt-trust-cli \(= [^)]*\), `).ReplaceAllString(text, "")
 	if err := os.WriteFile(root+"/DEBIAN/control", []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	// The hook was a script, and a conffile.
+	run("rm", root+hookLink, root+"/DEBIAN/preinst")
+	if err := os.WriteFile(root+hookLink, []byte(oldHook), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	conffiles, err := os.OpenFile(root+"/DEBIAN/conffiles", os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conffiles.Close()
+	if _, err := conffiles.WriteString(hookLink + "\n"); err != nil {
 		t.Fatal(err)
 	}
 	old := filepath.Join(dir, "virt-trust_0.2.0_amd64.deb")
@@ -79,6 +102,9 @@ func TestUpgrade(t *testing.T) {
 	off := sealed(t, host, VM{Name: "off", TPM: true, Disk: "qcow2"})
 	running := sealed(t, host, VM{Name: "running", TPM: true, Disk: "qcow2"})
 	running.Start()
+	// A hook that the admin has changed, and a copy that dpkg has left. Under such a name
+	// it would refuse every VM.
+	host.Shell("echo 'case $0 in *.dpkg-*) exit 1 ;; esac' | sed -i '1r /dev/stdin' " + hookLink + " && cp -p " + hookLink + " " + hookLink + ".dpkg-old")
 
 	// undisturbed has something installed while the VM runs.
 	undisturbed := func(t *testing.T, restarted []string, install func(h *Host)) {
@@ -128,6 +154,15 @@ func TestUpgrade(t *testing.T) {
 		t.Log(h.Must("dpkg-query", "-W", "virt-trust*"))
 		if owner := h.Must("dpkg", "-S", "/usr/bin/virt-trust"); !strings.HasPrefix(owner, "virt-trust-cli:") {
 			t.Error(owner)
+		}
+		if to, err := os.Readlink(h.Path(hookLink)); err != nil || to != "/usr/libexec/virt-trust/virt-trust-hook" {
+			t.Errorf("the hook leads to %q, %v", to, err)
+		}
+		if out := h.Shell("dpkg -V virt-trust | grep -v ' c /etc/virt-trust/' || :"); out != "" {
+			t.Errorf("dpkg -V: %s", out)
+		}
+		if kept := h.Shell(hookCopies); kept != "50-virt-trust.dpkg-bak 644\n50-virt-trust.dpkg-old 644\n" {
+			t.Errorf("of the script are left: %s", kept)
 		}
 		t.Log(h.Must("virt-trust", "status") + h.Must("virt-trust", "list"))
 	})
