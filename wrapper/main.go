@@ -12,6 +12,7 @@ func main() {
 	w := wrap.Wrapper{
 		Args: os.Args, Env: os.Environ(), Path: os.Getenv("PATH"), Self: "/proc/self/exe",
 		Stderr: os.Stderr, CertsTool: "/usr/libexec/virt-trust/virt-trust-ekcert",
+		Starts: "/run/virt-trust/starts",
 		Log:    journal.Quiet("virt-trust-wrapper"),
 		Redeem: wrap.Redeem,
 	}

@@ -365,7 +365,7 @@ func TestCallers(t *testing.T) {
 		t.Fatalf("libvirt's hook: %s", got)
 	}
 	o.mkdir(uuidA)
-	if got := o.as(0, "call", with("wrapper", redeem)...); got != "keys-socket key of 64 <nil> key of 64 <nil>" {
+	if got := o.as(0, "call", with("wrapper", redeem)...); got != "keys key of 64 <nil> key of 64 <nil>" {
 		t.Fatalf("the wrapper: %s", got)
 	}
 	testkit.Must[net.Listener](t)(net.Listen("unix", o.dir(uuidA)+".sock")) // for start

@@ -11,6 +11,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 
+	"virt-trust/internal/domain"
 	"virt-trust/internal/domain/swtpmargs"
 	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/platform/secret"
@@ -36,9 +37,12 @@ type grant struct {
 	setup    int  // descriptor of the process that redeemed as swtpm_setup, or -1
 	setupPID int  // its number, while setupRuns
 	socket   *socket
-	certify  bool // a vTPM that is made gets certificates
-	ak       bool // and an AK, which it has not got yet
-	made     manufacture
+	// announced is the file by which the wrapper knows of this start, "" if it does not.
+	announced string
+	refused   error // what swtpm's wrapper was told instead of getting the keys
+	certify   bool  // a vTPM that is made gets certificates
+	ak        bool  // and an AK, which it has not got yet
+	made      manufacture
 }
 
 // open opens a grant after prepare, in place of one that is open still.
@@ -58,6 +62,7 @@ func (g *Guard) open(st *start, cgroup string) {
 	if old := g.grants[st.seen.Instance]; old != nil {
 		old.close()
 	}
+	g.announce(gr)
 	g.grants[st.seen.Instance] = gr
 	g.mu.Unlock()
 	g.openEmulator(st, cgroup)
@@ -93,46 +98,106 @@ func (gr *grant) setupRuns() bool {
 }
 
 func (gr *grant) close() {
+	gr.closeSetup()
+	gr.socket.close()
+	gr.socket = nil
+	if gr.announced != "" {
+		os.Remove(gr.announced)
+	}
+}
+
+func (gr *grant) closeSetup() {
 	if gr.setup >= 0 {
 		unix.Close(gr.setup)
 	}
 	gr.setup = -1
-	gr.socket.close()
-	gr.socket = nil
 }
 
-// socket is a control socket whose name the wrapper makes appear before swtpm
-// makes the socket.
+// announce tells the wrapper, by a file with the VM's UUID, that start will wait
+// for swtpm's control socket, so that its name may be there before it. Without
+// the file the start takes some milliseconds more.
+func (g *Guard) announce(gr *grant) {
+	if gr.pass || g.cfg.Mode != "enforce" {
+		return // start lets it go on, redeemed or not
+	}
+	path := filepath.Join(g.dirs.Run, startsDir, gr.uuid)
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		g.log.WithField(journal.VM, gr.uuid).WithError(err).Debug("announcing the start to the wrapper")
+		return
+	}
+	gr.announced = path
+}
+
+// startsDir has the starts that are announced; what a virt-trustd before this
+// one has announced, nobody waits for.
+const startsDir = "starts"
+
+func clearStarts(run string) error {
+	dir := filepath.Join(run, startsDir)
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return err
+	}
+	return os.Chmod(dir, 0o711) // whatever the umask: swtpm's user looks into it
+}
+
+// socket is the control socket that swtpm will make.
 type socket struct {
 	path  string
 	swtpm int // descriptor of its process
 }
 
-// socketLimit is how long a swtpm may take to make its control socket. libvirt
-// gives it one second.
-const socketLimit = 5 * time.Second
+// How long start waits. libvirt gives swtpm one second to make its control
+// socket, and the wrapper gives virt-trustd less than that.
+const (
+	wrapperLimit = time.Second
+	socketLimit  = 5 * time.Second
+)
 
-// awaitsSocket reports whether Launched will wait for the control socket of the
-// swtpm that has just redeemed a grant.
-func (g *Guard) awaitsSocket(program, statePath, path string, c *caller) bool {
+// expect notes the control socket of the swtpm that is about to redeem its grant.
+func (g *Guard) expect(program, statePath, path string, c *caller) {
 	if program != swtpmargs.Swtpm || !filepath.IsAbs(path) || len(path) > maxStatePath {
-		return false
-	}
-	if st, err := os.Stat(filepath.Dir(path)); err != nil || !st.IsDir() {
-		return false // what is not seen from here cannot be waited for
+		return
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	gr := g.grants[filepath.Clean(statePath)]
-	if gr == nil || !gr.redeemed[program] || gr.socket != nil {
-		return false // or is one that a swtpm_setup runs
+	if gr == nil || gr.cgroup != c.cgroup || gr.redeemed[program] || gr.socket != nil || gr.setupRuns() {
+		return
 	}
-	process, err := unix.PidfdOpen(c.pid, 0)
-	if err != nil {
-		return false
+	if process, err := unix.PidfdOpen(c.pid, 0); err == nil {
+		gr.socket = &socket{path, process}
 	}
-	gr.socket = &socket{path, process}
-	return true
+}
+
+// redeemed reports whether the swtpm of a VM's start has what it needs. Where
+// libvirt may have gone on before its wrapper had asked, it waits for that; gr is
+// the grant, nil if there is none.
+func (g *Guard) redeemed(f *domain.Facts) (gr *grant, ok bool, err error) {
+	for end := time.Now().Add(wrapperLimit); ; time.Sleep(time.Millisecond / 5) {
+		g.mu.Lock()
+		gr = g.grants[f.StateDir(g.cfg.Swtpm.StateRoot)]
+		if gr == nil || gr.uuid != f.UUID {
+			g.mu.Unlock()
+			return nil, false, nil
+		}
+		ok, err = gr.pass || gr.redeemed[swtpmargs.Swtpm], gr.refused
+		var control *socket
+		if ok {
+			control, gr.socket = gr.socket, nil
+		}
+		waits := gr.announced != ""
+		g.mu.Unlock()
+		switch {
+		case ok:
+			defer control.close()
+			return gr, true, control.await()
+		case err != nil || !waits || time.Now().After(end):
+			return gr, false, err
+		}
+	}
 }
 
 func (s *socket) close() {
@@ -146,7 +211,7 @@ func (s *socket) await() error {
 	if s == nil {
 		return nil
 	}
-	for end := time.Now().Add(socketLimit); ; {
+	for end := time.Now().Add(socketLimit); ; time.Sleep(time.Millisecond / 5) {
 		ended, err := poll.Now(unix.PollFd{Fd: int32(s.swtpm), Events: unix.POLLIN})
 		// In this order: a swtpm that has made it, and ended, is no more awaited.
 		if st, err := os.Lstat(s.path); err == nil && st.Mode().Type() == os.ModeSocket {
@@ -160,7 +225,6 @@ func (s *socket) await() error {
 		case time.Now().After(end):
 			return reason.Refuse(reason.KeyNotReleased, "see its log in /var/log/swtpm/libvirt/qemu", "swtpm has not made its control socket for %v", socketLimit)
 		}
-		time.Sleep(200 * time.Microsecond)
 	}
 }
 
@@ -181,7 +245,7 @@ func (r *Redemption) Close() {
 }
 
 // Redeem gives a wrapper the keys of the VM whose state path this is.
-func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
+func (g *Guard) Redeem(program, path string, c *caller) (r *Redemption, err error) {
 	if program != "swtpm" && program != "swtpm_setup" {
 		return nil, reason.Refuse(reason.PolicyForbids, "", "there are no grants for the program %q", program)
 	}
@@ -206,6 +270,11 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 	if gr == nil {
 		return g.withoutGrant(path)
 	}
+	defer func() {
+		if err != nil && program == swtpmargs.Swtpm && gr.cgroup == c.cgroup && !gr.redeemed[program] {
+			gr.refused = err
+		}
+	}()
 	who := logrus.Fields{journal.VM: gr.uuid, "program": program}
 	again := gr.redeemed[program]
 	switch {
@@ -222,9 +291,8 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 	case empty && gr.had:
 		return nil, reason.Refuse(reason.VTPMMissing, "'virt-trust repair' puts the kept state back", "the vTPM state in %s was removed while the VM was being started", path)
 	}
-	r := &Redemption{}
+	r = &Redemption{}
 	if !gr.pass {
-		var err error
 		if r.State, err = secret.HexMemfd("vtpm-state-key", stateKey(gr.keys)); err != nil {
 			return nil, err
 		}
@@ -235,7 +303,7 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 	}
 	gr.redeemed[program] = true
 	if program == "swtpm_setup" {
-		gr.close()
+		gr.closeSetup()
 		gr.banks = again
 		gr.made.fresh = !gr.had
 		r.Certify = gr.certify && !again
@@ -243,7 +311,6 @@ func (g *Guard) Redeem(program, path string, c *caller) (*Redemption, error) {
 			s.writes.Store(true)
 			s.making.Store(!gr.had)
 		}
-		var err error
 		if gr.setup, err = unix.PidfdOpen(c.pid, 0); err != nil {
 			r.Close()
 			return nil, g.noKeys("the wrapper has ended", "start the VM again")

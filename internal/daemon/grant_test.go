@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virt-trust/internal/platform/config"
 	"virt-trust/internal/testkit"
 	"virt-trust/internal/vtpm/reason"
 )
@@ -225,11 +226,18 @@ func TestControlSocket(t *testing.T) {
 	h := newHouse(t)
 	f := h.vm(uuidA, true)
 	path := filepath.Join(h.root, "control.sock")
-	// asks is swtpm's wrapper, up to where it becomes swtpm.
-	asks := func() *exec.Cmd {
+	announced := func() bool {
+		_, err := os.Lstat(filepath.Join(h.root, "run", "starts", uuidA))
+		return err == nil
+	}
+	// begins is swtpm's wrapper, up to where it asks for the keys.
+	begins := func() *exec.Cmd {
 		t.Helper()
 		if err := h.prepare(f); err != nil {
 			t.Fatal(err)
+		}
+		if !announced() {
+			t.Error("not announced")
 		}
 		h.mkdir(uuidA)
 		swtpm := exec.Command("sleep", "60")
@@ -238,29 +246,33 @@ func TestControlSocket(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { swtpm.Process.Kill(); swtpm.Wait() })
-		c := &caller{pid: swtpm.Process.Pid, cgroup: cgroup}
-		if h.g.awaitsSocket("swtpm", h.dir(uuidA), path, c) {
-			t.Error("promised to who has no keys")
-		}
-		h.keys(uuidA)
-		for _, other := range []string{"", "control.sock", filepath.Join(h.root, "nowhere", "control.sock"), "/" + strings.Repeat("x", maxStatePath)} {
-			if h.g.awaitsSocket("swtpm", h.dir(uuidA), other, c) {
-				t.Errorf("%.80q is awaited", other)
-			}
-		}
-		if h.g.awaitsSocket("swtpm_setup", h.dir(uuidA), path, c) || h.g.awaitsSocket("swtpm", h.dir(uuidB), path, c) {
-			t.Error("promised to another")
-		}
-		if !h.g.awaitsSocket("swtpm", h.dir(uuidA), path, c) {
-			t.Error("not promised")
-		}
-		if h.g.awaitsSocket("swtpm", h.dir(uuidA), path, c) {
-			t.Error("promised twice")
-		}
 		if err := os.WriteFile(path, nil, 0o600); err != nil { // the name
 			t.Fatal(err)
 		}
+		c := &caller{pid: swtpm.Process.Pid, cgroup: cgroup}
+		for _, other := range []string{"", "control.sock", "/" + strings.Repeat("x", maxStatePath)} {
+			h.g.expect("swtpm", h.dir(uuidA), other, c)
+		}
+		h.g.expect("swtpm_setup", h.dir(uuidA), "/of/another/program", c)
+		h.g.expect("swtpm", h.dir(uuidB), "/of/another/VM", c)
+		h.g.expect("swtpm", h.dir(uuidA), "/of/a/stranger", &caller{pid: swtpm.Process.Pid, cgroup: "0::/user.slice\n"})
+		h.g.expect("swtpm", h.dir(uuidA), path, c)
+		h.g.expect("swtpm", h.dir(uuidA), "/of/who/comes/late", c)
 		return swtpm
+	}
+	asks := func() *exec.Cmd {
+		t.Helper()
+		swtpm := begins()
+		h.keys(uuidA)
+		return swtpm
+	}
+	ends := func() {
+		t.Helper()
+		h.stop(f)
+		os.Remove(path)
+		if announced() {
+			t.Error("announced for ever")
+		}
 	}
 	makes := func() net.Listener {
 		os.Remove(path)
@@ -278,7 +290,39 @@ func TestControlSocket(t *testing.T) {
 		t.Errorf("it waited for %v", took)
 	}
 	(<-made).Close()
-	h.stop(f)
+	ends()
+
+	// libvirt goes on before the wrapper has asked.
+	begins()
+	began = time.Now()
+	time.AfterFunc(200*time.Millisecond, func() { made <- makes(); h.keys(uuidA) })
+	if err := h.g.Launched(f); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(began); took < 200*time.Millisecond {
+		t.Errorf("it waited for %v", took)
+	}
+	(<-made).Close()
+	ends()
+
+	// The wrapper is refused meanwhile, and libvirt does not hear of it.
+	begins()
+	time.AfterFunc(50*time.Millisecond, func() {
+		h.later(time.Duration(h.g.cfg.Grant.Lifetime) + time.Second)
+		h.g.Redeem("swtpm", h.dir(uuidA), libvirts())
+	})
+	if r := refuses(t, h.g.Launched(f), reason.KeyNotReleased); !strings.Contains(r.Text(), "expired") {
+		t.Error(r)
+	}
+	ends()
+
+	// It never asks.
+	begins()
+	began = time.Now()
+	if r := refuses(t, h.g.Launched(f), reason.KeyNotReleased); time.Since(began) < wrapperLimit || !strings.Contains(r.Text(), "wrapper") {
+		t.Error(r)
+	}
+	ends()
 
 	swtpm := asks()
 	time.AfterFunc(50*time.Millisecond, func() { swtpm.Process.Kill(); swtpm.Wait() })
@@ -286,8 +330,7 @@ func TestControlSocket(t *testing.T) {
 	if !strings.Contains(r.Text(), "swtpm ended") {
 		t.Error(r)
 	}
-	h.stop(f)
-	os.Remove(path)
+	ends()
 
 	asks()
 	began = time.Now()
@@ -295,10 +338,25 @@ func TestControlSocket(t *testing.T) {
 	if took := time.Since(began); took < socketLimit || !strings.Contains(r.Text(), "has not made") {
 		t.Error(took, r)
 	}
-	h.stop(f)
-	os.Remove(path)
+	ends()
 
-	// A wrapper of before this, or one that could not make the name.
+	// A wrapper that names no socket.
 	h.start(f)
-	h.stop(f)
+	ends()
+
+	// What nobody waits for is not announced.
+	if err := h.prepare(f); err != nil {
+		t.Fatal(err)
+	}
+	h.g.Close()
+	h.boot(func(c *config.Config) { c.Mode = "audit" })
+	if announced() {
+		t.Error("by a virt-trustd that is gone")
+	}
+	if err := h.prepare(f); err != nil {
+		t.Fatal(err)
+	}
+	if announced() {
+		t.Error("in audit mode")
+	}
 }

@@ -125,6 +125,9 @@ func NewGuard(cfg config.Config, dirs Dirs, tpm TPM, log *logrus.Entry, changed 
 	if g.journal, err = openDecisions(filepath.Join(dirs.State, "decisions.jsonl")); err != nil {
 		return nil, err
 	}
+	if err := clearStarts(dirs.Run); err != nil {
+		log.WithError(err).Warn("starts cannot be announced to the wrapper, and take longer")
+	}
 	if g.gone, err = openGone(dirs.Run); err != nil {
 		log.WithError(err).Warn("which VMs were deleted since boot is not known any more")
 	}

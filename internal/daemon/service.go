@@ -213,6 +213,9 @@ func (s *Service) manager() map[string]any {
 				return "pass", keys, s.redeemEmulator(options, sender)
 			}
 			derr = s.serve(sender, "RedeemGrant", wrapperOnly, redeemDeadline, func(ctx context.Context, c *caller) error {
+				if socket := option[string](options, "socket"); socket != "" {
+					s.g.expect(program, path, socket, c)
+				}
 				r, err := s.g.Redeem(program, path, c)
 				if err != nil {
 					uuid, _ := swtpmargs.UUIDFromStatePath(s.g.cfg.Swtpm.StateRoot, path)
@@ -223,11 +226,6 @@ func (s *Service) manager() map[string]any {
 				defer func() {
 					if r.Certify && option[bool](options, "certificates") { // the wrapper knows of them
 						action += "-certify"
-					}
-				}()
-				defer func() {
-					if socket := option[string](options, "socket"); socket != "" && s.g.awaitsSocket(program, path, socket, c) {
-						action += "-socket"
 					}
 				}()
 				if r.State != nil {

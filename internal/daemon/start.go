@@ -624,19 +624,13 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 			g.readyEmulator(f.UUID)
 		}
 	}()
-	g.mu.Lock()
-	gr := g.grants[f.StateDir(g.cfg.Swtpm.StateRoot)]
-	ok := gr != nil && gr.uuid == f.UUID && (gr.pass || gr.redeemed["swtpm"])
-	s := g.sessions[f.UUID]
-	var control *socket
-	if gr != nil && gr.uuid == f.UUID {
-		control, gr.socket = gr.socket, nil
-	}
-	g.mu.Unlock()
-	defer control.close()
-	if err := control.await(); err != nil {
+	gr, ok, err := g.redeemed(f)
+	if err != nil {
 		return err
 	}
+	g.mu.Lock()
+	s := g.sessions[f.UUID]
+	g.mu.Unlock()
 	if !ok && g.cfg.Mode != "enforce" {
 		if s != nil {
 			s.writes.Store(true)
@@ -645,7 +639,7 @@ func (g *Guard) Launched(f *domain.Facts) (err error) {
 		return nil
 	}
 	if !ok {
-		return reason.Refuse(reason.KeyNotReleased, "restart libvirtd (or virtqemud), which leaves running VMs alone, and try again",
+		return reason.Refuse(reason.KeyNotReleased, "restart libvirtd (or virtqemud), which leaves running VMs alone, and try again; 'journalctl -t virt-trust-wrapper' tells more",
 			"libvirt did not start swtpm through virt-trust's wrapper")
 	}
 	g.closeGrant(f.UUID) // all of it is redeemed

@@ -51,10 +51,10 @@ type Wrapper struct {
 	Stderr    io.Writer
 	Log       *logrus.Logger
 	CertsTool string // virt-trust-ekcert
+	Starts    string // where virt-trustd has a file, by the VM's UUID, for each start that it guards
 	// Redeem asks virt-trustd for the vTPM's keys: "keys" with two descriptors,
 	// or "pass"; "keys-certify" or "pass-certify" to a swtpm_setup whose vTPM gets
-	// its certificates from virt-trustd; "keys-socket" or "pass-socket" to a swtpm
-	// for whose control socket virt-trustd will wait.
+	// its certificates from virt-trustd.
 	Redeem func(ctx context.Context, call swtpmargs.Call) (action string, keys []int, err error)
 }
 
@@ -100,7 +100,14 @@ func limit(program string) time.Duration {
 }
 
 // redeem gives the command line to run.
-func (w *Wrapper) redeem(call swtpmargs.Call) ([]string, error) {
+func (w *Wrapper) redeem(call swtpmargs.Call) (argv []string, err error) {
+	if w.announce(call) {
+		defer func() {
+			if err != nil {
+				os.Remove(call.Socket)
+			}
+		}()
+	}
 	// Undone by exec. virt-trustd looks at this process as root with
 	// CAP_SYS_PTRACE, which this does not hinder; other processes of the swtpm
 	// user could otherwise open its descriptors in /proc.
@@ -142,14 +149,9 @@ func (w *Wrapper) redeem(call swtpmargs.Call) ([]string, error) {
 	}
 	action, certify := strings.CutSuffix(a.action, "-certify")
 	if certify && call.Program == swtpmargs.SwtpmSetup {
-		var err error
 		if call, err = w.withCertsTool(call); err != nil {
 			return nil, fmt.Errorf("the configuration of swtpm_setup: %w", err)
 		}
-	}
-	action, awaited := strings.CutSuffix(action, "-socket")
-	if awaited {
-		announce(call.Socket)
 	}
 	switch {
 	case action == "pass" && len(a.keys) == 0:
@@ -171,12 +173,23 @@ func (w *Wrapper) redeem(call swtpmargs.Call) ([]string, error) {
 // announce makes the name of swtpm's control socket appear before swtpm replaces
 // it by the socket. libvirt looks for it 1, 3, 7 and 15 ms after it has started
 // this program (qemuTPMEmulatorStart), and so would wait up to as long again as
-// swtpm takes to begin; that nobody connects too early is virt-trustd's to see
-// to. Where it cannot be made, libvirt waits as it does without this.
-func announce(socket string) {
-	if f, err := os.OpenFile(socket, os.O_CREATE|os.O_EXCL|os.O_WRONLY|unix.O_NOFOLLOW, 0o600); err == nil {
-		f.Close()
+// swtpm takes to begin. That QEMU does not come too early is virt-trustd's to
+// see to, at the event start of a VM that it guards. Where the name cannot be
+// made, libvirt waits as it does without this.
+func (w *Wrapper) announce(call swtpmargs.Call) bool {
+	id, ours := swtpmargs.UUIDFromStatePath(defaultRoot, call.StatePath)
+	if !ours || call.Socket == "" {
+		return false
 	}
+	if _, err := os.Lstat(filepath.Join(w.Starts, id)); err != nil {
+		return false
+	}
+	f, err := os.OpenFile(call.Socket, os.O_CREATE|os.O_EXCL|os.O_WRONLY|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return false
+	}
+	f.Close()
+	return true
 }
 
 // withCertsTool has swtpm_setup run our tool for certificates, and otherwise
@@ -268,7 +281,7 @@ func Redeem(ctx context.Context, call swtpmargs.Call) (string, []int, error) {
 	if call.Program == swtpmargs.SwtpmSetup {
 		options["certificates"] = true // this wrapper knows what "certify" means
 	} else if call.Socket != "" {
-		options["socket"] = call.Socket // and what "socket" does
+		options["socket"] = call.Socket // which virt-trustd waits for
 	}
 	err = c.Call(ctx, "RedeemGrant", []any{call.Program, call.StatePath, options}, &action, &fds)
 	keys := make([]int, len(fds))

@@ -23,7 +23,9 @@ import (
 
 	"virt-trust/internal/bus"
 	"virt-trust/internal/bus/bustest"
+	"virt-trust/internal/platform/journal"
 	"virt-trust/internal/testkit"
+	"virt-trust/internal/wrap"
 )
 
 const (
@@ -56,6 +58,14 @@ var built string
 // TestMain is also the fake swtpm: a child with FAKE set tells what it sees.
 func TestMain(m *testing.M) {
 	asEmulator()
+	if starts := os.Getenv("STARTS"); starts != "" { // the wrapper, with another folder of starts
+		os.Unsetenv("STARTS")
+		w := wrap.Wrapper{
+			Args: os.Args, Env: os.Environ(), Path: os.Getenv("PATH"), Self: "/proc/self/exe", Stderr: os.Stderr,
+			Log: journal.Quiet("test"), Starts: starts, Redeem: wrap.Redeem,
+		}
+		os.Exit(w.Run())
+	}
 	if os.Getenv("FAKE") == "" {
 		status := m.Run()
 		if built != "" {
@@ -288,48 +298,58 @@ func TestPass(t *testing.T) {
 	}
 }
 
-// TestSocket: the name of the control socket is there early where virt-trustd
-// says that it waits for the socket, and nowhere else.
+// TestSocket: the name of the control socket is there before virt-trustd is asked
+// where it has announced the VM's start, and nowhere else; who gets no keys takes
+// it away.
 func TestSocket(t *testing.T) {
 	dir := install(t)
+	starts, path := testkit.Folder(t), filepath.Join(testkit.Folder(t), "1-vm-swtpm.sock")
 	bustest.Start(t)
-	var answer, asked atomic.Pointer[string]
+	var refuse atomic.Bool
+	var asked atomic.Pointer[string]
 	bustest.Serve(t, bustest.Manager{RedeemGrant: func(_ dbus.Sender, _, _ string, options map[string]dbus.Variant) (string, []dbus.Variant, *dbus.Error) {
-		path, _ := options["socket"].Value().(string)
-		asked.Store(&path)
-		action, keys, _ := grant(t)
-		if a := *answer.Load(); a != "refuse" {
-			return action + a, keys, nil
+		socket, _ := options["socket"].Value().(string)
+		st, err := os.Lstat(path)
+		is := fmt.Sprintf("%s %v", socket, err == nil && st.Mode() == 0o600)
+		asked.Store(&is)
+		if refuse.Load() {
+			return "", nil, dbus.NewError(bus.ErrorRefused, []any{"key-not-released: no"})
 		}
-		return "", nil, dbus.NewError(bus.ErrorRefused, []any{"key-not-released: no"})
+		return grant(t)
 	}})
-	argv := func(ctrl string) []string {
-		return []string{"swtpm", "socket", "--ctrl", ctrl, "--tpmstate", "dir=" + stateDir, "--tpm2"}
+	try := func(ctrl, state string) (result, string) {
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Args = []string{"swtpm", "socket", "--ctrl", ctrl, "--tpmstate", "dir=" + state, "--tpm2"}
+		cmd.Env = []string{"PATH=" + filepath.Join(dir, "real"), "FAKE=1", "STARTS=" + starts, "DBUS_SYSTEM_BUS_ADDRESS=" + os.Getenv("DBUS_SYSTEM_BUS_ADDRESS")}
+		out, _ := cmd.CombinedOutput()
+		return result{status: cmd.ProcessState.ExitCode(), stdout: string(out)}, *asked.Load()
 	}
-	path := filepath.Join(testkit.Folder(t), "1-vm-swtpm.sock")
-	for action, made := range map[string]bool{"-socket": true, "": false, "refuse": false, "-certify": false} {
-		answer.Store(&action)
-		r := run(t, dir, nil, argv("type=unixio,path="+path+",mode=0600")...)
-		if r.status != 42 && (action == "" || action == "-socket") {
-			t.Errorf("%q: %+v", action, r)
+	there := func() bool { _, err := os.Lstat(path); return err == nil }
+	ctrl := "type=unixio,path=" + path + ",mode=0600"
+
+	if r, got := try(ctrl, stateDir); r.status != 42 || got != path+" false" || there() {
+		t.Errorf("not announced: %q, %+v", got, r)
+	}
+	if err := os.WriteFile(filepath.Join(starts, uuid), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if r, got := try(ctrl, stateDir); r.status != 42 || got != path+" true" || !there() {
+		t.Errorf("announced: %q, %+v", got, r)
+	}
+	os.Remove(path)
+	for ctrl, is := range map[string]string{"type=unixio,clientfd=5,path=" + path: " false", "type=tcp,port=5": " false"} {
+		if r, got := try(ctrl, stateDir); r.status != 42 || got != is || there() {
+			t.Errorf("%s: %q, %+v", ctrl, got, r)
 		}
-		if *asked.Load() != path {
-			t.Errorf("%q: asked for %q", action, *asked.Load())
-		}
-		if st, err := os.Lstat(path); (err == nil) != made || made && st.Mode() != 0o600 {
-			t.Errorf("%q: %v, %v", action, st, err)
-		}
-		os.Remove(path)
+	}
+	if _, got := try(ctrl, strings.Replace(stateDir, uuid, "6f1c2d3e-0000-4a5b-8c6d-00000000000d", 1)); got != path+" false" || there() {
+		t.Errorf("another VM's: %q", got)
+	}
+	refuse.Store(true)
+	if r, got := try(ctrl, stateDir); r.status != 1 || got != path+" true" || there() {
+		t.Errorf("refused: %q, %+v", got, r)
 	}
 
-	early := "-socket"
-	answer.Store(&early)
-	for _, ctrl := range []string{"type=unixio,clientfd=5,path=" + path, "type=tcp,port=5"} {
-		run(t, dir, nil, argv(ctrl)...).fake(t)
-		if _, err := os.Lstat(path); err == nil || *asked.Load() != "" {
-			t.Errorf("%s: %v, asked for %q", ctrl, err, *asked.Load())
-		}
-	}
 	// What is there stays as it is, and a name that cannot be made stops nobody.
 	if err := os.WriteFile(path, []byte("else's"), 0o640); err != nil {
 		t.Fatal(err)
@@ -338,8 +358,13 @@ func TestSocket(t *testing.T) {
 	if err := os.Symlink(path+".target", link); err != nil {
 		t.Fatal(err)
 	}
-	for _, p := range []string{path, link, filepath.Join(path, "x")} {
-		run(t, dir, nil, argv("type=unixio,path="+p)...).fake(t)
+	for _, refused := range []bool{false, true} {
+		refuse.Store(refused)
+		for _, p := range []string{path, link, filepath.Join(path, "x")} {
+			if r, _ := try("type=unixio,path="+p, stateDir); (r.status == 42) == refused {
+				t.Errorf("%s: %+v", p, r)
+			}
+		}
 	}
 	if b, err := os.ReadFile(path); string(b) != "else's" || err != nil {
 		t.Errorf("%q, %v", b, err)
