@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -183,19 +184,29 @@ func (g *Guard) redeemed(f *domain.Facts) (gr *grant, ok bool, err error) {
 			g.mu.Unlock()
 			return nil, false, nil
 		}
-		ok, err = gr.pass || gr.redeemed[swtpmargs.Swtpm], gr.refused
+		ok = gr.pass || gr.redeemed[swtpmargs.Swtpm]
 		var control *socket
 		if ok {
 			control, gr.socket = gr.socket, nil
 		}
-		waits := gr.announced != ""
+		waits, refused := gr.announced != "", gr.refused
 		g.mu.Unlock()
 		switch {
 		case ok:
-			defer control.close()
-			return gr, true, control.await()
-		case err != nil || !waits || time.Now().After(end):
-			return gr, false, err
+			err = control.await()
+			control.close()
+			if err != nil {
+				// Of two that came for the keys the second may be libvirt's, and just hear no.
+				time.Sleep(100 * time.Millisecond)
+				g.mu.Lock()
+				defer g.mu.Unlock()
+				err = cmp.Or(gr.refused, err)
+			}
+			return gr, true, err
+		case waits && refused != nil:
+			return gr, false, refused
+		case !waits || time.Now().After(end):
+			return gr, false, nil
 		}
 	}
 }
@@ -271,7 +282,7 @@ func (g *Guard) Redeem(program, path string, c *caller) (r *Redemption, err erro
 		return g.withoutGrant(path)
 	}
 	defer func() {
-		if err != nil && program == swtpmargs.Swtpm && gr.cgroup == c.cgroup && !gr.redeemed[program] {
+		if err != nil && program == swtpmargs.Swtpm && gr.cgroup == c.cgroup {
 			gr.refused = err
 		}
 	}()

@@ -316,6 +316,14 @@ func TestControlSocket(t *testing.T) {
 	}
 	ends()
 
+	// Another was faster, which has its reason only where libvirt's wrapper is told.
+	asks().Process.Kill()
+	time.AfterFunc(20*time.Millisecond, func() { h.g.Redeem("swtpm", h.dir(uuidA), libvirts()) })
+	if r := refuses(t, h.g.Launched(f), reason.KeyNotReleased); !strings.Contains(r.Text(), "redeemed before") {
+		t.Error(r)
+	}
+	ends()
+
 	// It never asks.
 	begins()
 	began = time.Now()

@@ -19,7 +19,7 @@ waiting() {
 	systemctl kill -s STOP virt-trustd
 	setsid sh -c '
 		for i in $(seq 300); do
-			for p in $(pgrep -x "virt-trust-hook|swtpm|swtpm_setup"); do
+			for p in $(pgrep -x "50-virt-trust|swtpm|swtpm_setup"); do
 				[ "$(readlink /proc/$p/exe)" = "$0" ] && break 2
 			done
 			p=
