@@ -585,7 +585,7 @@ func TestWatchdog(t *testing.T) {
 	slow, stop := context.WithTimeout(ctx, time.Minute)
 	defer stop()
 	f := o.vm(uuidA, true)
-	go o.g.Prepare(slow, f, cgroup)
+	go o.g.Prepare(slow, f, cgroup, nil)
 	for range 20 {
 		if !fed(time.Second) {
 			t.Fatal("a slow TPM gets virt-trustd killed")

@@ -29,7 +29,7 @@ import (
 
 // operations are what a kill -9 may cut short, each on VM A.
 var operations = map[string]func(ctx context.Context, g *Guard, f *domain.Facts) error{
-	"prepare": func(ctx context.Context, g *Guard, f *domain.Facts) error { return g.Prepare(ctx, f, cgroup) },
+	"prepare": func(ctx context.Context, g *Guard, f *domain.Facts) error { return g.Prepare(ctx, f, cgroup, nil) },
 	"write": func(ctx context.Context, g *Guard, f *domain.Facts) error {
 		store, err := g.List(ctx)
 		if err != nil {

@@ -104,7 +104,7 @@ func (o *factory) setup(f *domain.Facts) (string, error) {
 func (o *factory) manufactured(uuid string) *domain.Facts {
 	o.t.Helper()
 	f := o.vm(uuid, false)
-	if err := o.g.Prepare(background, f, ownCgroup(o.t)); err != nil {
+	if err := o.g.Prepare(background, f, ownCgroup(o.t), nil); err != nil {
 		o.t.Fatal(err)
 	}
 	if out, err := o.setup(f); err != nil {
@@ -221,7 +221,7 @@ func TestManufacture(t *testing.T) {
 	// It starts again, and again, with what it has.
 	o.stop(f)
 	for range 2 {
-		if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+		if err := o.g.Prepare(background, f, ownCgroup(t), nil); err != nil {
 			t.Fatal(err)
 		}
 		o.redeemed(f)
@@ -242,7 +242,7 @@ func TestNoAK(t *testing.T) {
 	t.Parallel()
 	o := openFactory(t, func(c *config.Config) { c.Attestation.VTPMAK = true })
 	f := o.vm(uuidA, false)
-	if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+	if err := o.g.Prepare(background, f, ownCgroup(t), nil); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := o.setup(f); err != nil {
@@ -268,7 +268,7 @@ func TestNoAK(t *testing.T) {
 
 	again := func() *list.Record {
 		t.Helper()
-		if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+		if err := o.g.Prepare(background, f, ownCgroup(t), nil); err != nil {
 			t.Fatal(err)
 		}
 		o.redeemed(f)
@@ -284,7 +284,7 @@ func TestNoAK(t *testing.T) {
 		t.Error("an AK that is not wanted any more")
 	}
 	o.g.cfg.Attestation.VTPMAK = true
-	if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+	if err := o.g.Prepare(background, f, ownCgroup(t), nil); err != nil {
 		t.Fatal(err)
 	}
 	o.g.closeGrant(uuidA) // libvirt goes no further
@@ -321,7 +321,7 @@ func TestAdoptedGetsNoAK(t *testing.T) {
 	o := openFactory(t, func(c *config.Config) { c.Attestation.VTPMAK = true })
 	f := o.vm(uuidA, true)
 	for range 2 {
-		if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+		if err := o.g.Prepare(background, f, ownCgroup(t), nil); err != nil {
 			t.Fatal(err)
 		}
 		o.redeemed(f)
@@ -337,7 +337,7 @@ func TestAdminsTool(t *testing.T) {
 	t.Parallel()
 	o := openFactory(t, func(c *config.Config) { c.Attestation.EKCertificates = false })
 	f := o.vm(uuidA, false)
-	if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+	if err := o.g.Prepare(background, f, ownCgroup(t), nil); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := o.setup(f); err == nil || !strings.Contains(out, "/bin/false") {
@@ -351,7 +351,7 @@ func TestTPMDoesNotSign(t *testing.T) {
 	t.Parallel()
 	o := openFactory(t)
 	f := o.vm(uuidA, false)
-	if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+	if err := o.g.Prepare(background, f, ownCgroup(t), nil); err != nil {
 		t.Fatal(err)
 	}
 	o.tpm.say(hosttpm.ErrBusy)
@@ -368,7 +368,7 @@ func TestTPMDoesNotSign(t *testing.T) {
 	}
 	o.stop(f)
 	os.RemoveAll(filepath.Dir(o.dir(uuidA))) // as libvirt does
-	if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+	if err := o.g.Prepare(background, f, ownCgroup(t), nil); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := o.setup(f); err != nil {
@@ -494,7 +494,7 @@ func TestOtherEKThanCertified(t *testing.T) {
 	t.Parallel()
 	o := openFactory(t)
 	f := o.vm(uuidA, false)
-	if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+	if err := o.g.Prepare(background, f, ownCgroup(t), nil); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := o.setup(f); err != nil {
@@ -687,7 +687,7 @@ func TestAdoptedAndCopied(t *testing.T) {
 	o := openFactory(t)
 	for _, id := range []string{uuidA, uuidB} { // both with the same plain state
 		f := o.vm(id, true)
-		if err := o.g.Prepare(background, f, ownCgroup(t)); err != nil {
+		if err := o.g.Prepare(background, f, ownCgroup(t), nil); err != nil {
 			t.Fatal(err)
 		}
 		o.redeemed(f)
@@ -753,7 +753,7 @@ func BenchmarkManufacture(b *testing.B) {
 			for range b.N {
 				b.StopTimer()
 				f := o.vm(uuidA, false)
-				if err := o.g.Prepare(background, f, ownCgroup(b)); err != nil {
+				if err := o.g.Prepare(background, f, ownCgroup(b), nil); err != nil {
 					b.Fatal(err)
 				}
 				b.StartTimer()

@@ -41,9 +41,12 @@ type grant struct {
 	// announced is the file by which the wrapper knows of this start, "" if it does not.
 	announced string
 	refused   error // what swtpm's wrapper was told instead of getting the keys
-	certify   bool  // a vTPM that is made gets certificates
-	ak        bool  // and an AK, which it has not got yet
-	made      manufacture
+	// opening is closed when it is known what becomes of a grant that libvirt goes
+	// ahead with; nil from then on.
+	opening chan struct{}
+	certify bool // a vTPM that is made gets certificates
+	ak      bool // and an AK, which it has not got yet
+	made    manufacture
 }
 
 // open opens a grant after prepare, in place of one that is open still.
@@ -61,12 +64,65 @@ func (g *Guard) open(st *start, cgroup string) {
 	}
 	g.mu.Lock()
 	if old := g.grants[st.seen.Instance]; old != nil {
+		if old.opening != nil {
+			gr.announced, old.announced = old.announced, ""
+		}
 		old.close()
 	}
-	g.announce(gr)
+	if gr.announced == "" {
+		g.announce(gr)
+	}
 	g.grants[st.seen.Instance] = gr
 	g.mu.Unlock()
 	g.openEmulator(st, cgroup)
+}
+
+// openAhead opens a grant that libvirt may go ahead with, nil if it may not. It
+// gives no keys, and open puts the real one in its place.
+func (g *Guard) openAhead(st *start, cgroup string) *grant {
+	gr := &grant{
+		uuid: st.f.UUID, cgroup: cgroup, expires: g.now().Add(g.grantLifetime()), redeemed: map[string]bool{}, setup: -1,
+		opening: make(chan struct{}),
+	}
+	if g.announce(gr); gr.announced == "" {
+		return nil
+	}
+	g.closeGrant(gr.uuid)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.grants[st.seen.Instance] = gr
+	return gr
+}
+
+// decided ends the wait for a grant that libvirt went ahead with.
+func (g *Guard) decided(gr *grant, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, open := range g.grants {
+		if open == gr && err == nil { // a panic
+			err = g.noKeys("whether the VM may start was not decided", "see virt-trustd's journal")
+		}
+	}
+	gr.refused = err
+	close(gr.opening)
+	gr.opening = nil
+}
+
+// awaitOpening waits until it is known what becomes of a grant.
+func (g *Guard) awaitOpening(path string) {
+	g.mu.Lock()
+	var opening chan struct{}
+	if gr := g.grants[path]; gr != nil {
+		opening = gr.opening
+	}
+	g.mu.Unlock()
+	if opening == nil {
+		return
+	}
+	select {
+	case <-opening:
+	case <-time.After(hookDeadline):
+	}
 }
 
 // awaitStarts waits until no grant is open, but no longer than limit: whoever comes
@@ -77,12 +133,12 @@ func (g *Guard) awaitStarts(limit time.Duration) {
 	}
 }
 
-// closeGrant ends a VM's grant.
+// closeGrant ends a VM's grant, but for the one that is just being opened.
 func (g *Guard) closeGrant(uuid string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for dir, gr := range g.grants {
-		if gr.uuid == uuid {
+		if gr.uuid == uuid && gr.opening == nil {
 			gr.close()
 			delete(g.grants, dir)
 		}
@@ -150,10 +206,10 @@ type socket struct {
 	swtpm int // descriptor of its process
 }
 
-// How long start waits. libvirt gives swtpm one second to make its control
-// socket, and the wrapper gives virt-trustd less than that.
+// How long start waits for a wrapper that has begun, and for swtpm. libvirt
+// gives both together one second.
 const (
-	wrapperLimit = time.Second
+	wrapperLimit = 3 * time.Second
 	socketLimit  = 5 * time.Second
 )
 
@@ -162,6 +218,7 @@ func (g *Guard) expect(program, statePath, path string, c *caller) {
 	if program != swtpmargs.Swtpm || !filepath.IsAbs(path) || len(path) > maxStatePath {
 		return
 	}
+	g.awaitOpening(filepath.Clean(statePath))
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	gr := g.grants[filepath.Clean(statePath)]
@@ -264,6 +321,7 @@ func (g *Guard) Redeem(program, path string, c *caller) (r *Redemption, err erro
 		return nil, reason.Refuse(reason.PolicyForbids, "use a shorter one", "a state path of %d bytes is too long", len(path))
 	}
 	path = filepath.Clean(path)
+	g.awaitOpening(path)
 	if err := g.watchFirst(path); err != nil {
 		return nil, err
 	}
@@ -293,6 +351,10 @@ func (g *Guard) Redeem(program, path string, c *caller) (r *Redemption, err erro
 		// swtpm_setup's own, to which it hands the key itself. libvirt's comes
 		// after swtpm_setup has ended. (Its parent tells nothing: glib forks twice.)
 		return &Redemption{}, nil
+	case gr.opening != nil:
+		return nil, g.noKeys("it is not known yet whether the VM may start", "start the VM again")
+	case gr.refused != nil:
+		return nil, gr.refused
 	case g.now().After(gr.expires):
 		return nil, g.noKeys("the grant for this start has expired", "start the VM again")
 	case gr.cgroup != c.cgroup:

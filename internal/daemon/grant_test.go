@@ -15,8 +15,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virt-trust/internal/hosttpm"
 	"virt-trust/internal/platform/config"
 	"virt-trust/internal/testkit"
+	"virt-trust/internal/vtpm/list"
 	"virt-trust/internal/vtpm/reason"
 )
 
@@ -367,4 +369,116 @@ func TestControlSocket(t *testing.T) {
 	if announced() {
 		t.Error("in audit mode")
 	}
+}
+
+// TestAhead: libvirt goes on while the TPM works; wrapper and start wait for its
+// word, and tell what it is.
+func TestAhead(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	f, _, _ := h.ran(uuidA)
+	swtpm := func() (*Redemption, error) { return h.g.Redeem("swtpm", h.dir(uuidA), libvirts()) }
+	type redeemed struct {
+		r   *Redemption
+		err error
+	}
+	// ahead prepares while the TPM is held, has wrapper and start come, and ends the wait.
+	ahead := func() (prepared, launched error, r redeemed) {
+		t.Helper()
+		h.tpm.mu.Lock()
+		h.tpm.held = make(chan struct{})
+		h.tpm.mu.Unlock()
+		goes, done := make(chan struct{}), make(chan error, 1)
+		go func() { done <- h.g.Prepare(background, f, cgroup, func() { close(goes) }) }()
+		select {
+		case <-goes:
+		case <-time.After(5 * time.Second):
+			t.Fatal("libvirt waits for the TPM")
+		}
+		if !h.g.starting(uuidA) {
+			t.Error("no start is under way")
+		}
+		keys, started := make(chan redeemed, 1), make(chan error, 1)
+		go func() { r, err := swtpm(); keys <- redeemed{r, err} }()
+		go func() { started <- h.g.Launched(f) }()
+		time.Sleep(100 * time.Millisecond)
+		select {
+		case err := <-done:
+			t.Fatal("prepared without the TPM", err)
+		case r := <-keys:
+			t.Fatal("keys without the TPM", r)
+		case err := <-started:
+			t.Fatal("started without the TPM", err)
+		default:
+		}
+		h.tpm.mu.Lock()
+		held := h.tpm.held
+		h.tpm.held = nil
+		h.tpm.mu.Unlock()
+		close(held)
+		return <-done, <-started, <-keys
+	}
+
+	prepared, launched, r := ahead()
+	if prepared != nil || launched != nil || r.err != nil || r.r.State == nil {
+		t.Fatal(prepared, launched, r)
+	}
+	r.r.Close()
+	if got := h.g.stateOf(h.g.peek().Get(uuidA)); got != list.Running {
+		t.Error(got)
+	}
+	h.stop(f)
+
+	h.tpm.say(hosttpm.ErrPolicy)
+	prepared, launched, r = ahead()
+	h.tpm.say(nil)
+	refuses(t, prepared, reason.HostNotApproved)
+	refuses(t, launched, reason.HostNotApproved)
+	refuses(t, r.err, reason.HostNotApproved)
+	if r := h.g.peek().Get(uuidA); r.Open {
+		t.Error("the record is open")
+	}
+	h.stop(f)
+	if h.g.starting(uuidA) {
+		t.Error("a start that was refused goes on for ever")
+	}
+
+	// Where libvirt must not go on.
+	waits := func(why string) {
+		t.Helper()
+		if err := h.g.Prepare(background, f, cgroup, func() { t.Errorf("libvirt goes on: %s", why) }); err != nil {
+			t.Fatal(why, err)
+		}
+		h.mkdir(f.UUID)
+		if key, _ := h.keys(f.UUID); key == nil {
+			t.Error(why, "no key")
+		}
+		if err := h.g.Launched(f); err != nil {
+			t.Fatal(why, err)
+		}
+		h.stop(f)
+	}
+	h.g.unwrapTook.Store(int64(quickUnwrap))
+	waits("the TPM is slow")
+	h.g.Restoring(f)
+	waits("a saved image is restored")
+	other := f
+	f = h.vm(uuidB, false)
+	waits("a first start")
+	f = other
+	h.g.cfg.Mode = "audit"
+	waits("audit mode")
+	h.g.cfg.Mode = "enforce"
+	h.reboot()
+	waits("the TPM's pace is not known yet")
+
+	// Whoever forgets to decide gives no keys.
+	st := &start{f: f}
+	st.seen.Instance = h.dir(uuidA)
+	gr := h.g.openAhead(st, cgroup)
+	h.g.decided(gr, nil)
+	_, err := swtpm()
+	refuses(t, err, reason.KeyNotReleased)
+	refuses(t, h.g.Launched(f), reason.KeyNotReleased)
+	h.g.closeGrant(uuidA)
 }

@@ -104,6 +104,8 @@ type Guard struct {
 	restore   map[string]bool            // UUIDs whose next prepare follows a restore
 	verdicts  map[string]*reason.Refusal // last refusals of VMs in the list, see lastRefusal
 
+	unwrapTook atomic.Int64 // nanoseconds, the last time
+
 	before  func(context.Context) // what waits for the TPM before the list key is asked for; may be nil
 	changed func(uuid string)     // tells the bus that a VM's properties changed
 }
@@ -333,9 +335,10 @@ func transferKey(keys *secret.Buffer) []byte { return keys.Bytes()[secret.KeySiz
 
 // unwrap asks the TPM for a VM's keys.
 func (g *Guard) unwrap(ctx context.Context, wrapped []byte) (*secret.Buffer, error) {
-	unwrapped := lap(ctx, tookTPM)
+	unwrapped, began := lap(ctx, tookTPM), time.Now()
 	b, err := g.tpm.UnwrapKeys(ctx, wrapped)
 	unwrapped()
+	g.unwrapTook.Store(int64(time.Since(began)))
 	if err != nil {
 		return nil, g.tpmRefusal(err)
 	}
@@ -345,6 +348,16 @@ func (g *Guard) unwrap(ctx context.Context, wrapped []byte) (*secret.Buffer, err
 	}
 	return secret.Take(b)
 }
+
+// quick reports whether the TPM was, when keys were unwrapped last.
+func (g *Guard) quick() bool {
+	took := time.Duration(g.unwrapTook.Load())
+	return took > 0 && took < quickUnwrap
+}
+
+// quickUnwrap is less than libvirt waits for swtpm and more than a firmware TPM
+// or a TPM in software takes.
+const quickUnwrap = 300 * time.Millisecond
 
 // imagePath is where the disk that carries the label lies, or "".
 func imagePath(f *domain.Facts) (string, error) {

@@ -575,7 +575,7 @@ func TestDeadline(t *testing.T) {
 	h.tpm.delay = time.Minute
 	ctx, cancel := context.WithTimeout(background, 20*time.Millisecond)
 	defer cancel()
-	refuses(t, h.g.Prepare(ctx, f, cgroup), reason.TPMBusy)
+	refuses(t, h.g.Prepare(ctx, f, cgroup, nil), reason.TPMBusy)
 }
 
 func TestRepairList(t *testing.T) {

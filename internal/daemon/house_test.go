@@ -633,7 +633,7 @@ func (h *house) newest(uuid string) list.Digest {
 // start does what libvirt does until the VM runs, and gives its keys.
 func (h *house) start(f *domain.Facts) (state []byte) {
 	h.t.Helper()
-	if err := h.g.Prepare(context.Background(), f, cgroup); err != nil {
+	if err := h.g.Prepare(context.Background(), f, cgroup, nil); err != nil {
 		h.t.Fatal(err)
 	}
 	h.mkdir(f.UUID)
@@ -666,7 +666,7 @@ func (h *house) ran(uuid string) (f *domain.Facts, key []byte, versions [][]byte
 }
 
 func (h *house) prepare(f *domain.Facts) error {
-	return h.g.Prepare(context.Background(), f, cgroup)
+	return h.g.Prepare(context.Background(), f, cgroup, nil)
 }
 
 // refuses wants a refusal with this code and a way back.

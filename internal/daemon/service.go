@@ -212,7 +212,7 @@ func (s *Service) manager() map[string]any {
 			if program == emulator.Program {
 				return "pass", keys, s.redeemEmulator(options, sender)
 			}
-			derr = s.serve(sender, "RedeemGrant", wrapperOnly, redeemDeadline, func(ctx context.Context, c *caller) error {
+			derr = s.serve(sender, "RedeemGrant", wrapperOnly, hookDeadline, func(ctx context.Context, c *caller) error {
 				if socket := option[string](options, "socket"); socket != "" {
 					s.g.expect(program, path, socket, c)
 				}
@@ -421,6 +421,26 @@ func (s *Service) checkLabel(payload []byte) dict {
 
 // hook handles a libvirt hook event. Only what may refuse gives an error.
 func (s *Service) hook(ctx context.Context, c *caller, op domain.Operation, doc, path string) error {
+	if op != domain.OpPrepare {
+		return s.handle(ctx, c, op, doc, path, nil)
+	}
+	// It may go on when libvirt has its answer, and longer than this call.
+	ahead, done := make(chan struct{}), make(chan error, 1)
+	go func() {
+		done <- serving.Call(make(chan struct{}, 1), hookDeadline, s.log.WithField("method", "HandleHook"), func(ctx context.Context) error {
+			return s.handle(ctx, c, op, doc, path, func() { close(ahead) })
+		})
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ahead:
+		return nil
+	}
+}
+
+// handle is hook. goOn is Prepare's.
+func (s *Service) handle(ctx context.Context, c *caller, op domain.Operation, doc, path string, goOn func()) error {
 	ctx, took := timed(ctx)
 	all := lap(ctx, tookAll)
 	f, err := domain.Parse([]byte(doc))
@@ -430,13 +450,14 @@ func (s *Service) hook(ctx context.Context, c *caller, op domain.Operation, doc,
 	if f.TPM == nil {
 		return nil
 	}
+	ahead := false
 	switch op {
 	case domain.OpPrepare:
 		ctx = withPath(ctx, path)
 		err = s.wrapperInUse(f, path, c.parent)
 		switch r := reason.As(err); {
 		case err == nil:
-			err = s.g.Prepare(ctx, f, c.cgroup)
+			err = s.g.Prepare(ctx, f, c.cgroup, func() { ahead = true; goOn() })
 		case r != nil && s.g.cfg.Mode == "audit" && !s.g.guarded(f.UUID):
 			// libvirt will run its own swtpm: the VM must stay as it is.
 			s.g.report(f.UUID, f.Name, string(op), wouldRefuse, r.Code, r.Text(), journal.WouldRefuse)
@@ -460,6 +481,10 @@ func (s *Service) hook(ctx context.Context, c *caller, op domain.Operation, doc,
 		err = reason.Refuse(reason.VMElsewhere, "move it while it is off, or run it on its host", "the VM's vTPM lives on the host that it comes from, and cannot be handed over yet")
 	}
 	all()
+	if ahead && err != nil { // start, and the wrapper, will tell
+		s.notice(err)
+		return err
+	}
 	if op == domain.OpPrepare || op == domain.OpMigrate || (op == domain.OpStart && err != nil) {
 		s.verdict(f, op, err, took)
 	}

@@ -136,13 +136,31 @@ func (g *Guard) decide(ctx context.Context, f *domain.Facts, p lifecycle.Policy,
 // Prepare decides whether a VM may start and, if so, opens its record and a
 // launch grant. An error that is no *reason.Refusal says that nothing could be
 // told.
-func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string) error {
+//
+// goOn, which may be nil, is called when all is right but for the TPM's word, and
+// libvirt may go on: the wrapper and start wait for what becomes of it, and tell.
+func (g *Guard) Prepare(ctx context.Context, f *domain.Facts, cgroup string, goOn func()) (err error) {
 	defer g.lock(f.UUID)()
 	g.mu.Lock()
 	restored := g.restore[f.UUID]
 	delete(g.restore, f.UUID)
 	g.mu.Unlock()
-	st, err := g.prepare(ctx, f)
+	var ahead *grant // libvirt has gone on with it
+	defer func() {
+		if ahead != nil {
+			g.decided(ahead, err)
+		}
+	}()
+	st, err := g.prepare(ctx, f, func(st *start) {
+		// A TPM that is slow gains nothing by it, and libvirt and the wrapper would wait
+		// in places where they are not made for it.
+		if goOn == nil || ahead != nil || restored || st.d.Plan != lifecycle.Start || st.r.AKDue || !g.quick() {
+			return
+		}
+		if ahead = g.openAhead(st, cgroup); ahead != nil {
+			goOn()
+		}
+	})
 	if r := reason.As(err); r != nil && g.cfg.Mode == "audit" && !g.guarded(f.UUID) {
 		g.report(f.UUID, f.Name, "prepare", wouldRefuse, r.Code, r.Text(), journal.WouldRefuse)
 		st, err = &start{f: f, seen: lifecycle.Seen{Instance: f.StateDir(g.cfg.Swtpm.StateRoot)}, d: lifecycle.Decision{Plan: lifecycle.Pass}}, nil
@@ -244,7 +262,8 @@ func (g *Guard) guarded(uuid string) bool {
 }
 
 // prepare carries out whatever must be done before a VM's record is opened.
-func (g *Guard) prepare(ctx context.Context, f *domain.Facts) (*start, error) {
+// ahead is called when only the TPM's word is missing.
+func (g *Guard) prepare(ctx context.Context, f *domain.Facts, ahead func(*start)) (*start, error) {
 	dir := f.StateDir(g.cfg.Swtpm.StateRoot)
 	if used, err := waitUnused(dir); err != nil {
 		return nil, err
@@ -284,7 +303,7 @@ func (g *Guard) prepare(ctx context.Context, f *domain.Facts) (*start, error) {
 			}
 		}
 		st.notes = append(notes, st.notes...)
-		again, err := g.carryOut(ctx, st)
+		again, err := g.carryOut(ctx, st, ahead)
 		if err != nil {
 			st.keys.Wipe()
 			return nil, err
@@ -300,7 +319,7 @@ func (g *Guard) prepare(ctx context.Context, f *domain.Facts) (*start, error) {
 }
 
 // carryOut does what a plan needs before the grant. again asks to decide anew.
-func (g *Guard) carryOut(ctx context.Context, st *start) (again bool, err error) {
+func (g *Guard) carryOut(ctx context.Context, st *start, ahead func(*start)) (again bool, err error) {
 	switch st.d.Plan {
 	case lifecycle.Pass:
 		return false, nil
@@ -324,6 +343,7 @@ func (g *Guard) carryOut(ctx context.Context, st *start) (again bool, err error)
 	// This is the one RSA decryption of a warm start, and what holds the VM to
 	// the state of the host.
 	if st.keys == nil {
+		ahead(st)
 		if st.keys, err = g.unwrap(ctx, st.r.WrappedKeys); err != nil {
 			return false, err
 		}

@@ -60,10 +60,10 @@ type subject struct {
 }
 
 // Limit is how long the hook waits at an operation: as long as a TPM may need
-// where keys are made or unwrapped.
+// where keys are made or unwrapped, or that is waited for.
 func Limit(op domain.Operation) time.Duration {
 	switch op {
-	case domain.OpPrepare, domain.OpRestore, domain.OpMigrate:
+	case domain.OpPrepare, domain.OpStart, domain.OpRestore, domain.OpMigrate:
 		return 45 * time.Second
 	}
 	return 10 * time.Second

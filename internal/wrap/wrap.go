@@ -101,7 +101,9 @@ func limit(program string) time.Duration {
 
 // redeem gives the command line to run.
 func (w *Wrapper) redeem(call swtpmargs.Call) (argv []string, err error) {
+	within := limit(call.Program)
 	if w.announce(call) {
+		within = 40 * time.Second // libvirt does not wait; start does
 		defer func() {
 			if err != nil {
 				os.Remove(call.Socket)
@@ -119,7 +121,6 @@ func (w *Wrapper) redeem(call swtpmargs.Call) (argv []string, err error) {
 		keys   []int
 		err    error
 	}
-	within := limit(call.Program)
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
 	answers := make(chan answer, 1)
