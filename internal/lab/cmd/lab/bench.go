@@ -200,7 +200,7 @@ func rest(s *session, hosts [2]*lab.Host, guests [2]*lab.Guest, pairs int) {
 	for _, c := range []struct {
 		by   time.Duration
 		runs int
-	}{{time.Millisecond, pairs}, {100 * time.Millisecond, min(pairs, 10)}, {700 * time.Millisecond, min(pairs, 5)}} {
+	}{{time.Millisecond, pairs}, {100 * time.Millisecond, min(pairs, 10)}, {700 * time.Millisecond, min(pairs, 9)}} {
 		hosts[1].SlowTPM(c.by)
 		var plain, guarded, busy, without []time.Duration
 		commands := 0
