@@ -49,48 +49,51 @@ type grant struct {
 	made    manufacture
 }
 
-// open opens a grant after prepare, in place of one that is open still.
+// open opens a grant after prepare, in place of one that is open still; the one
+// that libvirt went ahead with becomes it.
 func (g *Guard) open(st *start, cgroup string) {
-	gr := &grant{
-		uuid: st.f.UUID, cgroup: cgroup, expires: g.now().Add(g.grantLifetime()), redeemed: map[string]bool{}, setup: -1, runs: st.runs,
-		had:  st.dir != nil && st.dir.Exists(),
-		pass: st.d.Plan == lifecycle.Pass || st.r.KeyOwner == list.Libvirts,
+	g.mu.Lock()
+	gr := g.grants[st.seen.Instance]
+	if gr == nil || gr.opening == nil {
+		gr = g.newGrant(st, cgroup)
 	}
+	gr.expires, gr.runs = g.now().Add(g.grantLifetime()), st.runs
+	gr.had = st.dir != nil && st.dir.Exists()
+	gr.pass = st.d.Plan == lifecycle.Pass || st.r.KeyOwner == list.Libvirts
 	fresh := !gr.had && st.d.Plan != lifecycle.Pass && st.f.TPM.Version == "2.0"
 	gr.certify = fresh && g.cfg.Attestation.EKCertificates
 	gr.ak = fresh && st.r.AKDue
 	if !gr.pass {
 		gr.keys = st.keys
 	}
-	g.mu.Lock()
-	if old := g.grants[st.seen.Instance]; old != nil {
-		if old.opening != nil {
-			gr.announced, old.announced = old.announced, ""
-		}
-		old.close()
-	}
 	if gr.announced == "" {
 		g.announce(gr)
 	}
-	g.grants[st.seen.Instance] = gr
 	g.mu.Unlock()
 	g.openEmulator(st, cgroup)
 }
 
-// openAhead opens a grant that libvirt may go ahead with, nil if it may not. It
-// gives no keys, and open puts the real one in its place.
-func (g *Guard) openAhead(st *start, cgroup string) *grant {
-	gr := &grant{
-		uuid: st.f.UUID, cgroup: cgroup, expires: g.now().Add(g.grantLifetime()), redeemed: map[string]bool{}, setup: -1,
-		opening: make(chan struct{}),
+// newGrant puts a grant that gives nothing yet in the place of the one that is
+// there. Called with g.mu held.
+func (g *Guard) newGrant(st *start, cgroup string) *grant {
+	if old := g.grants[st.seen.Instance]; old != nil {
+		old.close()
 	}
+	gr := &grant{uuid: st.f.UUID, cgroup: cgroup, expires: g.now().Add(g.grantLifetime()), redeemed: map[string]bool{}, setup: -1}
+	g.grants[st.seen.Instance] = gr
+	return gr
+}
+
+// openAhead makes a grant that libvirt may go ahead with, and that open opens; nil
+// if libvirt may not.
+func (g *Guard) openAhead(st *start, cgroup string) *grant {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	gr := g.newGrant(st, cgroup)
 	if g.announce(gr); gr.announced == "" {
 		return nil
 	}
-	g.closeGrant(gr.uuid)
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.grants[st.seen.Instance] = gr
+	gr.opening = make(chan struct{})
 	return gr
 }
 
@@ -98,11 +101,6 @@ func (g *Guard) openAhead(st *start, cgroup string) *grant {
 func (g *Guard) decided(gr *grant, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for _, open := range g.grants {
-		if open == gr && err == nil { // a panic
-			err = g.noKeys("whether the VM may start was not decided", "see virt-trustd's journal")
-		}
-	}
 	gr.refused = err
 	close(gr.opening)
 	gr.opening = nil
@@ -218,7 +216,6 @@ func (g *Guard) expect(program, statePath, path string, c *caller) {
 	if program != swtpmargs.Swtpm || !filepath.IsAbs(path) || len(path) > maxStatePath {
 		return
 	}
-	g.awaitOpening(filepath.Clean(statePath))
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	gr := g.grants[filepath.Clean(statePath)]
@@ -351,10 +348,10 @@ func (g *Guard) Redeem(program, path string, c *caller) (r *Redemption, err erro
 		// swtpm_setup's own, to which it hands the key itself. libvirt's comes
 		// after swtpm_setup has ended. (Its parent tells nothing: glib forks twice.)
 		return &Redemption{}, nil
-	case gr.opening != nil:
-		return nil, g.noKeys("it is not known yet whether the VM may start", "start the VM again")
 	case gr.refused != nil:
 		return nil, gr.refused
+	case !gr.pass && gr.keys == nil: // it was never decided
+		return nil, g.noKeys("it is not known whether the VM may start", "start the VM again; 'journalctl -u virt-trustd' tells more")
 	case g.now().After(gr.expires):
 		return nil, g.noKeys("the grant for this start has expired", "start the VM again")
 	case gr.cgroup != c.cgroup:

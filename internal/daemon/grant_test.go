@@ -281,31 +281,24 @@ func TestControlSocket(t *testing.T) {
 		return testkit.Must[net.Listener](t)(net.Listen("unix", path))
 	}
 
+	// waits has something done after a while, and start waits for it.
+	waits := func(while time.Duration, meanwhile func() net.Listener) {
+		t.Helper()
+		made, began := make(chan net.Listener, 1), time.Now()
+		time.AfterFunc(while, func() { made <- meanwhile() })
+		if err := h.g.Launched(f); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(began); took < while {
+			t.Errorf("it waited for %v", took)
+		}
+		(<-made).Close()
+		ends()
+	}
 	asks()
-	began := time.Now()
-	made := make(chan net.Listener, 1)
-	time.AfterFunc(300*time.Millisecond, func() { made <- makes() })
-	if err := h.g.Launched(f); err != nil {
-		t.Fatal(err)
-	}
-	if took := time.Since(began); took < 300*time.Millisecond {
-		t.Errorf("it waited for %v", took)
-	}
-	(<-made).Close()
-	ends()
-
-	// libvirt goes on before the wrapper has asked.
-	begins()
-	began = time.Now()
-	time.AfterFunc(200*time.Millisecond, func() { made <- makes(); h.keys(uuidA) })
-	if err := h.g.Launched(f); err != nil {
-		t.Fatal(err)
-	}
-	if took := time.Since(began); took < 200*time.Millisecond {
-		t.Errorf("it waited for %v", took)
-	}
-	(<-made).Close()
-	ends()
+	waits(300*time.Millisecond, makes)
+	begins() // and libvirt goes on before the wrapper has asked
+	waits(200*time.Millisecond, func() net.Listener { l := makes(); h.keys(uuidA); return l })
 
 	// The wrapper is refused meanwhile, and libvirt does not hear of it.
 	begins()
@@ -328,7 +321,7 @@ func TestControlSocket(t *testing.T) {
 
 	// It never asks.
 	begins()
-	began = time.Now()
+	began := time.Now()
 	if r := refuses(t, h.g.Launched(f), reason.KeyNotReleased); time.Since(began) < wrapperLimit || !strings.Contains(r.Text(), "wrapper") {
 		t.Error(r)
 	}

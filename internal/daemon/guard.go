@@ -355,8 +355,7 @@ func (g *Guard) quick() bool {
 	return took > 0 && took < quickUnwrap
 }
 
-// quickUnwrap is less than libvirt waits for swtpm and more than a firmware TPM
-// or a TPM in software takes.
+// quickUnwrap is well below the second for which libvirt waits for swtpm.
 const quickUnwrap = 300 * time.Millisecond
 
 // imagePath is where the disk that carries the label lies, or "".

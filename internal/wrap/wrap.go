@@ -91,9 +91,13 @@ func (w *Wrapper) Run() (status int) {
 }
 
 // limit is how long virt-trustd may take: libvirt gives swtpm one second to
-// make its control socket appear (qemuTPMEmulatorStart).
-func limit(program string) time.Duration {
-	if program == swtpmargs.Swtpm {
+// make its control socket appear (qemuTPMEmulatorStart). Where that is announced
+// it is the event start that waits.
+func limit(program string, announced bool) time.Duration {
+	switch {
+	case announced:
+		return 40 * time.Second
+	case program == swtpmargs.Swtpm:
 		return 800 * time.Millisecond
 	}
 	return 10 * time.Second
@@ -101,9 +105,8 @@ func limit(program string) time.Duration {
 
 // redeem gives the command line to run.
 func (w *Wrapper) redeem(call swtpmargs.Call) (argv []string, err error) {
-	within := limit(call.Program)
-	if w.announce(call) {
-		within = 40 * time.Second // libvirt does not wait; start does
+	announced := w.announce(call)
+	if announced {
 		defer func() {
 			if err != nil {
 				os.Remove(call.Socket)
@@ -121,6 +124,7 @@ func (w *Wrapper) redeem(call swtpmargs.Call) (argv []string, err error) {
 		keys   []int
 		err    error
 	}
+	within := limit(call.Program, announced)
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
 	answers := make(chan answer, 1)
