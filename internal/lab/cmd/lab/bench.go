@@ -43,7 +43,7 @@ func bench(s *session, args []string) {
 	}
 	control := vm("control", true)
 	starts := func(title string, guests [2]*lab.Guest) float64 {
-		took := alternate(s, hosts, guests, *pairs)
+		_, took := alternate(s, hosts, guests, *pairs, 0)
 		ratio := median(took[1]).Seconds() / median(took[0]).Seconds()
 		fmt.Printf("%-44s %8.1f ms %8.1f ms   ratio %.3f\n", title, ms(median(took[0])), ms(median(took[1])), ratio)
 		return ratio
@@ -97,25 +97,27 @@ func firstStarts(s *session, hosts [2]*lab.Host) {
 }
 
 // alternate starts and destroys one VM on the one and one on the other host,
-// in turns, and gives how long virsh start took. The first start of each, which
-// makes its vTPM, does not count.
-func alternate(s *session, hosts [2]*lab.Host, guests [2]*lab.Guest, pairs int) (took [2][]time.Duration) {
+// in turns and each after a pause, and gives when virsh start began and how long
+// it took. The first start of each, which makes its vTPM, does not count.
+func alternate(s *session, hosts [2]*lab.Host, guests [2]*lab.Guest, pairs int, pause time.Duration) (began [2][]time.Time, took [2][]time.Duration) {
 	for pair := -1; pair < pairs; pair++ {
 		for _, i := range []int{0, 1} {
 			if pair%2 == 0 {
 				i = 1 - i // neither is always the one after the other
 			}
+			time.Sleep(pause)
+			from := time.Now()
 			r := hosts[i].Run("virsh", "start", "--paused", guests[i].Name)
 			if r.Code != 0 {
 				s.Fatalf("virsh start %s: %s", guests[i].Name, r.Stderr)
 			}
 			if pair >= 0 {
-				took[i] = append(took[i], r.Took)
+				began[i], took[i] = append(began[i], from), append(took[i], r.Took)
 			}
 			hosts[i].Must("virsh", "destroy", guests[i].Name)
 		}
 	}
-	return took
+	return began, took
 }
 
 // hookTime measures the hook's process for a VM without a vTPM, which libvirt
@@ -202,31 +204,15 @@ func rest(s *session, hosts [2]*lab.Host, guests [2]*lab.Guest, pairs int) {
 		runs int
 	}{{time.Millisecond, pairs}, {100 * time.Millisecond, min(pairs, 10)}, {700 * time.Millisecond, min(pairs, 9)}} {
 		hosts[1].SlowTPM(c.by)
-		var plain, guarded, busy, without []time.Duration
+		began, took := alternate(s, hosts, guests, c.runs, 4*c.by) // what a stop has the TPM do is over then
+		var busy, without []time.Duration
 		commands := 0
-		for run := -1; run < c.runs; run++ { // the first warms up
-			var from time.Time
-			var took [2]time.Duration
-			for _, i := range [][]int{{0, 1}, {1, 0}}[max(run, 0)%2] { // neither is always the one after the other
-				time.Sleep(4 * c.by) // what the last stop had the TPM do is over then
-				if i == 1 {
-					from = time.Now()
-				}
-				r := hosts[i].Run("virsh", "start", "--paused", guests[i].Name)
-				if r.Code != 0 {
-					s.Fatalf("virsh start: %s", r.Stderr)
-				}
-				took[i] = r.Took
-				hosts[i].Must("virsh", "destroy", guests[i].Name)
-			}
-			n, tpm := hosts[1].BusyTPM(from, from.Add(took[1]))
-			if run < 0 {
-				continue
-			}
+		for i, from := range began[1] {
+			n, tpm := hosts[1].BusyTPM(from, from.Add(took[1][i]))
 			commands += n
-			plain, guarded = append(plain, took[0]), append(guarded, took[1])
-			busy, without = append(busy, tpm), append(without, took[1]-tpm)
+			busy, without = append(busy, tpm), append(without, took[1][i]-tpm)
 		}
+		plain, guarded := took[0], took[1]
 		low, high := between(plain, without)
 		fmt.Printf("%-26s %8.1f ms %8.1f ms   %.1f commands, %.1f ms; the rest %.1f ms (at most 15; with 95 %% confidence %.0f to %.0f)\n",
 			fmt.Sprintf("TPM commands of %v", c.by), ms(median(plain)), ms(median(guarded)),
